@@ -1,0 +1,1 @@
+"""rankflow: the rank of LoRA adapters, managed instead of guessed."""

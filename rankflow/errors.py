@@ -1,0 +1,25 @@
+"""Everything rankflow raises on purpose. Catch `RankFlowError` to catch them all."""
+
+
+class RankFlowError(Exception):
+    """Base of all errors that a user can cause and mend; the message names the thing and the remedy."""
+
+
+class ConfigError(RankFlowError):
+    """A policy file, an option or an argument is wrong, or asks for what cannot be."""
+
+
+class PlanError(RankFlowError):
+    """A plan does not fit the layout it is to be applied to."""
+
+
+class AdapterError(RankFlowError):
+    """A live model, or an adapter file, cannot be managed: not a LoRA, damaged, or an unsupported variant."""
+
+
+class OptimizerError(RankFlowError):
+    """The optimizer does not hold the adapter's parameters, or holds state nobody knows how to resize."""
+
+
+class CheckpointError(RankFlowError):
+    """Training state on disk is missing, damaged, or belongs to another run."""

@@ -1,0 +1,208 @@
+"""What a rank policy is: a frozen dataclass of settings with pure functions from what was observed to a plan.
+
+A policy never holds a module, a Parameter or an optimizer. Its fields are the keys of its YAML `params`, its state is
+a dict of tensors that checkpoints itself, and one file under `rankflow/policies/` is all a new one needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import ClassVar, Literal, Union
+
+from torch import Tensor
+
+from rankflow.budget import Budget, Limits
+from rankflow.errors import ConfigError, RankFlowError
+from rankflow.plan import Layout, RankPlan
+from rankflow.schedule import StepLike, When, resolve_step
+
+State = dict[str, Tensor]
+
+
+class Signal(str, Enum):
+    """What can be observed of a module; shapes are those of the flattened factors (``[experts, ...]`` in front for
+    expert tensors), values detached, on the module's device.
+
+    Taken in the backward pass, loss scale undone; over the micro-batches of one optimizer step they add up as `.grad`
+    does, so with a loss divided by the accumulation steps they are averages.
+    """
+
+    A = "A"  # [r, in]
+    B = "B"  # [out, r]
+    GRAD_A = "grad_A"  # [r, in], before clipping
+    GRAD_B = "grad_B"  # [out, r], before clipping
+    DELTA_SCORE = "delta_score"  # [], sum |DeltaW * dL/dDeltaW| / sqrt(out * in)
+    DELTA_SCORE_SAMPLED = "delta_score_sampled"  # [], the same from a seeded subset of output rows
+    SINGULAR_VALUES = "singular_values"  # [r], of DeltaW, descending, float64
+    S_A = "S_A"  # [r, r], sum of z z^T over tokens, float64
+    S_B = "S_B"  # [r, r], sum of d d^T over tokens, float64
+    TOKENS = "tokens"  # [], tokens that went into S_A and S_B
+    SKETCH = "sketch"  # [q, in], random rows of dL/dDeltaW
+
+
+Lazy = Union[Tensor, Callable[[], Tensor]]
+
+
+class Observation(Mapping[str, Mapping[Signal, Tensor]]):
+    """Module -> signal -> tensor for one optimizer step (or one `Study`). Callables are computed when first read."""
+
+    def __init__(
+        self, step: int, values: Mapping[str, Mapping[Signal, Lazy]] | None = None, study: str | None = None
+    ):
+        self.step = step
+        self.study = study
+        self._values = {name: _Record(name, signals) for name, signals in (values or {}).items()}
+
+    def __getitem__(self, name: str) -> Mapping[Signal, Tensor]:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def gather(self, signal: Signal) -> dict[str, Tensor]:
+        """One signal of every module that has it."""
+        return {name: record[signal] for name, record in self._values.items() if signal in record}
+
+
+class _Record(Mapping[Signal, Tensor]):
+    def __init__(self, name: str, values: Mapping[Signal, Lazy]):
+        self._name = name
+        self._values: dict[Signal, Lazy] = dict(values)
+
+    def __getitem__(self, signal: Signal) -> Tensor:
+        try:
+            value = self._values[signal]
+        except KeyError:
+            raise RankFlowError(
+                f"{self._name}: signal {signal.value!r} was not observed; a policy must name it in what it listens to"
+            ) from None
+        if not isinstance(value, Tensor):
+            value = self._values[signal] = value()
+        return value
+
+    def __contains__(self, signal: object) -> bool:
+        return signal in self._values
+
+    def __iter__(self) -> Iterator[Signal]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Passes over data that a policy asks for and the controller runs, leaving adapter, optimizer and RNG as they were.
+
+    Every batch is run once at each of `points`, a factor on the adapter's scaling; signals are averaged over all
+    passes and reach `Policy.observe` in an `Observation` whose `study` is this name.
+    """
+
+    name: str
+    signals: frozenset[Signal]
+    batches: int = 8
+    split: Literal["train", "outer"] = "train"
+    points: tuple[float, ...] = (1.0,)
+    probe_steps: int = 0  # plain SGD-free training steps on a scratch copy of the adapter first; 0 = none
+    when: Literal["start", "every"] = "start"  # before the first step, or before every decision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base of all policies. Subclasses add fields (their YAML `params`) and at least `decide`.
+
+    Budget and cadence arrive resolved: steps for percentages, rank or parameter totals for shares.
+    """
+
+    budget: Budget | None = None
+    when: When = field(default_factory=When)
+
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    source: ClassVar[str] = ""  # the paper or rule, one line, for `rankflow policies`
+
+    @property
+    def studies(self) -> tuple[Study, ...]:
+        return ()
+
+    def check(self, layout: Layout) -> None:
+        """Raise ConfigError if the budget cannot be met from `layout` with this cadence and these limits."""
+
+    def listen(self, step: int) -> frozenset[Signal]:
+        """Signals to take on the step whose optimizer update is the `step`-th. Nothing listens on other steps."""
+        return self.needs if self.when.due(step) else frozenset()
+
+    def init(self, layout: Layout) -> State:
+        return {}
+
+    def observe(self, state: State, obs: Observation, step: int) -> State:
+        return state
+
+    def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
+        """What is to change after optimizer step `step`; an empty plan for nothing."""
+        raise NotImplementedError
+
+    def decided(self, state: State, plan: RankPlan, layout: Layout, step: int) -> State:
+        """State after `plan` was applied and `layout` is what came of it."""
+        return state
+
+    penalty: ClassVar[Callable[..., Tensor] | None] = (
+        None  # (A [r, in], B [out, r]) -> scalar, added to the loss
+    )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One policy from step `begin` on, up to but without step `end`."""
+
+    policy: Policy
+    name: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Lifecycle:
+    """Phases in order, and the limits that hold throughout. A single policy is a lifecycle of one phase.
+
+    Before `resolve`, ends are `until` values as written (steps or percentages).
+    """
+
+    policies: tuple[tuple[str, Policy, StepLike | None], ...]  # (name, policy, until)
+    limits: Limits = field(default_factory=Limits)
+    source: str = ""  # where it was read from, for messages
+
+    def resolve(self, total_steps: int, layout: Layout) -> tuple[Layout, tuple[Phase, ...]]:
+        """Layout with limits in its slots, and phases in steps with budgets in whole units.
+
+        Raises:
+            ConfigError: phases out of order, limits that match nothing, or a budget that cannot be met.
+        """
+        if total_steps < 1:
+            raise ConfigError(f"total_steps is {total_steps}; a run has at least one step")
+        layout = self.limits.apply(layout)
+        phases: list[Phase] = []
+        begin = 0
+        for i, (name, policy, until) in enumerate(self.policies):
+            last = i == len(self.policies) - 1
+            end = (
+                total_steps + 1
+                if until is None
+                else resolve_step(until, total_steps, what=f"phases[{i}].until")
+            )
+            if until is None and not last:
+                raise ConfigError(f"phases[{i}] ({name}): only the last phase may leave out `until`")
+            if end <= begin:
+                raise ConfigError(f"phases[{i}] ({name}): ends at step {end} but begins at step {begin}")
+            policy = replace(
+                policy,
+                when=policy.when.resolve(total_steps, begin, end),
+                budget=policy.budget.resolve(layout) if policy.budget is not None else None,
+            )
+            phases.append(Phase(policy, name, begin, end))
+            begin = end
+        return layout, tuple(phases)

@@ -1,0 +1,144 @@
+"""When things happen and how a number moves between two events: step or fraction in, number out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Union
+
+from rankflow.errors import ConfigError
+
+StepLike = Union[int, str]  # 400, or "10%" of the whole run
+
+
+def resolve_step(value: StepLike, total_steps: int, *, what: str = "step") -> int:
+    """A step count, from a step or a percentage of the whole run (rounded to the nearest step).
+
+    Raises:
+        ConfigError: not a whole number of steps, not a percentage, negative, or over 100 %.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f"{what}: {value!r} is neither a number of steps nor a percentage such as '10%'")
+    if isinstance(value, str):
+        try:
+            percent = float(value.strip().removesuffix("%")) if value.strip().endswith("%") else math.nan
+        except ValueError:
+            percent = math.nan
+        if math.isnan(percent):
+            raise ConfigError(
+                f"{what}: {value!r} is neither a number of steps nor a percentage such as '10%'"
+            )
+        if not 0 <= percent <= 100:
+            raise ConfigError(f"{what}: {value} is not between 0% and 100%")
+        return round(percent / 100 * total_steps)
+    if value < 0:
+        raise ConfigError(f"{what}: {value} is negative")
+    return value
+
+
+@dataclass(frozen=True)
+class When:
+    """The steps on which a policy decides: `start`, `start + every`, ... below `stop`, counted in optimizer steps of
+    the whole run. A decision at step s comes after the s-th optimizer step.
+
+    Left out, `start` is where the phase begins (the first phase: one `every` into the run), `stop` where it ends.
+    """
+
+    start: StepLike | None = None
+    every: StepLike = "10%"
+    stop: StepLike | None = None
+
+    def resolve(self, total_steps: int, begin: int = 0, end: int | None = None) -> When:
+        """The same cadence in steps, clipped to the phase [begin, end).
+
+        Raises:
+            ConfigError: a bad step, or a cadence under one step.
+        """
+        end = total_steps + 1 if end is None else end
+        every = resolve_step(self.every, total_steps, what="when.every")
+        if every < 1:
+            if isinstance(self.every, str):
+                every = 1  # a small percentage of a short run still means "as often as can be"
+            else:
+                raise ConfigError("when.every: must be at least 1 step")
+        if self.start is None:
+            start = begin if begin > 0 else every
+        else:
+            start = resolve_step(self.start, total_steps, what="when.start")
+        start = max(start, 1)
+        if start < begin:
+            start += -(-(begin - start) // every) * every
+        stop = end if self.stop is None else min(end, resolve_step(self.stop, total_steps, what="when.stop"))
+        return When(start, every, stop)
+
+    @property
+    def _resolved(self) -> tuple[int, int, int]:
+        if isinstance(self.start, int) and isinstance(self.every, int) and isinstance(self.stop, int):
+            return self.start, self.every, self.stop
+        raise ConfigError(f"{self} still holds percentages; resolve it against the run's total steps first")
+
+    @property
+    def events(self) -> range:
+        """All due steps."""
+        start, every, stop = self._resolved
+        return range(start, stop, every)
+
+    def due(self, step: int) -> bool:
+        return step in self.events
+
+    def next(self, step: int) -> int | None:
+        """The first due step after `step`; None when there is none."""
+        events = self.events
+        if not events or step >= events[-1]:
+            return None
+        return events[0] if step < events[0] else events[(step - events.start) // events.step + 1]
+
+    def progress(self, step: int) -> float:
+        """Share of the events done once the one at `step` is: 1.0 at the last. 0 before the first."""
+        events = self.events
+        if not events or step < events[0]:
+            return 0.0
+        return min(1.0, ((step - events.start) // events.step + 1) / len(events))
+
+
+# -- curves: fraction in [0, 1] -> number ---------------------------------------------------------------------------
+
+Curve = Literal["constant", "linear", "cubic", "halving"]
+
+
+def _constant(first: float, last: float, t: float) -> float:
+    return last
+
+
+def _linear(first: float, last: float, t: float) -> float:
+    return first + (last - first) * t
+
+
+def _cubic(first: float, last: float, t: float) -> float:
+    """AdaLoRA's (arXiv 2303.10512, eq. 12) budget curve: most of the change comes early."""
+    return last + (first - last) * (1 - t) ** 3
+
+
+CURVES: dict[str, Callable[[float, float, float], float]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cubic": _cubic,
+}
+
+
+def curve(name: Curve | str, first: float, last: float, t: float) -> float:
+    """The value at fraction t of the way from `first` (t = 0) to `last` (t = 1, exactly).
+
+    `halving` walks the ladder first, first/2, ..., last in equal shares of the way.
+    """
+    if t >= 1:
+        return last
+    if name == "halving":
+        if last >= first:
+            return _linear(first, last, t)
+        rungs = max(1, math.ceil(math.log2(first / last))) if last > 0 else 1
+        return max(last, first / 2 ** math.floor(t * rungs + 1e-9))
+    if name not in CURVES:
+        raise ConfigError(f"unknown curve {name!r}; known: {', '.join([*CURVES, 'halving'])}")
+    return CURVES[name](first, last, t)
