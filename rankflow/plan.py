@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -120,9 +120,7 @@ class Layout(Mapping[str, Slot]):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
         known = {f.name for f in fields(Slot)}
-        return cls(
-            {name: Slot(**{k: v for k, v in slot.items() if k in known}) for name, slot in data.items()}
-        )
+        return cls({name: Slot(**{k: v for k, v in slot.items() if k in known}) for name, slot in data.items()})
 
 
 # -- ops ------------------------------------------------------------------------------------------------------------
@@ -204,7 +202,7 @@ class Train:
         return rank
 
 
-Op = Union[Keep, Refactor, Grow, Drop, Train]
+Op = Keep | Refactor | Grow | Drop | Train
 
 
 def _matrix_digest(t: Tensor) -> str:

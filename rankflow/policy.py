@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, Literal, Union
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -42,15 +42,13 @@ class Signal(str, Enum):
     SKETCH = "sketch"  # [q, in], random rows of dL/dDeltaW
 
 
-Lazy = Union[Tensor, Callable[[], Tensor]]
+Lazy = Tensor | Callable[[], Tensor]
 
 
 class Observation(Mapping[str, Mapping[Signal, Tensor]]):
     """Module -> signal -> tensor for one optimizer step (or one `Study`). Callables are computed when first read."""
 
-    def __init__(
-        self, step: int, values: Mapping[str, Mapping[Signal, Lazy]] | None = None, study: str | None = None
-    ):
+    def __init__(self, step: int, values: Mapping[str, Mapping[Signal, Lazy]] | None = None, study: str | None = None):
         self.step = step
         self.study = study
         self._values = {name: _Record(name, signals) for name, signals in (values or {}).items()}
@@ -150,9 +148,7 @@ class Policy:
         """State after `plan` was applied and `layout` is what came of it."""
         return state
 
-    penalty: ClassVar[Callable[..., Tensor] | None] = (
-        None  # (A [r, in], B [out, r]) -> scalar, added to the loss
-    )
+    penalty: ClassVar[Callable[..., Tensor] | None] = None  # (A [r, in], B [out, r]) -> scalar, added to the loss
 
 
 @dataclass(frozen=True)
@@ -189,11 +185,7 @@ class Lifecycle:
         begin = 0
         for i, (name, policy, until) in enumerate(self.policies):
             last = i == len(self.policies) - 1
-            end = (
-                total_steps + 1
-                if until is None
-                else resolve_step(until, total_steps, what=f"phases[{i}].until")
-            )
+            end = total_steps + 1 if until is None else resolve_step(until, total_steps, what=f"phases[{i}].until")
             if until is None and not last:
                 raise ConfigError(f"phases[{i}] ({name}): only the last phase may leave out `until`")
             if end <= begin:

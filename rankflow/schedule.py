@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal
 
 from rankflow.errors import ConfigError
 
-StepLike = Union[int, str]  # 400, or "10%" of the whole run
+StepLike = int | str  # 400, or "10%" of the whole run
 
 
 def resolve_step(value: StepLike, total_steps: int, *, what: str = "step") -> int:
@@ -26,9 +26,7 @@ def resolve_step(value: StepLike, total_steps: int, *, what: str = "step") -> in
         except ValueError:
             percent = math.nan
         if math.isnan(percent):
-            raise ConfigError(
-                f"{what}: {value!r} is neither a number of steps nor a percentage such as '10%'"
-            )
+            raise ConfigError(f"{what}: {value!r} is neither a number of steps nor a percentage such as '10%'")
         if not 0 <= percent <= 100:
             raise ConfigError(f"{what}: {value} is not between 0% and 100%")
         return round(percent / 100 * total_steps)
