@@ -1,0 +1,426 @@
+"""The order of calls, nothing else: probes -> observe -> (due?) decide -> apply -> append."""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankflow.adapters import Adapter
+from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
+from rankflow.ledger import Ledger
+from rankflow.optim import innermost
+from rankflow.plan import Layout, RankPlan
+from rankflow.policy import Lifecycle, Observation, Phase, Policy, State
+from rankflow.probes import Probes
+from rankflow.studies import run_study
+from rankflow.surgeon import Surgeon
+
+FORMAT = 1
+
+_attached: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+class Controller:
+    """Runs a lifecycle on one adapter of a live model. Use it through `rankflow.attach` or `RankFlowCallback`.
+
+    Call `before_step` when gradients are ready and `after_step` once the optimizer has stepped. Steps are counted on
+    the innermost optimizer itself, so gradient accumulation and steps skipped by a loss scaler never age anything.
+
+    Raises:
+        ConfigError: the policy cannot do its job here: a budget out of reach, data or a loss that was not given.
+        AdapterError, OptimizerError: the model or the optimizer cannot be managed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        lifecycle: Lifecycle,
+        *,
+        total_steps: int,
+        adapter_name: str = "default",
+        batches: Iterable[Any] | None = None,
+        outer_batches: Iterable[Any] | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        ledger: Ledger | None = None,
+        seed: int = 0,
+        on_unknown_state: str = "error",
+    ):
+        _refuse_several_processes()
+        if adapter_name in _attached.get(model, ()):
+            raise ConfigError(
+                f"adapter {adapter_name!r} of this model already has a controller; call .finish() or .detach() on it first"
+            )
+        self.model = model
+        self.seed = seed
+        self.total_steps = total_steps
+        self.lifecycle = lifecycle
+        self.ledger = ledger if ledger is not None else Ledger()
+        self._data = {"train": batches, "outer": outer_batches}
+        self._loss_fn = loss_fn
+        self._optimizer = innermost(optimizer)
+        self._scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper knows its own
+
+        self._adapter = Adapter(model, adapter_name)
+        self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, on_unknown_state=on_unknown_state)
+        self._probes = Probes(self._adapter, seed=seed)
+        self._first_layout = self._surgeon.layout
+        layout, self._phases = lifecycle.resolve(total_steps, self._first_layout)
+        for phase in self._phases:
+            phase.policy.check(layout)
+            self._require_data(phase)
+        self._surgeon.layout = layout
+
+        self.step = 0
+        self._counted = 0  # optimizer steps seen so far; `step` follows in after_step
+        self._phase = -1
+        self._state: State = {}
+        self._pending: Observation | None = None
+        self._skipped: str | None = None
+        self._begun = False
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(lambda *_: self._surgeon.ramps.before_step()),
+            self._optimizer.register_step_post_hook(lambda *_: self._count()),
+        ]
+        _attached.setdefault(model, set()).add(adapter_name)
+
+    # -- what a training loop calls ---------------------------------------------------------------------------------
+
+    def before_step(self, scaler: Any = None) -> None:
+        """Gradients are ready (all micro-batches done): read signals, add the penalty's gradient.
+
+        Pass the GradScaler of an own fp16 loop, before or after `unscale_`; accelerate's is found by itself.
+        """
+        self._begin()
+        scaler = scaler if scaler is not None else self._scaler
+        if self._probes.armed:
+            # The probes heard the backward pass, which ran at the loss scale whatever has been unscaled since.
+            scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+            self._pending = self._probes.collect(scale)
+        if self._policy.penalty is not None:
+            self._add_penalty(1.0 if scaler is None else _scale_in_force(scaler, self._optimizer))
+
+    def after_step(self) -> None:
+        """The optimizer has stepped and gradients are done with: decide and resize when due.
+
+        A call after which no optimizer step was counted (accumulation, a scaler's skipped step) changes nothing.
+        """
+        self._begin()
+        observed, self._pending = self._pending, None
+        if self._counted == self.step:
+            if observed is not None:
+                self._listen()
+            return
+        self.step = self._counted
+        self._advance(observed)
+        self._listen()
+
+    def penalty(self) -> Tensor:
+        """The policy's penalty as a term of the loss, for loops that want it there; 0 without one.
+
+        `before_step` adds its gradient by itself: use one or the other.
+        """
+        fn = self._policy.penalty
+        sites = [s for s in self._adapter.sites.values() if s.present]
+        if fn is None or not sites:
+            return torch.zeros(())
+        terms = [fn(site.a(), site.b()) for site in sites]
+        return torch.stack(terms).sum() / len(terms)
+
+    def finish(self) -> None:
+        """The run is over: take the hooks off and close the ledger with a `finish` event."""
+        if self._hooks:
+            self._begin()
+            self.ledger.append("finish", self.step, total_rank=self.layout.total_rank, params=self.layout.params)
+        self.detach()
+
+    def detach(self) -> None:
+        """Take all hooks off and let go of the model; ranks stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._probes.disarm()
+        _attached.get(self.model, set()).discard(self._adapter.name)
+
+    def __enter__(self) -> Controller:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.detach()
+
+    # -- what it knows ----------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        return self._surgeon.layout
+
+    @property
+    def version(self) -> int:
+        """Goes up by one with every resize: parameters taken before are stale."""
+        return self._surgeon.version
+
+    @property
+    def phase(self) -> Phase:
+        return self._phases[max(self._phase, 0)]
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return self._phases
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's factors as they are now, in the optimizer's order."""
+        return iter(self._adapter.parameters())
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger: total and mean rank, parameters, resizes, and the mean rank of each kind of module."""
+        layout = self.layout
+        kinds: dict[str, list[int]] = {}
+        for name, slot in layout.items():
+            kinds.setdefault(name.rpartition(".")[2], []).append(slot.rank)
+        return {
+            "rankflow/total_rank": layout.total_rank,
+            "rankflow/mean_rank": layout.total_rank / len(layout),
+            "rankflow/params": layout.params,
+            "rankflow/resizes": self.version,
+            **{f"rankflow/rank/{kind}": sum(ranks) / len(ranks) for kind, ranks in kinds.items()},
+        }
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether the layout is already within the last budget of the lifecycle (True where there is none)."""
+        budgets = [p.policy.budget for p in self._phases if p.policy.budget is not None]
+        return not budgets or budgets[-1].spent(self.layout) <= budgets[-1].amount
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on as if never stopped, beside model and optimizer: JSON values and tensors."""
+        self._begin()
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "phase": self._phase,
+            "version": self.version,
+            "seed": self.seed,
+            "layout": self.layout.to_json(),
+            "first_layout": self._first_layout.to_json(),
+            "ledger": self.ledger.events,
+            "ramps": self._surgeon.ramps.state_dict(),
+            "policy": dict(self._state),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`. Model and optimizer must already hold that checkpoint's tensors.
+
+        Raises:
+            CheckpointError: another format, or live ranks that are not the checkpoint's.
+        """
+        if state.get("format") != FORMAT:
+            raise CheckpointError(
+                f"training state has format {state.get('format')!r}; this rankflow reads format {FORMAT}"
+            )
+        layout = Layout.from_json(state["layout"])
+        if (live := self._adapter.layout().ranks) != layout.ranks:
+            wrong = next(n for n in {**layout.ranks, **live} if layout.ranks.get(n) != live.get(n))
+            raise CheckpointError(
+                f"{wrong}: rank is {live.get(wrong)} but {layout.ranks.get(wrong)} in the checkpoint (step "
+                f"{state['step']}); call rankflow.restore(model, checkpoint) before the optimizer is made"
+            )
+        if state["total_steps"] != self.total_steps:
+            warnings.warn(
+                f"the run had {state['total_steps']} steps and now has {self.total_steps}: percentages in the policy "
+                "now mean other steps",
+                stacklevel=2,
+            )
+        self._first_layout = Layout.from_json(state["first_layout"])
+        _, self._phases = self.lifecycle.resolve(self.total_steps, self._first_layout)
+        self.step = self._counted = int(state["step"])
+        self.seed = int(state["seed"])
+        self._phase = int(state["phase"])
+        self._state = dict(state["policy"])
+        self._surgeon.layout = layout
+        self._surgeon.version = int(state["version"])
+        self._surgeon.ramps.load_state_dict(state["ramps"])
+        self._pending = None
+        self.ledger.restore(state["ledger"], self.step)
+        self._begun = True
+        self._listen()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _policy(self) -> Policy:
+        return self.phase.policy
+
+    def _count(self) -> None:
+        self._surgeon.ramps.after_step()
+        self._counted += 1
+
+    def _begin(self) -> None:
+        """Put off until the first use, so that a resume is not mistaken for a new run."""
+        if self._begun:
+            return
+        self._begun = True
+        self.ledger.append(
+            "attach",
+            self.step,
+            layout=self.layout.to_json(),
+            phases=[{"policy": p.name, "begin": p.begin, "end": p.end} for p in self._phases],
+            total_steps=self.total_steps,
+            seed=self.seed,
+        )
+        self._enter(0)
+        self._listen()
+
+    def _enter(self, phase: int) -> None:
+        self._phase = phase
+        self._state = self._policy.init(self.layout)
+        self.ledger.append("phase", self.step, policy=self.phase.name, end=self.phase.end)
+        if (observed := self._study("start")) is not None:
+            self._decide(observed)
+
+    def _listen(self) -> None:
+        """Arm the probes for the next step, in the phase that step belongs to."""
+        upcoming = self.step + 1
+        phase = self._phases[self._phase_of(upcoming)]
+        signals = phase.policy.listen(upcoming)
+        if signals:
+            self._probes.arm(signals, upcoming)
+
+    def _phase_of(self, step: int) -> int:
+        for i in range(max(self._phase, 0), len(self._phases)):
+            if step < self._phases[i].end:
+                return i
+        return len(self._phases) - 1
+
+    def _advance(self, observed: Observation | None) -> None:
+        step = self.step
+        while self._phase < self._phase_of(step):
+            self._enter(self._phase + 1)
+        expected = self._policy.listen(step)
+        due = self._policy.when.due(step)
+        if expected and observed is None:
+            if due:
+                raise RankFlowError(
+                    f"step {step}: {self.phase.name} decides now but saw no signals; "
+                    "call before_step() after backward and before optimizer.step()"
+                )
+            return
+        if observed is not None:
+            if bad := _non_finite(observed):
+                self._skip(f"{bad} is not finite", warn=due)
+                return
+            self._state = self._policy.observe(self._state, observed, step)
+        if due:
+            if (studied := self._study("every")) is not None:
+                observed = studied
+            self._decide(observed if observed is not None else Observation(step))
+
+    def _decide(self, observed: Observation) -> None:
+        if not self._adapter.enabled:
+            self._skip("the adapter is disabled", warn=True)
+            return
+        began = time.perf_counter()
+        before = self.layout
+        try:
+            plan = self._policy.decide(self._state, observed, before, self.step)
+            if plan:
+                self._surgeon.apply(plan, self.step)
+        except PlanError as e:
+            raise PlanError(f"{e} (step {self.step}, policy {self.phase.name})") from e
+        if not plan:
+            self._skip(plan.reason or "nothing to change")
+            return
+        self._state = self._policy.decided(self._state, plan, self.layout, self.step)
+        self._record(plan, before, time.perf_counter() - began)
+
+    def _record(self, plan: RankPlan, before: Layout, seconds: float) -> None:
+        after = self.layout
+        self.ledger.append(
+            "resize",
+            self.step,
+            plan,
+            policy=self.phase.name,
+            reason=plan.reason,
+            ranks={n: s.rank for n, s in after.items() if s.rank != before[n].rank},
+            total_rank=after.total_rank,
+            params=after.params,
+            digest=after.digest,
+            seconds=round(seconds, 6),
+        )
+
+    def _skip(self, reason: str, *, warn: bool = False) -> None:
+        self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason)
+        if warn:
+            warnings.warn(f"step {self.step}: {self.phase.name} skips its decision: {reason}", stacklevel=4)
+
+    def _study(self, when: str) -> Observation | None:
+        """Run the policy's studies of this kind; the last Observation, or None when there are none."""
+        observed = None
+        for study in self._policy.studies:
+            if study.when == when:
+                observed = run_study(
+                    study,
+                    self._adapter,
+                    self.model,
+                    self._data[study.split] or (),
+                    self._loss_fn,
+                    seed=self.seed,
+                    step=self.step,
+                )
+                self._state = self._policy.observe(self._state, observed, self.step)
+        return observed
+
+    def _require_data(self, phase: Phase) -> None:
+        argument = {"train": "batches", "outer": "outer_batches"}
+        for study in phase.policy.studies:
+            if self._data[study.split] is None:
+                raise ConfigError(
+                    f"policy {phase.name} studies {study.batches} batches ({study.name}); "
+                    f"give them with {argument[study.split]}=..."
+                )
+
+    def _add_penalty(self, scale: float) -> None:
+        factors = [p for p in self._adapter.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self.penalty() * scale, factors, allow_unused=True)
+        for p, g in zip(factors, gradients, strict=True):
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad.add_(g)
+
+
+def _non_finite(observed: Observation) -> str | None:
+    """The first signal that holds an infinity or a NaN, as "module: signal"; one sync, on scored steps only."""
+    named = [(f"{m}: {s.value}", t) for m, r in observed.items() for s, t in r.items() if s.value != "singular_values"]
+    if not named:
+        return None
+    finite = torch.stack([torch.isfinite(t).all() for _, t in named]).tolist()
+    return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
+
+
+def _scale_in_force(scaler: Any, optimizer: Optimizer) -> float:
+    """What gradients are multiplied by at this moment: 1 once the scaler has unscaled them."""
+    if not scaler.is_enabled():
+        return 1.0
+    stage = scaler._per_optimizer_states[id(optimizer)]["stage"].name
+    return 1.0 if stage == "UNSCALED" else float(scaler.get_scale())
+
+
+def _refuse_several_processes() -> None:
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError(
+            f"rankflow resizes on one process and this run has {dist.get_world_size()}: replicas would drift apart. "
+            "Train on one process, or squeeze the saved adapter afterwards"
+        )

@@ -1,0 +1,71 @@
+"""The door for own training loops: `rankflow.attach`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankflow.config import PolicyLike, load_policy
+from rankflow.controller import Controller
+from rankflow.ledger import Ledger
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    policy: PolicyLike,
+    *,
+    total_steps: int,
+    adapter_name: str = "default",
+    batches: Iterable[Any] | None = None,
+    outer_batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    ledger: Ledger | str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    on_unknown_state: Literal["error", "reset"] = "error",
+) -> Controller:
+    """Manage the ranks of a PEFT LoRA adapter during training.
+
+    Args:
+        model: a PeftModel, or any model that PEFT has put LoRA layers into.
+        optimizer: holds the adapter's parameters; accelerate's wrapper is fine.
+        policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
+        total_steps: optimizer steps of the whole run; percentages in the policy refer to it.
+        batches, outer_batches: what policies that study data are given; `loss_fn(model, batch)` says how
+            (default: `model(**batch).loss`).
+        ledger: path of the JSONL record, or a `Ledger`; kept in memory when left out.
+        seed: of new directions; the global RNG is never touched.
+        on_unknown_state: `error` refuses optimizer state that nobody knows how to resize, `reset` starts it afresh.
+
+    Example::
+
+        flow = rankflow.attach(model, optimizer, "increlora", total_steps=1000)
+        for batch in loader:
+            model(**batch).loss.backward()
+            flow.before_step()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            flow.after_step()
+            optimizer.zero_grad()
+        flow.finish()
+
+    Raises:
+        ConfigError, AdapterError, OptimizerError: before anything is changed.
+    """
+    return Controller(
+        model,
+        optimizer,
+        load_policy(policy),
+        total_steps=total_steps,
+        adapter_name=adapter_name,
+        batches=batches,
+        outer_batches=outer_batches,
+        loss_fn=loss_fn,
+        ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger),
+        seed=seed,
+        on_unknown_state=on_unknown_state,
+    )

@@ -1,0 +1,102 @@
+"""Training checkpoints: the controller's state in a folder beside the adapter's files, and getting back to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rankflow.adapters import Adapter, reshape
+from rankflow.controller import Controller
+from rankflow.errors import CheckpointError
+from rankflow.formats import peft as peft_format
+from rankflow.plan import Layout
+
+FOLDER = "rankflow"
+_TENSOR = "tensor:"
+
+
+def save_state(controller: Controller, checkpoint: str | os.PathLike[str]) -> Path:
+    """Write `<checkpoint>/rankflow/`: state.json and state.safetensors. The folder appears whole or not at all."""
+    folder = Path(checkpoint) / FOLDER
+    partial = folder.with_name(f".{FOLDER}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    plain = _split(controller.state_dict(), tensors)
+    save_file(tensors, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps(plain, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return folder
+
+
+def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `save_state` wrote, for `Controller.load_state_dict`; None where a checkpoint has none.
+
+    Raises:
+        CheckpointError: the files are damaged.
+    """
+    folder = Path(checkpoint) / FOLDER
+    if not folder.is_dir():
+        return None
+    try:
+        plain = json.loads((folder / "state.json").read_text())
+        return _join(plain, load_file(folder / "state.safetensors"))
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise CheckpointError(f"{folder}: the rank state of this checkpoint is damaged ({e})") from e
+
+
+def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
+    """Give a live adapter the ranks of a saved one and load its weights, for people who load by hand.
+
+    Make the optimizer afterwards: parameters whose rank differs are new tensors. Modules the checkpoint does not have
+    leave the adapter and may come back later.
+
+    Raises:
+        CheckpointError: no adapter there, or one that has modules the model's adapter has not.
+    """
+    layout = match_layout(model, checkpoint, adapter_name)
+    set_peft_model_state_dict(model, load_peft_weights(os.fspath(checkpoint), device="cpu"), adapter_name)
+    return layout
+
+
+def match_layout(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
+    """Reshape a live adapter to the ranks and scalings of a saved one; its weights are then for the caller to load."""
+    adapter = Adapter(model, adapter_name)
+    saved = peft_format.layout(checkpoint)
+    if missing := [name for name in saved if name not in adapter.sites]:
+        raise CheckpointError(f"{checkpoint}: {missing[0]} is in the checkpoint but not in the model's adapter")
+    live = adapter.layout()
+    ranks = {name: saved[name].rank if name in saved else 0 for name in live}
+    if ranks != live.ranks:
+        reshape(adapter, ranks)
+    return adapter.layout()
+
+
+def _split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return _TENSOR + path
+    if isinstance(value, dict):
+        return {k: _split(v, tensors, f"{path}/{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_split(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
+    return value
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, str) and value.startswith(_TENSOR):
+        return tensors[value.removeprefix(_TENSOR)]
+    if isinstance(value, dict):
+        return {k: _join(v, tensors) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_join(v, tensors) for v in value]
+    return value
