@@ -1,7 +1,7 @@
-"""Append-only record of what was done and why. One JSON object a line; replaying it on the first layout gives the last.
+"""Append-only record of what was done and why: a JSON object a line. Replayed on the first layout it gives the last.
 
-Events: `attach` (the layout everything starts from), `resize` (plan, new ranks), `skip` (a decision that was due and not
-taken, and why), `phase`, `restore` (everything after the first `events` ones is void) and `finish`.
+Events: `attach` (the layout everything starts from), `resize` (plan, new ranks), `skip` (a decision that was due and
+not taken, and why), `phase`, `restore` (everything after the first `events` ones is void) and `finish`.
 """
 
 from __future__ import annotations
