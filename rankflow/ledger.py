@@ -77,17 +77,11 @@ class Ledger:
         Raises:
             CheckpointError: the ledger does not begin with an attach.
         """
-        return Layout.from_json(self._first["layout"]).with_ranks(self.history()[-1][1])
+        return self._layouts()[-1][1]
 
     def history(self) -> list[tuple[int, dict[str, int]]]:
         """(step, ranks of all modules) at the start and after every resize."""
-        layout = Layout.from_json(self._first["layout"])
-        out = [(int(self._first["step"]), layout.ranks)]
-        for event in self.events:
-            if event["event"] == "resize":
-                layout = replay(layout, event["plan"])
-                out.append((int(event["step"]), layout.ranks))
-        return out
+        return [(step, layout.ranks) for step, layout in self._layouts()]
 
     def plan(self, event: Event) -> RankPlan:
         """The plan of a `resize` event with its matrices, where they were kept.
@@ -99,11 +93,16 @@ class Ledger:
             raise CheckpointError(f"step {event['step']}: matrices were not kept; attach a Ledger(keep_matrices=True)")
         return RankPlan.from_json(event["plan"], load_file(self.path.parent / event["matrices"])["flat"])
 
-    @property
-    def _first(self) -> Event:
+    def _layouts(self) -> list[tuple[int, Layout]]:
         if not self.events or self.events[0]["event"] != "attach":
             raise CheckpointError("the ledger does not begin with an attach event; it is not whole")
-        return self.events[0]
+        layout = Layout.from_json(self.events[0]["layout"])
+        out = [(int(self.events[0]["step"]), layout)]
+        for event in self.events:
+            if event["event"] == "resize":
+                layout = replay(layout, event["plan"])
+                out.append((int(event["step"]), layout))
+        return out
 
     def _save_matrices(self, step: int, plan: RankPlan) -> str:
         assert self.path is not None
