@@ -56,7 +56,7 @@ class Controller:
         _refuse_several_processes()
         if adapter_name in _attached.get(model, ()):
             raise ConfigError(
-                f"adapter {adapter_name!r} of this model is already managed; call .finish() or .detach() on its controller first"
+                f"adapter {adapter_name!r} of this model already has a controller; .finish() or .detach() it first"
             )
         self.model = model
         self.seed = seed
