@@ -1,11 +1,19 @@
-"""Scores, limits and a budget in; ranks out. Ties go by (module, index)."""
+"""Scores, limits and a budget in; ranks out. The same input gives the same ranks on every machine.
+
+Modules that are tied move as one; everything else is a question of what one more direction is worth and costs.
+"""
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Literal, get_args
 
+from rankflow.errors import ConfigError, PlanError
+from rankflow.limits import Unit, units
 from rankflow.plan import Layout, Slot
 
 BudgetKind = Literal["mean_rank", "total_rank", "max_params", "size", "fraction"]
@@ -18,36 +26,176 @@ class Budget:
     mean_rank: total rank / modules matched at attach (those at rank 0 count), rounded down to a whole total.
     total_rank: sum of ranks. max_params: LoRA parameters. size: bytes of LoRA factors.
     fraction: share (0, 1] of the LoRA parameters at attach.
+
+    Raises:
+        ConfigError: an unknown kind, or an amount that is not positive, not whole where it must be, or a share over 1.
     """
 
     kind: BudgetKind
     amount: float
 
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(BudgetKind):
+            raise ConfigError(f"unknown budget {self.kind!r}; known: {', '.join(get_args(BudgetKind))}")
+        if not (math.isfinite(self.amount) and self.amount > 0):
+            raise ConfigError(f"budget {self.kind}: {self.amount} is not a positive number")
+        if self.kind in ("total_rank", "max_params", "size"):
+            if self.amount != int(self.amount):
+                raise ConfigError(f"budget {self.kind}: {self.amount} is not a whole number")
+            object.__setattr__(self, "amount", int(self.amount))
+        if self.kind == "fraction" and self.amount > 1:
+            raise ConfigError(f"budget fraction: {self.amount} is over 1, which is all parameters there are at attach")
+
+    def __str__(self) -> str:
+        return self.unit(self.amount)
+
+    def unit(self, amount: float) -> str:
+        """`amount` of what this budget counts, in words."""
+        match self.kind:
+            case "mean_rank" | "fraction":
+                return f"{self.kind} {amount:g}"
+            case "total_rank":
+                return f"total rank {amount:,}"
+        return f"{amount:,} {'bytes' if self.kind == 'size' else 'parameters'}"
+
     def resolve(self, layout: Layout) -> Budget:
-        """The same budget as `total_rank`, `max_params` or `size` with a whole amount."""
-        raise NotImplementedError
+        """The same budget as `total_rank`, `max_params` or `size` with a whole amount.
+
+        Raises:
+            ConfigError: a share so small that nothing is left of it.
+        """
+        share = Fraction(str(self.amount))  # 0.29 of 100 is 29, which floats would round down to 28
+        if self.kind == "mean_rank":
+            kind, amount = "total_rank", math.floor(share * len(layout))
+        elif self.kind == "fraction":
+            kind, amount = "max_params", math.floor(share * layout.params)
+        else:
+            return self
+        if amount < 1:
+            raise ConfigError(f"budget {self} of {len(layout)} modules leaves no rank at all")
+        return Budget(kind, amount)
 
     def cost(self, slot: Slot) -> int:
-        """What one unit of rank of `slot` costs in this (resolved) budget's unit."""
-        raise NotImplementedError
+        """What one unit of rank of `slot` costs in what this budget counts: ranks, parameters or bytes."""
+        if self.kind in ("mean_rank", "total_rank"):
+            return 1
+        return slot.params_per_rank * (slot.itemsize if self.kind == "size" else 1)
 
     def spent(self, layout: Layout) -> int:
-        raise NotImplementedError
+        """What `layout` costs, in the unit of the resolved budget."""
+        return sum(slot.rank * self.cost(slot) for slot in layout.values())
 
 
-@dataclass(frozen=True)
-class Limit:
-    pattern: str
-    min: int | None = None
-    max: int | None = None
+def reachable(layout: Layout, budget: Budget) -> tuple[int, int]:
+    """The smallest and the largest total that limits allow, in what the resolved budget counts."""
+    spans = [(unit.span, _cost(unit, budget)) for unit in units(layout)]
+    return sum(low * cost for (low, _), cost in spans), sum(high * cost for (_, high), cost in spans)
 
 
-@dataclass(frozen=True)
-class Limits:
-    entries: tuple[Limit, ...] = ()
-    ties: Mapping[str, Sequence[str]] | tuple = ()
-    buckets: tuple[int, ...] = ()
-    multiple: int = 1
+def _cost(unit: Unit, budget: Budget) -> int:
+    return sum(budget.cost(slot) for slot in unit.slots)
 
-    def apply(self, layout: Layout) -> Layout:
-        raise NotImplementedError
+
+def round_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores to a relative 1e-5, so that the last bits, which differ between machines, decide no ranking.
+
+    Raises:
+        PlanError: a score is not finite.
+    """
+    return {name: _rounded(score, name) for name, score in scores.items()}
+
+
+def _rounded(score: float, name: str) -> float:
+    if not math.isfinite(score):
+        raise PlanError(f"{name}: score is {score}; a decision needs finite scores")
+    return float(f"{score:.5e}")
+
+
+def allocate(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budget) -> dict[str, int]:
+    """Ranks that gain most within `budget` (resolved), limits and ties; module -> rank, for every module.
+
+    ``gains[module][i]`` is what direction i adds, not increasing with i. As many directions as it has entries can be
+    had (more only where a minimum asks for them), and as many are taken as the budget allows, worthless ones too.
+    The sum of gains is the greatest there is when all ranks cost the same and no bucket, multiple or tie applies;
+    otherwise it falls short by at most the largest single increment. Of equal gains the lower direction goes first,
+    then the earlier module, so that where all is equal ranks come out even.
+
+    Raises:
+        ConfigError: limits demand more than the budget, or the budget does not buy a single direction.
+        PlanError: a gain is not finite.
+    """
+    moving = units(layout)
+    costs = [_cost(unit, budget) for unit in moving]
+    have = [min(len(gains.get(name, ())) for name in unit.names) for unit in moving]
+    ranks = [unit.span[0] for unit in moving]
+    left = budget.amount - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    if left < 0:
+        least = budget.unit(budget.amount - left)
+        raise ConfigError(f"budget is {budget} but limits allow no less than {least}; raise it or lower the minima")
+    offers: list[tuple[float, int, int, int]] = []  # (-gain per cost, rank, unit, next rank)
+
+    def offer(i: int) -> None:
+        a, b = ranks[i], next(moving[i].ranks(ranks[i] + 1, have[i]), None)
+        if b is not None:
+            gain = math.fsum(g for name in moving[i].names for g in gains[name][a:b])
+            heapq.heappush(offers, (-_rounded(gain / ((b - a) * costs[i]), str(moving[i])), a, i, b))
+
+    for i in range(len(moving)):
+        offer(i)
+    while offers:
+        _, a, i, b = heapq.heappop(offers)
+        if (b - a) * costs[i] <= left:  # a unit whose next step is too dear stays behind; cheaper ones go on
+            left -= (b - a) * costs[i]
+            ranks[i] = b
+            offer(i)
+    if not any(ranks):
+        raise ConfigError(f"budget of {budget} does not buy a single direction in any module; raise it")
+    chosen = {name: rank for unit, rank in zip(moving, ranks, strict=True) for name in unit.names}
+    return {name: chosen[name] for name in layout}
+
+
+def even(layout: Layout, budget: Budget) -> dict[str, int]:
+    """Ranks as equal as limits allow that spend the whole budget; module -> rank."""
+    return allocate({name: [0.0] * slot.max_rank for name, slot in layout.items()}, layout, budget)
+
+
+def grow_by_score(
+    scores: Mapping[str, float], layout: Layout, budget: Budget, top_k: int | None, grow_by: int
+) -> dict[str, int]:
+    """One growth event: the `top_k` modules of highest score gain `grow_by` directions; module -> rank, where it grew.
+
+    Never passes the budget (resolved): the last event is cut short so that it is met exactly where ranks cost the
+    same and no bucket, multiple or tie applies, else to less than one increment. What a module cannot take because
+    of its limits goes to the next by score, and round again; `top_k` None grows until the budget is spent. Modules
+    below their minimum are brought up to it first. Tied modules count as one, with their mean score; of equal scores
+    the earlier module goes first; a module without a score has 0.
+
+    Raises:
+        ConfigError: minima demand more than the budget. PlanError: a score is not finite.
+    """
+    moving = units(layout)
+    ranks = [max(unit.rank, unit.span[0]) for unit in moving]
+    costs = [_cost(unit, budget) for unit in moving]
+    left = int(budget.amount) - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    if left < 0 and any(rank > unit.rank for rank, unit in zip(ranks, moving, strict=True)):
+        raise ConfigError(f"budget is {budget} but minima ask for {budget.unit(budget.amount - left)}; raise it")
+    means = [sum(scores.get(name, 0.0) for name in unit.names) / len(unit.names) for unit in moving]
+    order = sorted(range(len(moving)), key=lambda i: (-_rounded(means[i], str(moving[i])), i))
+    shares = sum(slot.max_rank for slot in layout.values()) if top_k is None else top_k * grow_by
+    grown = True
+    while grown:
+        grown = False
+        for i in order:
+            want = min(grow_by, shares)
+            new = _next_rank(moving[i], ranks[i], want, left // costs[i])
+            if want > 0 and new > ranks[i]:
+                left -= (new - ranks[i]) * costs[i]
+                shares -= new - ranks[i]
+                ranks[i], grown = new, True
+    return {name: rank for unit, rank in zip(moving, ranks, strict=True) if rank > unit.rank for name in unit.names}
+
+
+def _next_rank(unit: Unit, rank: int, want: int, afford: int) -> int:
+    """The allowed rank to grow to: the first that adds `want`, else the most that fits; `rank` itself if none does."""
+    ahead = next(unit.ranks(rank + want, rank + afford), None)
+    return ahead if ahead is not None else max(unit.ranks(rank + 1, rank + min(want - 1, afford)), default=rank)

@@ -13,8 +13,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rankflow.budget import Budget, Limits
+from rankflow.budget import Budget
 from rankflow.errors import ConfigError, RankFlowError
+from rankflow.limits import Limits
 from rankflow.plan import Layout, RankPlan
 from rankflow.schedule import StepLike, When, resolve_step
 
