@@ -57,12 +57,14 @@ def ratio_of_sums(
     return float(sum(arm) / sum(base)), float(low), float(high)
 
 
-def interleave(arms: Mapping[str, Callable[[int], None]], steps: int, seed: int = 0) -> dict[str, list[float]]:
+def interleave(
+    arms: Mapping[str, Callable[[int], None]], steps: int, seed: int = 0, start: int = 0
+) -> dict[str, list[float]]:
     """Seconds of each arm at each step; all arms run step i, in a fresh random order, before any runs step i + 1."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     order = list(arms)
     shuffle = random.Random(seed).shuffle
-    for i in range(steps):
+    for i in range(start, start + steps):
         shuffle(order)
         for name in order:
             began = time.perf_counter()
