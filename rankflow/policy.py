@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rankflow.budget import Budget
+from rankflow.budget import Budget, even
 from rankflow.errors import ConfigError, RankFlowError
 from rankflow.limits import Limits
 from rankflow.plan import Layout, RankPlan
@@ -121,11 +121,21 @@ class Policy:
     budget: Budget | None = None
     when: When = field(default_factory=When)
 
-    needs: ClassVar[frozenset[Signal]] = frozenset()
+    needs: ClassVar[frozenset[Signal]] = frozenset()  # all it may ever ask for; `listen` says what and when
     source: ClassVar[str] = ""  # the paper or rule, one line, for `rankflow policies`
 
     @property
     def studies(self) -> tuple[Study, ...]:
+        return ()
+
+    @property
+    def penalty(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """(A ``[*e, r, in]``, B ``[*e, out, r]``) -> scalar; its mean over the modules is added to the loss."""
+        return None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What somebody who starts this run should be told about how the settings work out in it."""
         return ()
 
     def check(self, layout: Layout) -> None:
@@ -148,8 +158,6 @@ class Policy:
     def decided(self, state: State, plan: RankPlan, layout: Layout, step: int) -> State:
         """State after `plan` was applied and `layout` is what came of it."""
         return state
-
-    penalty: ClassVar[Callable[..., Tensor] | None] = None  # (A [r, in], B [out, r]) -> scalar, added to the loss
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class Lifecycle:
             raise ConfigError(f"total_steps is {total_steps}; a run has at least one step")
         layout = self.limits.apply(layout)
         phases: list[Phase] = []
-        begin = 0
+        begin, expected = 0, layout
         for i, (name, policy, until) in enumerate(self.policies):
             last = i == len(self.policies) - 1
             end = total_steps + 1 if until is None else resolve_step(until, total_steps, what=f"phases[{i}].until")
@@ -196,6 +204,12 @@ class Lifecycle:
                 when=policy.when.resolve(total_steps, begin, end),
                 budget=policy.budget.resolve(layout) if policy.budget is not None else None,
             )
+            try:
+                policy.check(expected)
+                if policy.budget is not None:  # which module will have what is not known yet; how much there is, is
+                    expected = expected.with_ranks(even(expected, policy.budget))
+            except ConfigError as e:
+                raise ConfigError(f"phases[{i}] ({name}): {e}") from None
             phases.append(Phase(policy, name, begin, end))
             begin = end
         return layout, tuple(phases)

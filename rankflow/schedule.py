@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,21 +19,17 @@ def resolve_step(value: StepLike, total_steps: int, *, what: str = "step") -> in
     Raises:
         ConfigError: not a whole number of steps, not a percentage, negative, or over 100 %.
     """
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise ConfigError(f"{what}: {value} is negative")
+        return value
+    percent = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*%", value.strip()) if isinstance(value, str) else None
+    if percent is None:
         raise ConfigError(f"{what}: {value!r} is neither a number of steps nor a percentage such as '10%'")
-    if isinstance(value, str):
-        try:
-            percent = float(value.strip().removesuffix("%")) if value.strip().endswith("%") else math.nan
-        except ValueError:
-            percent = math.nan
-        if math.isnan(percent):
-            raise ConfigError(f"{what}: {value!r} is neither a number of steps nor a percentage such as '10%'")
-        if not 0 <= percent <= 100:
-            raise ConfigError(f"{what}: {value} is not between 0% and 100%")
-        return round(percent / 100 * total_steps)
-    if value < 0:
-        raise ConfigError(f"{what}: {value} is negative")
-    return value
+    share = float(percent[1])
+    if not 0 <= share <= 100:
+        raise ConfigError(f"{what}: {value} is not between 0% and 100%")
+    return round(share / 100 * total_steps)
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,13 @@ class When:
     the whole run. A decision at step s comes after the s-th optimizer step.
 
     Left out, `start` is where the phase begins (the first phase: one `every` into the run), `stop` where it ends.
+    `run` is the number of steps of the whole run, known once resolved.
     """
 
     start: StepLike | None = None
     every: StepLike = "10%"
     stop: StepLike | None = None
+    run: int | None = None
 
     def resolve(self, total_steps: int, begin: int = 0, end: int | None = None) -> When:
         """The same cadence in steps, clipped to the phase [begin, end).
@@ -55,11 +54,9 @@ class When:
         """
         end = total_steps + 1 if end is None else end
         every = resolve_step(self.every, total_steps, what="when.every")
-        if every < 1:
-            if isinstance(self.every, str):
-                every = 1  # a small percentage of a short run still means "as often as can be"
-            else:
-                raise ConfigError("when.every: must be at least 1 step")
+        if every < 1 and not isinstance(self.every, str):
+            raise ConfigError("when.every: must be at least 1 step")
+        every = max(every, 1)  # a small percentage of a short run still means "as often as can be"
         if self.start is None:
             start = begin if begin > 0 else every
         else:
@@ -68,7 +65,7 @@ class When:
         if start < begin:
             start += -(-(begin - start) // every) * every
         stop = end if self.stop is None else min(end, resolve_step(self.stop, total_steps, what="when.stop"))
-        return When(start, every, stop)
+        return When(start, every, stop, total_steps)
 
     @property
     def _resolved(self) -> tuple[int, int, int]:
@@ -118,25 +115,30 @@ def _cubic(first: float, last: float, t: float) -> float:
     return last + (first - last) * (1 - t) ** 3
 
 
-CURVES: dict[str, Callable[[float, float, float], float]] = {
+def _halving(first: float, last: float, t: float) -> float:
+    """LoRA-Squeeze's ladder (arXiv 2602.10993): first, first/2, ..., last, each rung an equal share of the way."""
+    if not 0 < last < first:
+        return _linear(first, last, t)
+    rungs = math.ceil(math.log2(first / last))
+    return max(last, first / 2 ** math.floor(t * rungs + 1e-9))
+
+
+CURVES: dict[Curve, Callable[[float, float, float], float]] = {
     "constant": _constant,
     "linear": _linear,
     "cubic": _cubic,
+    "halving": _halving,
 }
 
 
-def curve(name: Curve | str, first: float, last: float, t: float) -> float:
-    """The value at fraction t of the way from `first` (t = 0) to `last` (t = 1, exactly).
+def curve(name: Curve, first: float, last: float, t: float) -> float:
+    """The value at fraction t of the way from `first` to `last`, which t = 1 gives exactly.
 
-    `halving` walks the ladder first, first/2, ..., last in equal shares of the way.
+    `constant` is at `last` from the start; the others are at `first` for t = 0.
+
+    Raises:
+        ConfigError: no curve of that name.
     """
-    if t >= 1:
-        return last
-    if name == "halving":
-        if last >= first:
-            return _linear(first, last, t)
-        rungs = max(1, math.ceil(math.log2(first / last))) if last > 0 else 1
-        return max(last, first / 2 ** math.floor(t * rungs + 1e-9))
     if name not in CURVES:
-        raise ConfigError(f"unknown curve {name!r}; known: {', '.join([*CURVES, 'halving'])}")
-    return CURVES[name](first, last, t)
+        raise ConfigError(f"unknown curve {name!r}; known: {', '.join(CURVES)}")
+    return last if t >= 1 else CURVES[name](first, last, t)
