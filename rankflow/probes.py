@@ -1,0 +1,154 @@
+"""Hooks that fill an `Observation`: put on for one optimizer step, taken off when its gradients are there.
+
+What a signal needs of the forward pass rides on the autograd tape, not in a list of ours. So forwards whose
+loss is never backwarded vanish with their graph, two forwards before one backward stay apart, and gradient
+checkpointing recomputes our records along with its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankflow.adapters import Adapter
+from rankflow.errors import AdapterError, RankFlowError
+from rankflow.linalg import spectrum
+from rankflow.policy import Lazy, Observation, Signal
+from rankflow.recorder import DELTA, GRAMS, Mask, Recorder
+from rankflow.signals import Draws
+from rankflow.sites import Site
+
+_LAZY: dict[Signal, Callable[[Site], Tensor]] = {
+    Signal.A: lambda site: site.a().detach().clone(),
+    Signal.B: lambda site: site.b().detach().clone(),
+    Signal.SINGULAR_VALUES: lambda site: spectrum(site.a().detach(), site.b().detach(), site.scaling).sigma,
+}
+_LOSS_POWER = {Signal.S_A: 0, Signal.TOKENS: 0, Signal.S_B: 2}  # the other hook signals are linear in the loss
+
+
+class Probes:
+    """Listens to one adapter.
+
+    Hook signals are taken in backward, at every call of a module, and added up as `.grad` is. For delta scores, which
+    are not linear, each micro-batch counts by itself, and so does each call of a module that is called twice. A module
+    that backward did not reach, or that is frozen with nothing trained below it, has no hook signals in the
+    Observation. `A`, `B` and `singular_values` are those at the time of reading.
+
+    Where the model's own forward gets a 2-D `attention_mask`, tokens it hides are left out of `S_A`, `S_B` and `tokens`
+    in every layer whose input has its leading shape; convolutions count every position. With reentrant checkpointing
+    and several forwards before one backward, the last mask stands for all. A factor common to all modules (loss divided
+    by tokens or by accumulation steps) stays in `S_B`.
+
+    Args:
+        adapter: what to listen to.
+        seed: of sampled rows and sketches, together with step and module.
+        sample_rows: output rows that `delta_score_sampled` looks at.
+        sketch_rows: q of `sketch`; a few more than the directions wanted from it.
+    """
+
+    def __init__(self, adapter: Adapter, *, seed: int = 0, sample_rows: int = 64, sketch_rows: int = 16):
+        self.armed = False
+        self._adapter = adapter
+        self._seed = seed
+        self._sizes = (sample_rows, sketch_rows)
+        self._step = 0
+        self._signals: frozenset[Signal] = frozenset()
+        self._recorders: dict[str, Recorder] = {}
+        self._handles: list[Any] = []
+        self._stance: Any = None
+
+    def arm(self, signals: frozenset[Signal], step: int) -> None:
+        """Listen to the backward passes before the `step`-th optimizer step. What an earlier call heard is dropped.
+
+        Until `collect` or `disarm`, code under `torch.compile` runs eagerly where signals come from inside the forward:
+        a compiled graph would ignore new hooks.
+
+        Raises:
+            AdapterError: a module whose kind of layer does not have one of the signals.
+        """
+        self.disarm()
+        self._step, self._signals = step, frozenset(signals)
+        hooked = self._signals - _LAZY.keys()
+        sites = {name: site for name, site in self._adapter.sites.items() if site.present}
+        for site in sites.values():
+            _refuse(site, hooked)
+        self.armed = True
+        if not hooked:
+            return
+        mask = Mask()
+        for name, site in sites.items():
+            draws = Draws((self._seed, step, name), *self._sizes)
+            self._recorders[name] = recorder = Recorder(site, self._adapter.name, hooked, mask, draws)
+            self._handles += recorder.install()
+        if hooked & GRAMS:
+            self._handles.append(self._adapter.model.register_forward_pre_hook(mask.read, with_kwargs=True))
+        if hooked & (GRAMS | DELTA) and "torch._dynamo" in sys.modules:  # else nothing can be compiled
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def add_gradients(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
+        """Take the factors' gradients from `torch.autograd.grad`, which fills no `.grad` and calls no hook on it."""
+        for recorder in self._recorders.values():
+            for factor, parameter in (("A", recorder.site.A), ("B", recorder.site.B)):
+                if (gradient := gradients.get(parameter)) is not None:
+                    recorder.add_gradient(factor, gradient)
+
+    def collect(self, loss_scale: float = 1.0) -> Observation:
+        """What was heard since `arm`; takes the hooks off.
+
+        Call it when gradients are ready and before the optimizer steps. `loss_scale` is what the loss was multiplied by
+        in backward; whether `.grad` has been unscaled since does not matter.
+
+        Raises:
+            RankFlowError: not armed, or gradients came past hooks that heard nothing.
+        """
+        if not self.armed:
+            raise RankFlowError("probes are not armed for this step; call arm() before the forward pass")
+        hooked = self._signals - _LAZY.keys()
+        for name, recorder in self._recorders.items():
+            silent = sorted(s.value for s in (hooked & (GRAMS | DELTA)) - recorder.sums.keys())
+            if recorder.trained and silent:
+                raise RankFlowError(
+                    f"{name}: signal {silent[0]!r} heard no backward pass before step {self._step}, though the module "
+                    "got gradients: the forward ran before arm(), or in a compiled graph that was made before it"
+                )
+        if hooked and not any(recorder.sums for recorder in self._recorders.values()):
+            raise RankFlowError(
+                f"{', '.join(sorted(s.value for s in hooked))}: no backward pass reached any of the adapter's modules "
+                f"before step {self._step}; the adapter must be active, and before_step() called after backward"
+            )
+        values: dict[str, dict[Signal, Lazy]] = {}
+        for name, site in self._adapter.sites.items():
+            if site.present:
+                values[name] = {s: partial(read, site) for s, read in _LAZY.items() if s in self._signals}
+        for name, recorder in self._recorders.items():
+            for signal, value in recorder.sums.items():
+                power = _LOSS_POWER.get(signal, 1)
+                values[name][signal] = value / loss_scale**power if power and loss_scale != 1 else value
+        self.disarm()
+        return Observation(self._step, values)
+
+    def disarm(self) -> None:
+        """Take all hooks off and forget what was heard."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._recorders = {}
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+        self.armed = False
+
+
+def _refuse(site: Site, signals: frozenset[Signal]) -> None:
+    inner = sorted(s.value for s in signals & (GRAMS | DELTA))
+    if inner and (site.dora or site.kind not in ("linear", "conv", "embedding")):
+        raise AdapterError(
+            f"{site.name}: signal {inner[0]!r} does not exist for {'DoRA' if site.dora else site.kind} layers, whose "
+            "forward has no activation between A and B; use metric 'weights' or a policy that reads factors and their "
+            "gradients only, or keep the module out of the adapter"
+        )

@@ -1,0 +1,156 @@
+"""Passes over data that a policy asked for, from which model, optimizer and random state come back untouched."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from rankflow.adapters import Adapter
+from rankflow.errors import ConfigError, RankFlowError
+from rankflow.policy import Observation, Signal, Study
+from rankflow.probes import Probes
+from rankflow.seeds import keyed_generator
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def run_study(
+    study: Study,
+    adapter: Adapter,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn | None = None,
+    *,
+    seed: int = 0,
+    step: int = 0,
+) -> Observation:
+    """Run every batch at every point of `study` and average the signals over all passes.
+
+    The model is in eval mode and its random numbers are the study's own, keyed by (seed, step, name). Gradients are
+    taken with `torch.autograd.grad` into sums of the study's, so no `.grad` is touched and no hook on one is called.
+    Afterwards, or after an exception, scalings, modes, gradients and all random state are bit for bit what they were.
+    At a point p the adapter's scaling is p times its own, and so is what the signals see of it; `A`, `B` and
+    `singular_values` are read afterwards, at its own scaling.
+
+    Args:
+        batches: iterated afresh, and no further than `study.batches`; moved to the model's device. It may hold fewer.
+        loss_fn: `loss_fn(model, batch)` gives a scalar; `model(**batch).loss` when left out.
+
+    Raises:
+        ConfigError: no batch, points that are not positive, or probe steps, which nothing here trains.
+        RankFlowError: a batch without a loss.
+    """
+    _check(study)
+    probes = Probes(adapter, seed=seed)
+    factors = [p for s in adapter.sites.values() if s.present for p in (s.A, s.B) if p.requires_grad]
+    if not factors:
+        raise RankFlowError(f"study {study.name!r}: none of the adapter's factors trains, so there is no gradient")
+    loss_of = loss_fn if loss_fn is not None else _model_loss
+    passes = 0
+    with ExitStack() as stack:
+        stack.enter_context(_own_random_numbers(seed, step, study.name))
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.enable_grad())
+        stack.callback(probes.disarm)
+        probes.arm(study.signals, step)
+        for batch in itertools.islice(batches, study.batches):
+            batch = send_to_device(batch, factors[0].device)
+            for point in study.points:
+                with _scaled(adapter, point):
+                    loss = loss_of(model, batch)
+                    _check_loss(loss, study)
+                    gradients = torch.autograd.grad(loss, factors, allow_unused=True)
+                probes.add_gradients(dict(zip(factors, gradients, strict=True)))
+                passes += 1
+        if passes == 0:
+            raise ConfigError(
+                f"study {study.name!r} got no batch; give a list or a DataLoader, which can be iterated more than once"
+            )
+        total = probes.collect()
+    return _averaged(total, passes, study)
+
+
+def _check(study: Study) -> None:
+    if study.probe_steps:
+        raise ConfigError(
+            f"study {study.name!r}: probe_steps={study.probe_steps}, but studies do not train the adapter; use 0"
+        )
+    bad = [p for p in study.points if not (math.isfinite(p) and p > 0)]
+    if bad or not study.points:
+        raise ConfigError(
+            f"study {study.name!r}: points {list(study.points)} must be positive numbers, at least one; "
+            "at 0 no gradient reaches the adapter"
+        )
+
+
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+def _check_loss(loss: Any, study: Study) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise RankFlowError(
+            f"study {study.name!r}: the loss is {what}, not a scalar with a gradient; "
+            "put labels into the batches or pass loss_fn=lambda model, batch: ..."
+        )
+
+
+def _averaged(total: Observation, passes: int, study: Study) -> Observation:
+    lazy = {Signal.A, Signal.B, Signal.SINGULAR_VALUES}
+    values = {}
+    for name, record in total.items():
+        values[name] = {s: (lambda r=record, s=s: r[s]) if s in lazy else record[s] / passes for s in record}
+    return Observation(total.step, values, study.name)
+
+
+@contextmanager
+def _scaled(adapter: Adapter, point: float) -> Iterator[None]:
+    """The adapter's scaling times `point`, then exactly what it was."""
+    before = {name: dict(site.layer.scaling) for name, site in adapter.sites.items() if site.present}
+    try:
+        for name in before:
+            adapter.sites[name].layer.scaling[adapter.name] *= point
+        yield
+    finally:
+        for name, scaling in before.items():
+            adapter.sites[name].layer.scaling.update(scaling)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then every module back in its own."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def _own_random_numbers(*key: object) -> Iterator[None]:
+    """Global random state of torch, CUDA, Python and numpy as keyed by `key` inside, and as it was outside."""
+    # Data collators draw from numpy's global state, so that is the one to keep.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        seed = int(torch.randint(2**31, (), generator=keyed_generator(*key, "study")))
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
