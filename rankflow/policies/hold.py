@@ -1,0 +1,27 @@
+"""Hold: every rank stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rankflow.errors import ConfigError
+from rankflow.plan import Layout, RankPlan
+from rankflow.policy import Observation, Policy, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold(Policy):
+    """Changes nothing: for the last phase of a lifecycle, and as the plain LoRA to compare others with."""
+
+    source: ClassVar[str] = "plain LoRA, arXiv 2106.09685"
+
+    def check(self, layout: Layout) -> None:
+        if self.budget is not None and self.budget.spent(layout) > self.budget.amount:
+            raise ConfigError(
+                f"hold changes nothing, but the adapter has {self.budget.unit(self.budget.spent(layout))} and its "
+                f"budget is {self.budget}; put a policy that shrinks before it"
+            )
+
+    def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
+        return RankPlan(reason="ranks are held")

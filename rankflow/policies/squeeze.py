@@ -1,0 +1,223 @@
+"""Squeeze: ranks come down by the best low-rank approximation of what each module has learnt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from rankflow.budget import Budget, allocate, reachable
+from rankflow.errors import ConfigError
+from rankflow.limits import units
+from rankflow.linalg import Gauge, Metric, Spectrum, spectrum
+from rankflow.plan import Carry, Drop, Grow, Layout, Op, RankPlan, Refactor, Slot
+from rankflow.policy import Observation, Policy, Signal, State
+from rankflow.schedule import Curve, curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squeeze(Policy):
+    """LoRA-Squeeze (arXiv 2602.10993): train at a high rank, then keep DeltaW's leading singular directions only.
+
+    With events over a stretch of the run it is In-Squeeze, ranks coming down in stages; with one event some way before
+    the end, Cont-Squeeze; with one at the end, Post-Squeeze. At every event the total follows `shape` from what it was
+    when the phase began to the budget; modules whose rank stays are not touched. Instead of a budget, `energy` keeps
+    that share of every module's squared singular values, spread over the events so that all cuts together keep it.
+    Modules below their minimum rank are grown to it.
+
+    Differs:
+    - `allocate: global` gives a rank where it keeps most energy of all modules together; the paper has one rank for
+      all, which is `uniform`: ranks as equal as the budget and the present ranks allow;
+    - besides the norm of DeltaW (`weights`) it can keep what the data make of it: the layer's output (`outputs`) or,
+      to first order, the loss (`loss`), from averages over the `window` steps before each event;
+    - the SVD is that of the r x r core, exact, not a randomised one of DeltaW;
+    - optimizer state is carried through the cut; the paper leaves open what becomes of it;
+    - cut factors keep the balance of the old ones (`gauge: keep`), for an optimizer that steps entry by entry.
+    """
+
+    metric: Annotated[
+        Metric, Field(description="what a cut preserves best: the weights, the layer's outputs, or the loss")
+    ] = "weights"
+    shape: Annotated[
+        Curve, Field(description="how the total comes down over the events; constant: at the first one, all at once")
+    ] = "halving"
+    allocate: Annotated[
+        Literal["global", "uniform"],
+        Field(description="who gives up rank: whoever loses least energy, or all alike"),
+    ] = "global"
+    energy: Annotated[
+        float | None, Field(gt=0, lt=1, description="instead of a budget: share of its energy every module keeps")
+    ] = None
+    optimizer: Annotated[
+        Carry, Field(description="optimizer state of squeezed modules: carried through the cut, or started afresh")
+    ] = "carry"
+    rewarm: Annotated[
+        NonNegativeInt, Field(description="with reset: steps over which updates of squeezed modules ramp up again")
+    ] = 50
+    gauge: Annotated[
+        Gauge, Field(description="|A| to |B| after a cut: kept as it was, or singular values split evenly")
+    ] = "keep"
+    window: Annotated[
+        PositiveInt, Field(description="steps before each event over which outputs and loss are measured")
+    ] = 20
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.S_A, Signal.S_B, Signal.TOKENS})
+    source: ClassVar[str] = "LoRA-Squeeze, arXiv 2602.10993"
+
+    def check(self, layout: Layout) -> None:
+        if (self.budget is None) == (self.energy is None):
+            raise ConfigError("squeeze needs a budget, e.g. budget: {mean_rank: 4}, or params.energy, and not both")
+        if not self.when.events:
+            raise ConfigError("squeeze has no due step in its phase; check when.start, when.every and when.stop")
+        if (budget := self.budget) is None:
+            return
+        if budget.spent(layout) < budget.amount:
+            raise ConfigError(
+                f"squeeze only lowers ranks, but the adapter has {budget.unit(budget.spent(layout))} and its budget is "
+                f"{budget}; lower the budget, or put a policy that grows before it"
+            )
+        least, most = reachable(layout, budget)
+        if not least <= budget.amount <= most:
+            raise ConfigError(
+                f"budget is {budget} but limits allow only {budget.unit(least)} to {budget.unit(most)}; change either"
+            )
+
+    # -- what it listens to -----------------------------------------------------------------------------------------
+
+    @property
+    def _statistics(self) -> tuple[Signal, ...]:
+        return {"weights": (), "outputs": (Signal.S_A,), "loss": (Signal.S_A, Signal.S_B)}[self.metric]
+
+    def listen(self, step: int) -> frozenset[Signal]:
+        due = self.when.next(step - 1)
+        signals: set[Signal] = set()
+        if due is not None and self._statistics and due - step < self.window:
+            signals = {*self._statistics, Signal.TOKENS}
+        return frozenset(signals | {Signal.A, Signal.B} if step == due else signals)
+
+    def init(self, layout: Layout) -> State:
+        """`total`: what the adapter cost when the phase began; then sums ``[r, r]`` and tokens per module."""
+        spent = self.budget.spent(layout) if self.budget is not None else 0
+        return {"total": torch.tensor(spent, dtype=torch.int64)}
+
+    def observe(self, state: State, obs: Observation, step: int) -> State:
+        due = self.when.next(step - 1)
+        if due is None or not self._statistics:
+            return state
+        if int(state.get("due", torch.tensor(-1))) != due:  # the window of another event: not of these directions
+            state = {"total": state["total"], "due": torch.tensor(due)}
+        state = dict(state)
+        for name, signals in obs.items():
+            if not all(signal in signals for signal in (*self._statistics, Signal.TOKENS)):
+                continue
+            grams = [signals[signal] for signal in self._statistics]
+            finite = torch.stack([gram.isfinite().all() for gram in grams]).all()  # stays on the device: no waiting
+            for key, value in zip((*self._statistics, Signal.TOKENS), (*grams, signals[Signal.TOKENS]), strict=True):
+                value = torch.where(finite, value, 0).double()
+                at = f"{key.value}/{name}"
+                state[at] = value + state[at].to(value.device) if at in state else value
+        return state
+
+    def decided(self, state: State, plan: RankPlan, layout: Layout, step: int) -> State:
+        return {"total": state["total"]}
+
+    # -- what it does -----------------------------------------------------------------------------------------------
+
+    def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
+        target = None if self.budget is None else self._target(self.budget, state, step)
+        if target is not None and target.spent(layout) <= target.amount and _within_limits(layout):
+            return RankPlan(reason=f"the adapter is within {target} already")
+        present = [name for name, slot in layout.items() if slot.rank > 0]
+        for name in present:
+            for signal in (Signal.A, Signal.B):
+                if not bool(obs[name][signal].isfinite().all()):
+                    return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing is squeezed")
+        statistics = {name: self._measured(state, layout[name], name, step) for name in present}
+        unmeasured = [name for name in present if self._statistics and not statistics[name]]
+        if unmeasured and target is not None and self.allocate == "global":
+            # Energies in different metrics are in different units: they cannot share a budget
+            statistics = {name: {} for name in present}
+        spectra = {
+            name: spectrum(
+                obs[name][Signal.A],
+                obs[name][Signal.B],
+                layout[name].scaling,
+                metric=self.metric if statistics[name] else "weights",
+                S_A=statistics[name].get(Signal.S_A),
+                S_B=statistics[name].get(Signal.S_B),
+            )
+            for name in present
+        }
+        ranks = self._by_energy(spectra, layout, step) if target is None else self._by_budget(spectra, layout, target)
+        ops: dict[str, list[Op]] = {}
+        for name, rank in ranks.items():
+            if rank > layout[name].rank:
+                ops[name] = [Grow(rank - layout[name].rank)]
+            elif rank < layout[name].rank:
+                ops[name] = self._cut(spectra[name], rank, self.metric if statistics[name] else "weights")
+        reason = [f"{len(ops)} of {len(layout)} modules change, for {target or f'energy {self._share(step):.4g}'}"]
+        if total := math.fsum(float(s.gains.sum()) for s in spectra.values()):
+            lost = math.fsum(spectra[name].error(ranks[name]) ** 2 for name in ops if name in spectra)
+            reason.append(f"{1 - lost / total:.3%} of the energy stays")
+        if unmeasured:
+            fallen = sum(not measured for measured in statistics.values())
+            reason.append(f"{fallen} modules by weights, as {unmeasured[0]} was not measured")
+        rewarm = self.rewarm if self.optimizer == "reset" else 0
+        return RankPlan(ops, "; ".join(reason), state=self.optimizer, rewarm=rewarm)
+
+    def _measured(self, state: State, slot: Slot, name: str, step: int) -> dict[Signal, Tensor]:
+        """The averages ``[r, r]`` that the metric asks for, of this event's window and these directions; else nothing."""
+        tokens = state.get(f"{Signal.TOKENS.value}/{name}")
+        if int(state.get("due", torch.tensor(-1))) != step or tokens is None or not float(tokens) > 0:
+            return {}
+        sums = {signal: state[f"{signal.value}/{name}"] for signal in self._statistics}
+        if any(s.shape[-1] != slot.rank for s in sums.values()):
+            return {}
+        return {signal: s / tokens for signal, s in sums.items()}
+
+    def _target(self, budget: Budget, state: State, step: int) -> Budget:
+        """What may be left after the event at `step`."""
+        total = curve(self.shape, float(state["total"]), budget.amount, self.when.progress(step))
+        return Budget(budget.kind, max(int(total), int(budget.amount)))
+
+    def _share(self, step: int) -> float:
+        """The share of its energy that a module keeps at `step`; over all events they multiply to `energy`."""
+        if self.energy is None:
+            return 1.0
+        before = self.when.progress(step - self.when.events.step)
+        kept = curve(self.shape, 1.0, self.energy, before) if before > 0 else 1.0
+        return curve(self.shape, 1.0, self.energy, self.when.progress(step)) / kept
+
+    def _by_budget(self, spectra: Mapping[str, Spectrum], layout: Layout, target: Budget) -> dict[str, int]:
+        if self.allocate == "uniform":
+            return allocate({name: [0.0] * len(s.gains) for name, s in spectra.items()}, layout, target)
+        return allocate({name: s.gains.tolist() for name, s in spectra.items()}, layout, target)
+
+    def _by_energy(self, spectra: Mapping[str, Spectrum], layout: Layout, step: int) -> dict[str, int]:
+        """The smallest allowed ranks that keep the share due at `step`; what has no energy yet is left to learn."""
+        ranks, share = layout.ranks, self._share(step)
+        for unit in units(layout):
+            known = [spectra[name] for name in unit.names if name in spectra]
+            wanted = unit.rank
+            if share < 1 and any(float(s.gains.sum()) > 0 for s in known):
+                wanted = max(s.rank_for(share) for s in known)
+            low, high = unit.span
+            rank = next(unit.ranks(wanted, unit.rank), max(low, min(high, unit.rank)))
+            ranks |= dict.fromkeys(unit.names, rank)
+        return ranks
+
+    def _cut(self, spectrum: Spectrum, rank: int, metric: Metric) -> list[Op]:
+        if rank == 0:
+            return [Drop()]
+        cut = spectrum.cut(rank, self.gauge)
+        refactor = Refactor(cut.N, cut.M, metric)
+        return [refactor, Grow(cut.fresh)] if cut.fresh else [refactor]
+
+
+def _within_limits(layout: Layout) -> bool:
+    return all(slot.allows(slot.rank) for slot in layout.values())
