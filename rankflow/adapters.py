@@ -1,0 +1,234 @@
+"""Where PEFT keeps a LoRA adapter in a live model, found and checked; `Site` does the same for one module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftType
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from rankflow.errors import AdapterError
+from rankflow.journal import Journal
+from rankflow.patterns import exclude_modules, rank_config
+from rankflow.plan import Layout, Slot
+from rankflow.seeds import keyed_generator
+from rankflow.sites import Site, left_with
+
+
+class Adapter:
+    """One LoRA adapter of a live model, site by site.
+
+    `model` is a `PeftModel`, or any model into which PEFT has injected LoRA layers; DDP and torch.compile wrappers
+    around it do no harm. `sites` are in `named_modules` order under the names that `rank_pattern` would use; the
+    output projection of a `MultiheadAttention`, which PEFT adapts along with the input, is `<name>.out_proj`.
+
+    Raises:
+        AdapterError: there is no such adapter, or it cannot be resized: merged, not plain LoRA or DoRA, a grouped
+            convolution, factors shared between modules or split over devices. The message says which and why.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str = "default"):
+        self.model = model
+        self.name = adapter_name
+        root, self.config = _find(model, adapter_name)
+        self.sites: dict[str, Site] = {}
+        for name, layer, kind in _adapted(root, adapter_name):
+            inner = kind == "attention" and not isinstance(layer, MultiheadAttention)
+            self.sites[name] = Site(name, layer, adapter_name, kind, inner)
+        if not self.sites:
+            raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer in this model")
+        self.check()
+        self._tie(root)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter takes part in the forward pass."""
+        layers = [site.layer for site in self.sites.values() if site.present]
+        return all(not layer.disable_adapters and self.name in layer.active_adapters for layer in layers)
+
+    def layout(self) -> Layout:
+        """What exists now; limits are the widest that PEFT allows."""
+        return Layout({name: site.slot() for name, site in self.sites.items()})
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's parameters as they are now: factors, LoRA biases, DoRA magnitudes."""
+        for site in self.sites.values():
+            yield from site.tensors().values()
+
+    def check(self) -> None:
+        """Raise AdapterError if the adapter is, by now, in a state that cannot be resized."""
+        owner: dict[int, str] = {}
+        for name, site in self.sites.items():
+            if not site.present:
+                continue
+            _refuse_unsupported(name, site.layer, self.name)
+            for p in (site.A, site.B):
+                first = owner.setdefault(p.untyped_storage().data_ptr(), name)
+                if first != name and p.device.type != "meta":
+                    raise AdapterError(
+                        f"{first} and {name} share their LoRA factors; resizing would part them. Adapt only one of "
+                        "the two, or leave out ensure_weight_tying"
+                    )
+
+    def write_config(self, journal: Journal) -> None:
+        """Let the PEFT config say what the layers now are, so that what is saved can be loaded anywhere."""
+        sites = [s for s in self.sites.values() if not s.inner]
+        present = {s.name: s for s in sites if s.present}
+        absent = [s.name for s in sites if not s.present]
+        fields = rank_config({n: s.rank for n, s in present.items()}, {n: s.alpha for n, s in present.items()})
+        for field, value in fields._asdict().items():
+            journal.attr(self.config, field, value)
+        current = self.config.exclude_modules
+        excluded = exclude_modules(current, [*present], absent)
+        if excluded != current and not (isinstance(current, set) and excluded == sorted(current)):
+            journal.attr(self.config, "exclude_modules", excluded)
+
+    def _tie(self, root: nn.Module) -> None:
+        names: dict[int, int] = {}  # layer -> under how many names it is reached
+        for _, module in root.named_modules(remove_duplicate=False):
+            if isinstance(module, LoraLayer):
+                names[id(module)] = names.get(id(module), 0) + 1
+        by_weight: dict[int, list[Site]] = {}
+        for site in self.sites.values():
+            weight = getattr(site.layer.get_base_layer(), "weight", None)
+            if names[id(site.layer)] > 1:
+                site.min_rank = 1
+            if weight is not None and site.kind not in ("experts", "attention") and not self.config.layer_replication:
+                by_weight.setdefault(id(weight), []).append(site)
+            if site.kind == "attention":
+                site.tie = site.name.removesuffix(".out_proj") if site.inner else site.name
+        for sites in by_weight.values():
+            if len(sites) > 1:
+                for site in sites:
+                    site.tie, site.min_rank = sites[0].name, 1
+
+
+def reshape(adapter: Adapter, target: Mapping[str, int] | Layout) -> Layout:
+    """Bring live modules to the ranks (from a `Layout` also the scalings) of `target`, to have weights loaded.
+
+    Modules whose rank differs get fresh factors (A as PEFT draws it, B zero) and lose what they held; an optimizer
+    made before still holds the old ones. Modules that `target` does not name stay.
+
+    Raises:
+        AdapterError: `target` names a module that the adapter does not have, or a rank it cannot have.
+    """
+    for name, want in target.items():
+        rank = want.rank if isinstance(want, Slot) else want
+        if name not in adapter.sites:
+            raise AdapterError(f"{name}: not a module of adapter {adapter.name!r}")
+        if rank < adapter.sites[name].min_rank:
+            raise AdapterError(f"{name}: cannot have rank {rank}; its least is {adapter.sites[name].min_rank}")
+    ranks = {n: want.rank if isinstance(want, Slot) else want for n, want in target.items()}
+    if not any({**adapter.layout().ranks, **ranks}.values()):
+        raise AdapterError("no module would stay in the adapter; PEFT cannot load an adapter without one")
+    with Journal() as journal:
+        for name, want in target.items():
+            site, rank = adapter.sites[name], ranks[name]
+            scaling = want.scaling if isinstance(want, Slot) else None
+            if rank == 0:
+                if site.present:
+                    site.leave(journal)
+                continue
+            if not site.present:
+                site.rejoin(journal, site.build(adapter.config, rank))
+            slot = site.slot()
+            if rank != slot.rank or scaling not in (None, slot.scaling):
+                a, b = (site.A, site.B) if rank == slot.rank else _fresh(site, slot, rank)
+                site.put(journal, a, b, scaling)
+        adapter.write_config(journal)
+    return adapter.layout()
+
+
+def _fresh(site: Site, slot: Slot, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    lead = (slot.experts,) if slot.experts > 1 else ()
+    bound = 1.0 / math.sqrt(slot.in_features)
+    a = torch.empty(*lead, rank, slot.in_features).uniform_(-bound, bound, generator=keyed_generator(site.name, rank))
+    b = torch.zeros(*lead, slot.out_features, rank)
+    return (
+        nn.Parameter(site.raw_a(a).to(site.A).contiguous(), site.A.requires_grad),
+        nn.Parameter(site.raw_b(b).to(site.B).contiguous(), site.B.requires_grad),
+    )
+
+
+# -- finding and refusing ---------------------------------------------------------------------------------------------
+
+
+def _find(model: nn.Module, name: str) -> tuple[nn.Module, LoraConfig]:
+    """The module inside which names start, and the adapter's config."""
+    roots: list[tuple[nn.Module, Mapping[str, Any]]] = [
+        (m.model, m.peft_config) for m in model.modules() if isinstance(m, BaseTuner)
+    ]
+    if not roots:  # inject_adapter_in_model and transformers' add_adapter leave their configs on the model itself
+        roots = [(m, c) for m in model.modules() if isinstance(c := m.__dict__.get("peft_config"), dict)]
+    if not roots:
+        raise AdapterError(f"{type(model).__name__} has no LoRA adapter; wrap it with peft.get_peft_model first")
+    having = [(root, configs[name]) for root, configs in roots if name in configs]
+    if not having:
+        known = ", ".join(sorted({n for _, configs in roots for n in configs}))
+        raise AdapterError(f"no adapter {name!r} in this model; there is {known}")
+    if len(having) > 1:
+        raise AdapterError(f"{len(having)} models inside this one have an adapter {name!r}; pass the one that is meant")
+    root, config = having[0]
+    if config.peft_type != PeftType.LORA:
+        kind = PeftType(config.peft_type).value
+        raise AdapterError(f"adapter {name!r} is {kind}, not LORA; only plain LoRA can be resized")
+    return root, config
+
+
+def _adapted(root: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer, str]]:
+    """Name, layer and kind of every module that has the adapter, or had it when it was last resized."""
+    modules = dict(root.named_modules())
+    for path, layer in modules.items():
+        if not isinstance(layer, LoraLayer):
+            continue
+        left = left_with(layer, adapter)
+        if adapter not in layer.r and left is None:
+            continue
+        parts, kept = path.split("."), []
+        for i, part in enumerate(parts):
+            inside = isinstance(modules.get(".".join(parts[:i])), BaseTunerLayer)
+            if part != "_orig_mod" and not (part == "base_layer" and inside):
+                kept.append(part)
+        if isinstance(layer, ParamWrapper):
+            kept.append(layer.parameter_name)
+        name = ".".join(kept)
+        if left is not None and adapter not in layer.r:
+            yield name, layer, left.slot.kind
+            continue
+        _refuse_unsupported(name, layer, adapter)
+        outer = modules.get(path.removesuffix(".base_layer.out_proj"))
+        in_attention = isinstance(layer, MultiheadAttention) or isinstance(outer, MultiheadAttention)
+        yield name, layer, "attention" if in_attention else _kind(name, layer, adapter)
+
+
+def _kind(name: str, layer: LoraLayer, adapter: str) -> str:
+    if isinstance(layer, ParamWrapper):
+        return "experts"
+    if adapter in layer.lora_embedding_A:
+        return "embedding"
+    factors = (layer.lora_A[adapter], layer.lora_B[adapter])
+    for kind, cls in (("linear", nn.Linear), ("conv", nn.modules.conv._ConvNd)):
+        if all(isinstance(factor, cls) for factor in factors):
+            return kind
+    types = " and ".join(type(factor).__name__ for factor in factors)
+    raise AdapterError(f"{name}: its LoRA factors are {types}, which rankflow does not know how to resize")
+
+
+def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
+    if adapter in layer.merged_adapters:
+        raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
+    variant = type(layer.lora_variant[adapter]).__name__ if adapter in layer.lora_variant else "Dora"
+    if not variant.startswith("Dora"):
+        raise AdapterError(
+            f"{name}: uses PEFT's {variant.removesuffix('Variant')}, which ties what it computes to the rank or the "
+            "basis of its factors (or to the input); only plain LoRA and DoRA can be resized"
+        )
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        raise AdapterError(f"{name}: a grouped convolution ties rank to its groups; leave it out of target_modules")
+    if adapter in layer.lora_A and hasattr(getattr(layer.lora_A[adapter], "weight", None), "device_mesh"):
+        raise AdapterError(f"{name}: its LoRA factors are sharded over devices (DTensor) and cannot be resized here")

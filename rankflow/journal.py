@@ -1,0 +1,49 @@
+"""Writes that can be undone: all of them are made, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+
+class Journal:
+    """Remembers how to undo each write made through it, and does so when its `with` block is left by an exception."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def attr(self, owner: Any, name: str, value: Any) -> None:
+        """owner.name = value"""
+        old = getattr(owner, name)
+        self.write(lambda: setattr(owner, name, value), lambda: setattr(owner, name, old))
+
+    def contents(self, owner: dict[Any, Any] | list[Any], value: Mapping[Any, Any] | Iterable[Any]) -> None:
+        """Let a dict or a list hold what `value` holds, in that order, without becoming another object."""
+        old, new = owner.copy(), owner.__class__(value) if isinstance(owner, list) else dict(value)
+        self.write(lambda: _fill(owner, new), lambda: _fill(owner, old))
+
+    def write(self, do: Callable[[], object], undo: Callable[[], object]) -> None:
+        """`undo` must be right whether `do` failed before, halfway or after."""
+        self._undo.append(undo)
+        do()
+
+    def rollback(self) -> None:
+        """Undo everything, last write first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self.rollback()
+
+
+def _fill(owner: dict[Any, Any] | list[Any], value: Any) -> None:
+    if isinstance(owner, list):
+        owner[:] = value
+    else:
+        owner.clear()
+        owner.update(value)

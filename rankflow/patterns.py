@@ -1,0 +1,84 @@
+"""Ranks of an adapter as PEFT's config states them: a default, the exceptions, and the modules left out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+
+class RankConfig(NamedTuple):
+    """Values of the config fields of these names. Patterns are anchored, so each matches one module exactly."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+
+def anchored(name: str) -> str:
+    """The pattern that PEFT, which matches keys as regular expressions from any dot on, matches to `name` alone."""
+    return "^" + re.escape(name)
+
+
+def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
+    """The alpha that makes PEFT compute `scaling` at `rank`, exact where a float can be, an int where one is."""
+    divisor = math.sqrt(rank) if rslora else rank
+    alpha = scaling * divisor
+    for exact in (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
+        if exact / divisor == scaling:
+            return exact
+    return alpha
+
+
+def rank_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> RankConfig:
+    """Config fields for modules of rank > 0: the largest rank is the default, modules that differ get a pattern.
+
+    Both maps have the same keys. The default alpha is that of the first module of the largest rank.
+    """
+    r = max(ranks.values())
+    alpha = next(alphas[name] for name, rank in ranks.items() if rank == r)
+    return RankConfig(
+        r,
+        alpha,
+        {anchored(name): rank for name, rank in ranks.items() if rank != r},
+        {anchored(name): a for name, a in alphas.items() if a != alpha},
+    )
+
+
+def exclude_modules(
+    current: Collection[str] | str | None, present: Collection[str], absent: Collection[str]
+) -> list[str] | str | None:
+    """PEFT's `exclude_modules` that leaves out what `current` did and the modules in `absent`, and none in `present`.
+
+    A list of full names where that is unambiguous. PEFT matches list entries from any dot on, so where an absent
+    name is also the tail of a present one, and where the user's own value is a regular expression, it is one.
+    """
+    ours = {*present, *absent}
+    if isinstance(current, str):
+        return _as_regex(_strip(current, ours), absent)
+    users = sorted(set(current or ()) - ours)
+    if any(name.endswith("." + gone) for gone in absent for name in present):
+        tails = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in users)
+        return _as_regex(tails, absent)
+    return [*users, *absent] or None
+
+
+def _as_regex(users: str, absent: Collection[str]) -> str | None:
+    own = [f"(?:{users})"] if users and absent else [users] if users else []
+    return "|".join([*own, *map(re.escape, absent)]) or None
+
+
+def _strip(pattern: str, ours: Collection[str]) -> str:
+    """The user's part of what `_as_regex` made."""
+    names = {re.escape(name) for name in ours}
+    stripped = False
+    while True:
+        head, _, last = pattern.rpartition("|")
+        if last not in names:
+            break
+        pattern, stripped = head, True
+    if stripped and pattern.startswith("(?:") and pattern.endswith(")"):
+        return pattern[3:-1]
+    return pattern

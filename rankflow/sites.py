@@ -1,0 +1,297 @@
+"""One adapted module: its factors as plain matrices, and the writes that change its rank inside PEFT's layer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rankflow.errors import AdapterError
+from rankflow.journal import Journal
+from rankflow.patterns import alpha_for
+from rankflow.plan import Slot
+
+_MEMO = "_rankflow_left"  # attribute of a LoraLayer: adapter name -> Left
+_ABSENT: Any = object()
+
+
+@dataclass
+class Left:
+    """What a module that left the adapter needs to come back as it was."""
+
+    slot: Slot  # at rank 0
+    config_scaling: float
+    dtype: torch.dtype
+    requires_grad: tuple[bool, bool]
+    order: tuple[str, ...]  # of the layer's adapters, which is that of its parameters
+    dropout: nn.Module | None
+
+
+class Site:
+    """One module of the adapter. Factors are looked up on every access: a resize replaces them."""
+
+    def __init__(self, name: str, layer: LoraLayer, adapter: str, kind: str, inner: bool = False):
+        self.name = name
+        self.layer = layer
+        self.kind = kind  # linear, conv, embedding, attention, experts
+        self.inner = inner  # the output projection in a MultiheadAttention: PEFT knows it only as part of the whole
+        self.tie: str | None = None  # sites of one tie always have one rank
+        self.min_rank = 1 if kind in ("attention", "experts") else 0
+        self._adapter = adapter
+
+    # -- what is there ----------------------------------------------------------------------------------------------
+
+    @property
+    def present(self) -> bool:
+        """False while the module has left the adapter (rank 0)."""
+        return self._adapter in self.layer.r
+
+    @property
+    def A(self) -> nn.Parameter:
+        if not self.present:
+            raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
+        if self.kind == "embedding":
+            return self.layer.lora_embedding_A[self._adapter]
+        return self.layer.lora_A[self._adapter].weight  # type: ignore[return-value]
+
+    @property
+    def B(self) -> nn.Parameter:
+        if not self.present:
+            raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
+        if self.kind == "embedding":
+            return self.layer.lora_embedding_B[self._adapter]
+        return self.layer.lora_B[self._adapter].weight  # type: ignore[return-value]
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """All parameters of the module's adapter by role, in `named_parameters` order: A, B and, where they exist,
+        the bias of `lora_bias` and DoRA's magnitude, neither of which knows about rank. Empty at rank 0."""
+        if not self.present:
+            return {}
+        found = {"A": self.A, "B": self.B}
+        bias = getattr(self.layer.lora_B[self._adapter], "bias", None) if self.kind != "embedding" else None
+        if bias is not None:
+            found["bias"] = bias
+        if self._adapter in self.layer.lora_magnitude_vector:
+            found["magnitude"] = self.layer.lora_magnitude_vector[self._adapter].weight  # type: ignore[assignment]
+        return found
+
+    @property
+    def scaling(self) -> float:
+        return float(self.layer.scaling[self._adapter]) if self.present else self._left.slot.scaling
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.layer.use_dora.get(self._adapter, False))
+
+    @property
+    def trainable(self) -> bool:
+        return any(p.requires_grad for p in self.tensors().values()) if self.present else any(self._left.requires_grad)
+
+    @property
+    def experts(self) -> int:
+        return int(self.layer.num_experts) if self.kind == "experts" else 1  # type: ignore[arg-type]
+
+    @property
+    def rank(self) -> int:
+        return self.layer.r[self._adapter] if self.present else 0
+
+    @property
+    def alpha(self) -> float:
+        """What PEFT calls lora_alpha, at the present rank."""
+        return self.layer.lora_alpha[self._adapter]
+
+    def slot(self) -> Slot:
+        if not self.present:
+            return self._left.slot
+        a, b = self.a(self.A.detach()), self.b(self.B.detach())
+        if not (a.shape[-2] == b.shape[-1] == self.rank):
+            raise AdapterError(
+                f"{self.name}: PEFT says rank {self.rank} but A is {list(a.shape)} and B is {list(b.shape)}; "
+                "something else resized this adapter"
+            )
+        return Slot(
+            rank=self.rank,
+            in_features=a.shape[-1],
+            out_features=b.shape[-2],
+            scaling=self.scaling,
+            min_rank=self.min_rank,
+            kind=self.kind,
+            experts=self.experts,
+            itemsize=self.A.element_size(),
+            tie=self.tie,
+            trainable=self.trainable,
+        )
+
+    # -- canonical views --------------------------------------------------------------------------------------------
+
+    def a(self, t: Tensor | None = None) -> Tensor:
+        """A, or a tensor of its shape, as ``[*experts, r, in]``; a view wherever strides allow."""
+        t = self.A if t is None else t
+        return t.reshape(self.experts, -1, t.shape[-1]) if self.experts > 1 else t.flatten(1)
+
+    def b(self, t: Tensor | None = None) -> Tensor:
+        """B, or a tensor of its shape, as ``[*experts, out, r]``; a view wherever strides allow."""
+        t = self.B if t is None else t
+        if self.experts > 1:  # rank-major, expert-minor columns
+            return t.reshape(t.shape[0], -1, self.experts).permute(2, 0, 1)
+        return t.flatten(1)
+
+    def raw_a(self, t: Tensor) -> Tensor:
+        """Back from ``[*experts, r, in]`` to the shape that PEFT stores at that rank."""
+        if self.experts > 1:
+            return t.reshape(-1, t.shape[-1])
+        return t.reshape(t.shape[0], *self._kernel)
+
+    def raw_b(self, t: Tensor) -> Tensor:
+        """Back from ``[*experts, out, r]`` to the shape that PEFT stores at that rank."""
+        if self.experts > 1:
+            return t.permute(1, 2, 0).reshape(t.shape[1], -1)
+        return t.reshape(*t.shape, *[1] * (len(self._kernel) - 1))
+
+    @cached_property
+    def _kernel(self) -> tuple[int, ...]:
+        """Shape of one row of A as stored: (in,), or (channels, *kernel) of a convolution."""
+        base = self.layer.get_base_layer()
+        if self.kind == "conv":
+            return (int(base.in_channels), *base.kernel_size)  # type: ignore[arg-type, misc]
+        return (-1,)
+
+    # -- writes -----------------------------------------------------------------------------------------------------
+
+    def put(self, journal: Journal, A: nn.Parameter, B: nn.Parameter, scaling: float | None = None) -> None:
+        """Make `A` and `B`, in stored shape, the factors, and everything PEFT keeps beside them agree.
+
+        Scaling stays, and alpha follows the rank, unless another `scaling` is given.
+        """
+        layer, name = self.layer, self._adapter
+        rank = self.a(A.detach()).shape[-2]
+        kept = self._config_scaling() if scaling is None else scaling
+        alpha = alpha_for(kept, rank, bool(layer.use_rslora.get(name)))
+        if self.kind == "embedding":
+            for store, p in ((layer.lora_embedding_A, A), (layer.lora_embedding_B, B)):
+                journal.contents(store._parameters, {**store._parameters, name: p})
+        else:
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            journal.attr(down, "weight", A)
+            journal.attr(up, "weight", B)
+            width = "channels" if self.kind == "conv" else "features"
+            journal.attr(down, f"out_{width}", A.shape[0])
+            journal.attr(up, f"in_{width}", B.shape[1])
+        journal.contents(layer.r, {**layer.r, name: rank})
+        journal.contents(layer.lora_alpha, {**layer.lora_alpha, name: alpha})
+        if scaling is not None:
+            journal.contents(layer.scaling, {**layer.scaling, name: scaling})
+
+    def leave(self, journal: Journal) -> None:
+        """Rank 0: this adapter's entries leave the layer, whose wrapper, active adapters and other adapters stay.
+
+        Differs: `LoraLayer.delete_adapter` would make another adapter the active one.
+        """
+        layer, name = self.layer, self._adapter
+        stores = layer.lora_embedding_A if self.kind == "embedding" else layer.lora_A
+        left = Left(
+            slot=replace(self.slot(), rank=0),
+            config_scaling=self._config_scaling(),
+            dtype=self.A.dtype,
+            requires_grad=(self.A.requires_grad, self.B.requires_grad),
+            order=tuple(stores.keys()),
+            dropout=layer.lora_dropout._modules.get(name),
+        )
+        memo = vars(layer).setdefault(_MEMO, {})
+        journal.contents(memo, {**memo, name: left})
+        for store in _stores(layer):
+            if name in store:
+                journal.contents(store, {k: v for k, v in store.items() if k != name})
+
+    def build(self, config: LoraConfig, rank: int) -> list[Any]:
+        """Fresh entries for a module that is to come back, made by the layer itself; the layer stays as it is.
+
+        The global random state stays as it is too. Hand the result to `rejoin`.
+        """
+        layer, name, left = self.layer, self._adapter, self._left
+        plain = copy.copy(config)
+        plain.init_lora_weights = True  # the factors are ours to fill; other schemes change the base weight
+        plain.inference_mode = False
+        alpha = alpha_for(self._config_scaling(), rank, bool(config.use_rslora))
+        stores = _stores(layer)
+        before = [dict(store) for store in stores]
+        flags = [(p, p.requires_grad) for p in nn.Module.parameters(layer)]  # type: ignore[arg-type]
+        attrs = {k: vars(layer)[k] for k in ("_active_adapter", "adapter_layer_names") if k in vars(layer)}
+        device = next((p.device for p, _ in flags), torch.device("cpu"))
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                update = cast(Any, layer).update_layer
+                update(name, rank, lora_alpha=alpha, **_update_arguments(update, plain, self.name))
+            for p, flag in zip(self.tensors().values(), (*left.requires_grad, True, True), strict=False):
+                p.requires_grad_(flag)
+                p.data = p.data.to(left.dtype)
+            if left.dropout is not None:
+                layer.lora_dropout[name] = left.dropout
+            layer.scaling[name] = left.slot.scaling
+            return [store.get(name, _ABSENT) for store in stores]
+        finally:
+            for store, old in zip(stores, before, strict=True):
+                store.clear()
+                store.update(old)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+            vars(layer).pop("adapter_layer_names", None)
+            vars(layer).update(attrs)
+
+    def rejoin(self, journal: Journal, entries: list[Any]) -> None:
+        """Put the entries of `build` back in their old place among the layer's adapters."""
+        layer, name = self.layer, self._adapter
+        place = {adapter: i for i, adapter in enumerate(self._left.order)}
+        for store, entry in zip(_stores(layer), entries, strict=True):
+            if entry is not _ABSENT:
+                new = {**store, name: entry}
+                journal.contents(store, dict(sorted(new.items(), key=lambda kv: place.get(kv[0], len(place)))))
+        memo = vars(layer)[_MEMO]
+        journal.contents(memo, {k: v for k, v in memo.items() if k != name})
+
+    @property
+    def _left(self) -> Left:
+        return vars(self.layer)[_MEMO][self._adapter]
+
+    def _config_scaling(self) -> float:
+        """Scaling as rank and alpha give it; `set_scale` and `scale_layer` may have put another one in force."""
+        if not self.present:
+            return self._left.config_scaling
+        rank = self.rank
+        return self.alpha / (math.sqrt(rank) if self.layer.use_rslora.get(self._adapter) else rank)
+
+
+def _stores(layer: LoraLayer) -> list[dict[str, Any]]:
+    """Every plain dict in the layer that has one entry per adapter."""
+    found: list[dict[str, Any]] = []
+    for attr in dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")):
+        value = getattr(layer, attr, None)
+        if isinstance(value, nn.ModuleDict):
+            found.append(value._modules)
+        elif isinstance(value, nn.ParameterDict):
+            found += [value._keys, value._parameters]
+        elif isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _update_arguments(update: Any, config: LoraConfig, target_name: str) -> dict[str, Any]:
+    """Arguments of `update_layer`, which took the config's fields one by one before it took the config."""
+    wanted = inspect.signature(update).parameters
+    if "config" in wanted:
+        return {"config": config, "target_name": target_name}
+    skip = ("r", "lora_alpha")
+    return {field: getattr(config, field) for field in wanted if field not in skip and hasattr(config, field)}
+
+
+def left_with(layer: LoraLayer, adapter: str) -> Left | None:
+    """What the layer remembers of an adapter that has left it."""
+    return vars(layer).get(_MEMO, {}).get(adapter)
