@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 import weakref
@@ -17,12 +18,13 @@ from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowErr
 from rankflow.ledger import Ledger
 from rankflow.optim import innermost
 from rankflow.plan import Layout, RankPlan
-from rankflow.policy import Lifecycle, Observation, Phase, Policy, State
+from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.studies import run_study
 from rankflow.surgeon import Surgeon
 
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 _attached: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -32,6 +34,7 @@ class Controller:
 
     Call `before_step` when gradients are ready and `after_step` once the optimizer has stepped. Steps are counted on
     the innermost optimizer itself, so gradient accumulation and steps skipped by a loss scaler never age anything.
+    With `state`, a `state_dict` of an earlier controller, it goes on from there (see `load_state_dict`).
 
     Raises:
         ConfigError: the policy cannot do its job here: a budget out of reach, data or a loss that was not given.
@@ -52,6 +55,7 @@ class Controller:
         ledger: Ledger | None = None,
         seed: int = 0,
         on_unknown_state: str = "error",
+        state: dict[str, Any] | None = None,
     ):
         _refuse_several_processes()
         if adapter_name in _attached.get(model, ()):
@@ -71,12 +75,12 @@ class Controller:
         self._adapter = Adapter(model, adapter_name)
         self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, on_unknown_state=on_unknown_state)
         self._probes = Probes(self._adapter, seed=seed)
-        self._first_layout = self._surgeon.layout
+        self._first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
         layout, self._phases = lifecycle.resolve(total_steps, self._first_layout)
         for phase in self._phases:
-            phase.policy.check(layout)
             self._require_data(phase)
-        self._surgeon.layout = layout
+        if state is None:
+            self._surgeon.layout = layout
 
         self.step = 0
         self._counted = 0  # optimizer steps seen so far; `step` follows in after_step
@@ -90,6 +94,12 @@ class Controller:
             self._optimizer.register_step_post_hook(lambda *_: self._count()),
         ]
         _attached.setdefault(model, set()).add(adapter_name)
+        if state is not None:
+            try:
+                self.load_state_dict(state)
+            except BaseException:
+                self.detach()
+                raise
 
     # -- what a training loop calls ---------------------------------------------------------------------------------
 
@@ -148,6 +158,11 @@ class Controller:
         self._hooks = []
         self._probes.disarm()
         _attached.get(self.model, set()).discard(self._adapter.name)
+
+    @property
+    def attached(self) -> bool:
+        """False once `finish` or `detach` was called."""
+        return bool(self._hooks)
 
     def __enter__(self) -> Controller:
         return self
@@ -286,7 +301,11 @@ class Controller:
     def _enter(self, phase: int) -> None:
         self._phase = phase
         self._state = self._policy.init(self.layout)
-        self.ledger.append("phase", self.step, policy=self.phase.name, end=self.phase.end)
+        for note in self._policy.notes:
+            logger.info(note)
+        self.ledger.append(
+            "phase", self.step, policy=self.phase.name, end=self.phase.end, notes=list(self._policy.notes)
+        )
         if (observed := self._study("start")) is not None:
             self._decide(observed)
 
@@ -402,7 +421,7 @@ class Controller:
 
 def _non_finite(observed: Observation) -> str | None:
     """The first signal that holds an infinity or a NaN, as "module: signal"; one sync, on scored steps only."""
-    named = [(f"{m}: {s.value}", t) for m, r in observed.items() for s, t in r.items() if s.value != "singular_values"]
+    named = [(f"{m}: {s.value}", r[s]) for m, r in observed.items() for s in r if s is not Signal.SINGULAR_VALUES]
     if not named:
         return None
     finite = torch.stack([torch.isfinite(t).all() for _, t in named]).tolist()

@@ -27,6 +27,7 @@ def attach(
     ledger: Ledger | str | os.PathLike[str] | None = None,
     seed: int = 0,
     on_unknown_state: Literal["error", "reset"] = "error",
+    state: dict[str, Any] | None = None,
 ) -> Controller:
     """Manage the ranks of a PEFT LoRA adapter during training.
 
@@ -39,6 +40,8 @@ def attach(
             (default: `model(**batch).loss`).
         ledger: path of the JSONL record, or a `Ledger`; kept in memory when left out.
         seed: of new directions; the global RNG is never touched.
+        state: the `state_dict()` of the controller to go on from, once model and optimizer hold that checkpoint's
+            tensors again.
         on_unknown_state: `error` refuses optimizer state that nobody knows how to resize, `reset` starts it afresh.
 
     Example::
@@ -68,4 +71,5 @@ def attach(
         ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger),
         seed=seed,
         on_unknown_state=on_unknown_state,
+        state=state,
     )

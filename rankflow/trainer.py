@@ -93,6 +93,7 @@ class RankFlowCallback(TrainerCallback):
         late = self._wrapped is not model
         if late:
             self._wrap_load(model)
+        self._over_budget = False
         ledger = self.ledger if self.ledger is not None else Path(args.output_dir) / "rankflow.jsonl"
         self.flow = Controller(
             model,
@@ -102,17 +103,15 @@ class RankFlowCallback(TrainerCallback):
             adapter_name=self.adapter_name,
             ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger),
             seed=args.seed if self.seed is None else self.seed,
+            state=self._saved_state(state, late) if state.global_step > 0 else None,
             **self._options,
         )
-        if state.global_step > 0:
-            self._resume(args, state, late)
         if self.best == "any" and args.load_best_model_at_end:
             self._warn_any()
         self._forget_best(state)
         _log_first(self)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, late: bool) -> None:
-        assert self.flow is not None
+    def _saved_state(self, state: TrainerState, late: bool) -> dict[str, Any]:
         if late or self._loaded is None:
             raise CheckpointError(
                 f"training resumes at step {state.global_step} but RankFlowCallback joined the Trainer too late to see "
@@ -124,7 +123,7 @@ class RankFlowCallback(TrainerCallback):
                 f"{self._loaded} was saved without RankFlowCallback and does not say how far its ranks had come; "
                 "start anew from its adapter instead: rankflow.restore(model, checkpoint), then train()"
             )
-        self.flow.load_state_dict(saved)
+        return saved
 
     def _wrap_load(self, model: nn.Module) -> None:
         """Reshape before PEFT loads: it would refuse tensors of other ranks, and ignores the saved scaling."""
@@ -147,7 +146,7 @@ class RankFlowCallback(TrainerCallback):
     def _follow(self, checkpoint: str) -> None:
         """The best checkpoint was loaded at the end of training: ranks and ledger are now that checkpoint's."""
         saved = load_state(checkpoint)
-        if self.flow is not None and saved is not None and self.flow.step > 0:
+        if self.flow is not None and self.flow.attached and saved is not None:
             self.flow.load_state_dict(saved)
 
     # -- while training -------------------------------------------------------------------------------------------
