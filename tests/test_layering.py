@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "rankflow"
 CORE = ["errors", "seeds", "patterns", "plan", "schedule", "limits", "budget", "policy", "linalg", "rsvd", "policies"]
-RUNTIME = ["journal", "sites", "adapters", "optim", "handlers", "ramps", "probes", "studies", "surgeon", "ledger", "controller"]
+RUNTIME = [
+    "journal",
+    "sites",
+    "adapters",
+    "optim",
+    "handlers",
+    "ramps",
+    "probes",
+    "studies",
+    "surgeon",
+    "ledger",
+    "controller",
+]
 EDGES = ["config", "formats", "checkpoint", "resume", "loop", "trainer", "report", "cli", "__main__", "__init__"]
 LAYER = {name: rank for rank, names in enumerate((CORE, RUNTIME, EDGES)) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
