@@ -177,8 +177,9 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.sink(*gradients, *ctx.saved_tensors)
-        return (*gradients, *[None] * (1 + len(ctx.saved_tensors)))
+        kept = ctx.saved_tensors  # once: checkpointing refuses to recompute for a second look
+        ctx.sink(*gradients, *kept)
+        return (*gradients, None, *[None] * len(kept))
 
 
 class Mask:
