@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from rankflow.adapters import Adapter, reshape
 from rankflow.controller import Controller
-from rankflow.errors import CheckpointError
-from rankflow.formats import peft as peft_format
+from rankflow.errors import AdapterError, CheckpointError
+from rankflow.formats.peft import PeftAdapter
 from rankflow.plan import Layout
 
 FOLDER = "rankflow"
@@ -71,14 +72,15 @@ def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: 
 def match_layout(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
     """Reshape a live adapter to the ranks and scalings of a saved one; its weights are then for the caller to load."""
     adapter = Adapter(model, adapter_name)
-    saved = peft_format.layout(checkpoint)
+    try:
+        saved = PeftAdapter(Path(checkpoint)).layout
+    except AdapterError as e:
+        raise CheckpointError(str(e)) from None
     if missing := [name for name in saved if name not in adapter.sites]:
         raise CheckpointError(f"{checkpoint}: {missing[0]} is in the checkpoint but not in the model's adapter")
     live = adapter.layout()
-    ranks = {name: saved[name].rank if name in saved else 0 for name in live}
-    if ranks != live.ranks:
-        reshape(adapter, ranks)
-    return adapter.layout()
+    target = Layout({name: saved.get(name, replace(slot, rank=0)) for name, slot in live.items()})
+    return reshape(adapter, target)
 
 
 def _split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
