@@ -70,7 +70,6 @@ class Spectrum:
 
     sigma: Tensor
     live: Tensor
-    _scaling: float
     _roots: tuple[Tensor, Tensor]  # [*e, r, r] of A A^T and B^T B
     _directions: Callable[[int], tuple[Tensor, Tensor]] = field(repr=False)  # k -> N [*e, k, r], M [*e, r, k] at a = 1
 
@@ -147,15 +146,14 @@ class Spectrum:
             room = torch.where(mirrored, mirror_room, room)
         count = live.sum(-1)
         had = int((count + room).clamp(max=k).max())
-        # Live directions are a prefix; the first `room` of the new ones follow, then zeros
+        # Live directions are a prefix; the new ones follow, of which those past `room` are zero
         at = torch.arange(had, device=N.device).expand(*count.shape, had)
         new = at - count[..., None]
-        pick = torch.where(new < 0, at, N.shape[-2] + new.clamp(0, rows.shape[-2] - 1))
-        valid = new < room[..., None]
+        pick = torch.where(new < 0, at, N.shape[-2] + new)
         pool_N, pool_M = torch.cat([N, rows], -2), torch.cat([M, columns], -1)
         r = N.shape[-1]
-        N = pool_N.gather(-2, pick[..., :, None].expand(*pick.shape, r)) * valid[..., :, None]
-        M = pool_M.gather(-1, pick[..., None, :].expand(*pick.shape[:-1], r, had)) * valid[..., None, :]
+        N = pool_N.gather(-2, pick[..., :, None].expand(*pick.shape, r))
+        M = pool_M.gather(-1, pick[..., None, :].expand(*pick.shape[:-1], r, had))
         return Cut(N, M, k - had)
 
 
@@ -197,7 +195,6 @@ def spectrum(
     if backend != "exact" and metric != "weights":
         raise ConfigError(f"SVD backend {backend!r} works in metric 'weights' only; use 'exact' for {metric!r}")
     _check_statistics(A, metric, S_A, S_B)
-    s = abs(scaling)  # its sign is in DeltaW before and after a cut alike
     A64, B64 = _f64(A), _f64(B)
     gram_A, gram_B = A64 @ A64.mT, B64.mT @ B64
     for name, gram, factor in (("A", gram_A, A), ("B", gram_B, B)):
@@ -206,7 +203,7 @@ def spectrum(
 
     root_A, root_B = _root(gram_A), _root(gram_B)
     R_A = root_A if S_A is None else _root(_f64(S_A))
-    R_B = s * root_B if S_B is None else _root(_f64(S_B))
+    R_B = scaling * root_B if S_B is None else _root(_f64(S_B))
     U, sigma, Vh = torch.linalg.svd(R_B @ R_A.mT)
     scale = _largest_term(R_A, R_B)
     noise = 64 * torch.finfo(torch.float64).eps
@@ -214,7 +211,7 @@ def spectrum(
         noise = 4 * math.sqrt(max(torch.finfo(S.dtype).eps for S in (S_A, S_B) if S is not None))
     elif bool((sigma[..., -1] < _GRAM_LIMIT * scale).any()):
         root_A, root_B = _root_of_factor(A64.mT), _root_of_factor(B64)
-        R_A, R_B = root_A, s * root_B
+        R_A, R_B = root_A, scaling * root_B
         U, sigma, Vh = torch.linalg.svd(R_B @ R_A.mT)
     live = sigma > torch.maximum(RANK_EPS * sigma[..., 0], noise * scale)[..., None]
     inverse = torch.where(live, 1 / sigma, 0.0)
@@ -224,13 +221,13 @@ def spectrum(
 
     def randomised(k: int) -> tuple[Tensor, Tensor]:
         pairs = [
-            _randomised_directions(a, b, s, k, backend, oversample, n_iter, seed)
+            _randomised_directions(a, b, scaling, k, backend, oversample, n_iter, seed)
             for a, b in zip(A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), strict=True)
         ]
         N, M = (torch.stack(part) for part in zip(*pairs, strict=True))
         return N.reshape(*A.shape[:-2], *N.shape[1:]), M.reshape(*A.shape[:-2], *M.shape[1:])
 
-    return Spectrum(sigma, live, s, (root_A, root_B), exact if backend == "exact" else randomised)
+    return Spectrum(sigma, live, (root_A, root_B), exact if backend == "exact" else randomised)
 
 
 def refactor(A: Tensor, B: Tensor, N: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +243,8 @@ def carry_first(m: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
 
     Exact, for any linear average of gradients, where DeltaW does not change; `m` has its factor's canonical shape.
     """
-    return _like(_carry(m, N, M, factor), m)
+    bound = torch.finfo(m.dtype).max
+    return _like(_carry(m, N, M, factor).clamp(-bound, bound), m)
 
 
 def carry_second(
@@ -269,12 +267,10 @@ def carry_second(
     carried = _carry(v, _f64(N).square(), _f64(M).square(), factor)
     if m is not None:
         carried = torch.maximum(carried, bias_second * (_f64(m) / bias_first).square())
+    carried = carried.clamp(max=torch.finfo(v.dtype).max)
     stored = _like(carried, v)
-    # Rounding down, or to zero, would undo the bound
-    short = _f64(stored) < carried
-    return torch.where(short.to(v.device), torch.nextafter(stored, torch.full_like(stored, torch.inf)), stored).clamp(
-        max=torch.finfo(v.dtype).max
-    )
+    short = (_f64(stored) < carried).to(v.device)  # rounding down, or to zero, would undo the bound
+    return torch.where(short, torch.nextafter(stored, torch.full_like(stored, torch.inf)), stored)
 
 
 def _carry(moment: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
@@ -327,8 +323,7 @@ def rows_from_sketch(n: int, A: Tensor, sketch: Tensor, *, kind: str = "linear")
     norm = torch.where(norm > 0, norm, math.sqrt(A.shape[-1]) if kind == "embedding" else math.sqrt(1 / 3))
     _, span, basis = torch.linalg.svd(A64, full_matrices=False)
     basis = basis * (span > _SPAN_EPS * torch.linalg.vector_norm(span, dim=-1, keepdim=True))[..., None]
-    for _ in range(2):  # one projection leaves cancellation behind
-        outside = outside - outside @ basis.mT @ basis
+    outside = outside - outside @ basis.mT @ basis
     _, strength, directions = torch.linalg.svd(outside, full_matrices=False)
     usable = int((strength > 1e-5 * size).sum(-1).min())
     rows = directions[..., : min(n, usable), :]
@@ -345,9 +340,7 @@ def _f64(t: Tensor) -> Tensor:
 
 
 def _like(t: Tensor, like: Tensor) -> Tensor:
-    """To dtype and device of `like`; a finite number too large for the dtype becomes its largest."""
-    bound = torch.finfo(like.dtype).max
-    return t.clamp(-bound, bound).to(like.dtype).to(like.device)
+    return t.to(like.dtype).to(like.device)
 
 
 def _root(S: Tensor) -> Tensor:
