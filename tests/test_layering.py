@@ -22,7 +22,7 @@ RUNTIME = [
     "ledger",
     "controller",
 ]
-EDGES = ["config", "formats", "checkpoint", "resume", "loop", "trainer", "report", "cli", "__main__", "__init__"]
+EDGES = ["grammar", "config", "formats", "checkpoint", "resume", "loop", "trainer", "report", "cli", "__main__", "__init__"]
 LAYER = {name: rank for rank, names in enumerate((CORE, RUNTIME, EDGES)) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 

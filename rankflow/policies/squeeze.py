@@ -171,7 +171,7 @@ class Squeeze(Policy):
         return RankPlan(ops, "; ".join(reason), state=self.optimizer, rewarm=rewarm)
 
     def _measured(self, state: State, slot: Slot, name: str, step: int) -> dict[Signal, Tensor]:
-        """The averages ``[r, r]`` that the metric asks for, of this event's window and these directions; else nothing."""
+        """The averages ``[r, r]`` that the metric asks for, of this window and these directions; else nothing."""
         tokens = state.get(f"{Signal.TOKENS.value}/{name}")
         if int(state.get("due", torch.tensor(-1))) != step or tokens is None or not float(tokens) > 0:
             return {}

@@ -1,0 +1,265 @@
+"""Policy files: YAML in, a `Lifecycle` out. Whatever is wrong is said at once, each thing with its place."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rankflow import grammar
+from rankflow.errors import ConfigError
+from rankflow.limits import Limit, Limits
+from rankflow.policy import Lifecycle, Policy
+from rankflow.schedule import When
+
+PolicyLike = str | os.PathLike[str] | Mapping[str, Any] | Policy | Lifecycle
+
+schema = grammar.schema
+
+
+def load_policy(policy: PolicyLike) -> Lifecycle:
+    """A lifecycle from the path of a policy file, the name of a shipped one, a mapping of the same shape, or an object.
+
+    Raises:
+        ConfigError: no such file or name, or everything that is wrong in it, one line each.
+    """
+    if isinstance(policy, Lifecycle):
+        for name, member, _ in policy.policies:
+            _check_object(name, member)
+        return policy
+    if isinstance(policy, Policy):
+        shipped = type(policy).__module__.startswith("rankflow.policies.")
+        name = type(policy).__module__.rpartition(".")[2] if shipped else type(policy).__name__
+        return load_policy(Lifecycle(((name, policy, None),), source=name))
+    if isinstance(policy, Mapping):
+        return _parse(dict(policy), "policy mapping")
+    if not isinstance(policy, str | os.PathLike):
+        raise ConfigError(f"a policy is a path, a shipped name, a mapping or a Policy, not {type(policy).__name__}")
+    path = _find(policy)
+    return _parse(_read(path), str(path))
+
+
+def shipped() -> dict[str, Path]:
+    """The policy files that come with rankflow, by name: from the wheel, or beside the package in a checkout."""
+    packaged = Path(__file__).with_name("policy_files")
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "policies"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    type: str
+    default: Any
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A policy as `rankflow policies` shows it."""
+
+    name: str
+    source: str
+    summary: str
+    settings: tuple[Setting, ...]
+
+
+def describe() -> list[Description]:
+    """Every policy, with its settings, their types, defaults and meanings."""
+    found = []
+    for name in grammar.policy_names():
+        cls = grammar.policy_class(name)
+        hints = get_type_hints(cls, include_extras=True)
+        model = grammar.params_model(cls)
+        settings = tuple(
+            Setting(f.name, _type_name(hints[f.name]), f.default, model.model_fields[f.name].description or "")
+            for f in fields(cls)
+            if f.name in model.model_fields
+        )
+        found.append(Description(name, cls.source, (cls.__doc__ or "").strip().partition("\n")[0], settings))
+    return found
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        return _type_name(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_type_name, get_args(hint)))
+    return "null" if hint is NoneType else getattr(hint, "__name__", str(hint))
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def _find(policy: str | os.PathLike[str]) -> Path:
+    path = Path(policy)
+    known = shipped()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if path.is_file():
+            return path
+        hint = f"; a policy of that name is shipped: use {path.stem!r}" if path.stem in known else ""
+        raise ConfigError(f"{path}: no such file{hint}")
+    if str(policy) not in known:
+        raise ConfigError(f"no policy is called {str(policy)!r}{_nearest(str(policy), known)}")
+    return known[str(policy)]
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load, but a key that stands twice in a mapping is an error instead of silently winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from None
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as e:
+        place = f"line {e.problem_mark.line + 1}: " if e.problem_mark is not None else ""
+        hint = "; a pattern that begins with * needs quotes" if "alias" in str(e.problem) else ""
+        raise ConfigError(f"{path}: {place}not valid YAML: {e.problem}{hint}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from None
+
+
+# -- checking and building --------------------------------------------------------------------------------------------
+
+
+def _parse(data: Any, source: str) -> Lifecycle:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: a policy file is a mapping that begins with `policy:` or `phases:`")
+    several = "phases" in data
+    errors: dict[str, list[str]] = {}
+    if several and isinstance(data["phases"], list):
+        for i, phase in enumerate(data["phases"][:-1]):
+            if isinstance(phase, dict) and phase.get("until") is None:
+                errors[f"phases[{i}].until"] = ["is missing; only the last phase may leave it out"]
+    spec: Any = None
+    try:
+        if several:
+            spec = grammar.lifecycle_model().model_validate(data)
+        else:
+            spec = grammar.single_model().validate_python(data)
+    except ValidationError as e:
+        for error in e.errors(include_url=False):
+            place, message = _explain(error, data)
+            errors.setdefault(place, []).append(message)
+    if errors:
+        raise ConfigError("\n".join(f"{source}: {place}: {', or '.join(found)}" for place, found in errors.items()))
+    phases = spec.phases if several else [spec]
+    policies = tuple((phase.policy, _build(phase), getattr(phase, "until", None)) for phase in phases)
+    return Lifecycle(policies, _limits(spec, data), source)
+
+
+def _build(phase: grammar.PhaseSpec) -> Policy:
+    settings = {name: getattr(phase.params, name) for name in type(phase.params).model_fields}
+    return grammar.policy_class(phase.policy)(
+        budget=phase.budget.build() if phase.budget is not None else None,
+        when=When(**phase.when.model_dump(exclude_none=True)),
+        **settings,
+    )
+
+
+def _limits(spec: grammar.Shared, data: Mapping[str, Any]) -> Limits:
+    entries = (
+        Limit(pattern, limit.min, limit.max, peft=type(data["limits"][pattern]) is int)
+        for pattern, limit in spec.limits.items()
+    )
+    return Limits(tuple(entries), tuple(map(tuple, spec.tie)), tuple(spec.rank_buckets), spec.rank_multiple)
+
+
+def _check_object(name: str, policy: Policy) -> None:
+    """Settings of a shipped policy that was made in Python; others look after themselves."""
+    if not type(policy).__module__.startswith("rankflow.policies."):
+        return
+    model = grammar.params_model(type(policy))
+    try:
+        model.model_validate({key: getattr(policy, key) for key in model.model_fields})
+    except ValidationError as e:
+        found = [_explain(error, {}) for error in e.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{name}: {place}: {message}" for place, message in found)) from None
+
+
+def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
+    """Where, and what to do about it."""
+    loc = list(error["loc"])
+    tag = 2 if loc[:1] == ["phases"] else 0
+    # pydantic names the member of the union, which is not in the file
+    policy = loc.pop(tag) if len(loc) > tag and loc[tag] in grammar.policy_names() else None
+    if "params" in loc:
+        del loc[loc.index("params") + 2 :]  # nor are those of a union of values
+    message, given, context = error["msg"], error["input"], error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            key = loc[-1]
+            if "phases" in data and loc == [key] and key in grammar.PhaseSpec.model_fields:
+                message = "stands beside `phases`; a file has one policy or several phases: move it into a phase"
+            else:
+                message = f"unknown key{_nearest(str(key), _keys(loc[:-1], policy, 'phases' in data))}"
+        case "missing":
+            message = "is missing"
+        case "union_tag_invalid":
+            loc.append("policy")
+            message = f"no policy is called {context['tag']!r}{_nearest(context['tag'], grammar.policy_names())}"
+        case "union_tag_not_found":
+            loc.append("policy")
+            message = f"is missing; known: {', '.join(grammar.policy_names())}"
+        case "value_error":
+            message = message.removeprefix("Value error, ")
+        case "literal_error":
+            message = f"is {given!r}, but should be {context['expected']}"
+            message += _nearest(str(given), re.findall(r"'(\w+)'", context["expected"]), known=False)
+        case "model_type" | "dict_type":
+            message = f"should be a mapping, not {given!r}"
+        case _:
+            message = f"{message.removeprefix('Input ').lower()}, not {given!r}"
+    return _place(loc), message
+
+
+def _place(loc: Iterable[Any]) -> str:
+    def parts() -> Iterator[str]:
+        for part in loc:
+            yield f".{part}" if isinstance(part, str) and part.isidentifier() else f"[{part!r}]"
+
+    return "".join(parts()).removeprefix(".") or "the file"
+
+
+def _keys(loc: list[Any], policy: str | None, several: bool) -> list[str]:
+    """The keys that the mapping at `loc` may have."""
+    models: dict[str, type[BaseModel]] = {"budget": grammar.BudgetSpec, "when": grammar.WhenSpec}
+    if loc[:1] == ["limits"]:
+        return list(grammar.LimitSpec.model_fields)
+    if loc and loc[-1] == "params" and policy is not None:
+        return list(grammar.params_model(grammar.policy_class(policy)).model_fields)
+    if loc and loc[-1] in models:
+        return list(models[loc[-1]].model_fields)
+    if loc:
+        return [*grammar.PhaseSpec.model_fields, "until"]
+    return [*grammar.Shared.model_fields, *(["phases"] if several else grammar.PhaseSpec.model_fields)]
+
+
+def _nearest(wrong: str, valid: Iterable[str], *, known: bool = True) -> str:
+    """How a message about `wrong` goes on: the name that was probably meant, and those there are."""
+    valid = list(valid)
+    close = difflib.get_close_matches(wrong, valid, 1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{meant or ';'} known: {', '.join(valid)}" if known else meant
