@@ -172,11 +172,11 @@ def _parse(data: Any, source: str) -> Lifecycle:
 
 def _build(phase: grammar.PhaseSpec) -> Policy:
     settings = {name: getattr(phase.params, name) for name in type(phase.params).model_fields}
-    return grammar.policy_class(phase.policy)(
-        budget=phase.budget.build() if phase.budget is not None else None,
-        when=When(**phase.when.model_dump(exclude_none=True)),
-        **settings,
-    )
+    if phase.when is not None:
+        settings["when"] = When(**phase.when.model_dump(exclude_none=True))
+    if phase.budget is not None:
+        settings["budget"] = phase.budget.build()
+    return grammar.policy_class(phase.policy)(**settings)
 
 
 def _limits(spec: grammar.Shared, data: Mapping[str, Any]) -> Limits:

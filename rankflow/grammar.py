@@ -158,7 +158,7 @@ class PhaseSpec(Strict):
 
     policy: Any
     budget: BudgetSpec | None = None
-    when: WhenSpec = WhenSpec()
+    when: WhenSpec | None = None
     params: Any = None
 
 

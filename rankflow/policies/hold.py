@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rankflow.errors import ConfigError
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, Policy, State
+from rankflow.schedule import When
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hold(Policy):
     """Changes nothing: for the last phase of a lifecycle, and as the plain LoRA to compare others with."""
+
+    when: When = field(default_factory=lambda: When(stop=0))  # never due: nothing is asked, nothing is recorded
 
     source: ClassVar[str] = "plain LoRA, arXiv 2106.09685"
 
