@@ -273,6 +273,24 @@ def test_masked_tokens_are_no_tokens(door: str):
     assert heard[key][Signal.TOKENS] == batch["attention_mask"].sum()
 
 
+def test_hidden_tokens_that_reach_the_loss_are_left_out_of_both_grams():
+    class Tokenwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(5, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.lin(x).square().sum()
+
+    model = get_peft_model(Tokenwise(), LoraConfig(r=2, target_modules=["lin"]), autocast_adapter_dtype=False)
+    randomise(model)
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    signals = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})
+    close(hear(model, lambda: model(x, mask).backward(), signals),
+          hear(model, lambda: model(x[mask].unsqueeze(0)).backward(), signals), signals, 1e-12)  # fmt: skip
+
+
 def test_the_loss_scale_is_undone():
     model = lora("embedding")
     plain = hear(model, lambda: loss_of(model, "embedding").backward())
@@ -456,6 +474,14 @@ def test_each_adapter_is_heard_by_itself():
     loss_of(model, "linear").backward()
     with pytest.raises(RankFlowError, match="no backward pass reached"):
         both[0].collect()
+
+
+def test_an_embedding_whose_adapter_is_not_in_use_is_not_heard():
+    model = lora("embedding")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["emb"], init_lora_weights=False))
+    model.set_adapter("other")
+    with pytest.raises(RankFlowError, match="no backward pass reached"):
+        hear(model, lambda: loss_of(model, "embedding").backward())
 
 
 @pytest.mark.parametrize(
