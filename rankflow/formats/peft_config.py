@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankflow.errors import AdapterError
+from rankflow.patterns import alpha_for, exclude_modules, rank_config
 
 CONFIG = "adapter_config.json"
 
@@ -86,43 +85,19 @@ def resized_config(
 ) -> dict[str, Any]:
     """The adapter's config at other ranks, every module's scaling as it was.
 
-    `modules` maps a name to (the names patterns are matched against, scaling). `r` is the largest rank and
-    `lora_alpha` gives it the commonest scaling, so that a server that reads nothing but these two is right about an
-    adapter of one scaling. Patterns hold only what differs, by anchored, escaped names: PEFT would match a bare name
-    against every module that ends in it.
+    `modules` maps a name to (the names PEFT matches patterns against, scaling).
     """
-    kept = {name: about for name, about in modules.items() if ranks[name]}
-    r = max(ranks[name] for name in kept)
-
-    def alpha(scaling: float, rank: int) -> float | int:
-        value = scaling * (math.sqrt(rank) if config.get("use_rslora") else rank)
-        whole = round(value)
-        return whole if math.isclose(value, whole, rel_tol=1e-12) else value
-
-    lora_alpha = alpha(Counter(scaling for _, scaling in kept.values()).most_common(1)[0][0], r)
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float | int] = {}
-    for name, (pattern_names, scaling) in kept.items():
-        for key in ("^" + re.escape(n) for n in pattern_names):
-            if ranks[name] != r:
-                rank_pattern[key] = ranks[name]
-            if (own := alpha(scaling, ranks[name])) != lora_alpha:
-                alpha_pattern[key] = own
-    new = dict(config)
-    new |= {"r": r, "lora_alpha": lora_alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    left = [name for name in modules if not ranks[name]]
-    if left:
-        new["exclude_modules"] = _excluding(config.get("exclude_modules"), left)
+    present = [name for name in modules if ranks[name]]
+    absent = [name for name in modules if not ranks[name]]
+    matched = {key: (ranks[name], modules[name][1]) for name in present for key in modules[name][0]}
+    rslora = bool(config.get("use_rslora"))
+    fields = rank_config(
+        {key: rank for key, (rank, _) in matched.items()},
+        {key: alpha_for(scaling, rank, rslora) for key, (rank, scaling) in matched.items()},
+    )
+    new = {**config, **fields._asdict()}
+    if absent:
+        new["exclude_modules"] = exclude_modules(config.get("exclude_modules"), present, absent)
     if config.get("init_lora_weights") == "orthogonal":
         new["init_lora_weights"] = True  # loading would refuse odd ranks, and all weights come from the file anyway
     return new
-
-
-def _excluding(present: str | list[str] | None, names: list[str]) -> str:
-    """`exclude_modules` as a regex that adds exactly `names`; a list would also match every name that ends in one."""
-    exact = "|".join(re.escape(name) for name in names)
-    if not present:
-        return exact
-    if isinstance(present, str):
-        return f"(?:{present})|{exact}"
-    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in present)})|{exact}"
