@@ -135,7 +135,7 @@ def _read(path: Path) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as e:
         place = f"line {e.problem_mark.line + 1}: " if e.problem_mark is not None else ""
-        hint = "; a pattern that begins with * needs quotes" if "alias" in str(e.problem) else ""
+        hint = "; a pattern that begins with * needs quotes" if "alias" in f"{e.context} {e.problem}" else ""
         raise ConfigError(f"{path}: {place}not valid YAML: {e.problem}{hint}") from None
     except yaml.YAMLError as e:
         raise ConfigError(f"{path}: not valid YAML: {e}") from None
