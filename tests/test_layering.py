@@ -22,7 +22,22 @@ RUNTIME = [
     "ledger",
     "controller",
 ]
-EDGES = ["grammar", "config", "formats", "checkpoint", "resume", "loop", "trainer", "report", "cli", "__main__", "__init__"]
+EDGES = [
+    "grammar",
+    "config",
+    "formats",
+    "crew",
+    "inspection",
+    "squeezed",
+    "checkpoint",
+    "resume",
+    "loop",
+    "trainer",
+    "report",
+    "cli",
+    "__main__",
+    "__init__",
+]
 LAYER = {name: rank for rank, names in enumerate((CORE, RUNTIME, EDGES)) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 
