@@ -101,7 +101,7 @@ class Spectrum:
         """The best rank-k adapter in the metric.
 
         `balanced` gives every direction's row of A' and column of B' the same norm (in metric `weights`: A' A'^T =
-        B'^T B' = diag(sigma / s)). `keep` scales that by one number per module and expert so that |A'|_F / |B'|_F is
+        B'^T B' = diag(sigma / |s|)). `keep` scales that by one number per module and expert so that |A'|_F / |B'|_F is
         what |A|_F / |B|_F was: optimizers step per entry, and a live module that is rebalanced trains differently.
 
         Deficient directions among the k are revived: the column of M is exactly 0, and the row of N makes a row of A'
@@ -121,40 +121,45 @@ class Spectrum:
         N, M = self._directions(top)
         sign = dominant_sign(N) * live
         N, M = N * sign[..., :, None], M * sign[..., None, :]
+        count = live.sum(-1)
+        spare = None if k == top and bool(live.all()) else self._spare(N)
+        revived = torch.zeros_like(count) if spare is None else torch.minimum(spare[2], k - count)
+
         root_A, root_B = self._roots
         norm_A = torch.linalg.vector_norm(root_A @ N.mT, dim=-2)
         norm_B = torch.linalg.vector_norm(root_B @ M, dim=-2)
         a = torch.where(live, (norm_B / norm_A).sqrt(), 1.0)
-        size_A, size_B = (torch.linalg.matrix_norm(root, keepdim=True)[..., 0] for root in self._roots)
         if gauge == "keep":
-            kept = (norm_A * norm_B).sum(-1, keepdim=True)
-            revived = (k - live.sum(-1, keepdim=True)) * size_A.square() / self.sigma.shape[-1]
-            a = a * _keep_scale(kept, revived, size_A, size_B)
+            size_A, size_B = (torch.linalg.matrix_norm(root) for root in self._roots)
+            added = revived * size_A.square() / self.sigma.shape[-1]
+            a = a * _keep_scale((norm_A * norm_B).sum(-1), added, size_A, size_B)[..., None]
         N, M = N * a[..., :, None], M / a[..., None, :]
-        if k == top and bool(live.all()):
+        if spare is None:
             return Cut(N, M, 0)
-        return self._revive(N, M, live, k)
 
-    def _revive(self, N: Tensor, M: Tensor, live: Tensor, k: int) -> Cut:
+        # Live directions are a prefix; the spare ones follow, of which those past their number are zero
+        had = int((count + revived).max())
+        at = torch.arange(had, device=N.device).expand(*count.shape, had)
+        past = at - count[..., None]
+        pick = torch.where(past < 0, at, top + past)
+        N, M = torch.cat([N, spare[0]], -2), torch.cat([M, spare[1]], -1)
+        r = self.sigma.shape[-1]
+        N = N.gather(-2, pick[..., :, None].expand(*pick.shape, r))
+        M = M.gather(-1, pick[..., None, :].expand(*pick.shape[:-1], r, had))
+        return Cut(N, M, k - had)
+
+    def _spare(self, N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Directions that add nothing to the function beside those of `N`: N ``[*e, r, r]``, M ``[*e, r, r]``, and
+        how many of them there are ``[*e]``; the rest are zero."""
         root_A, root_B = self._roots
-        rows, room = _orthogonal_rows(root_A, N)
-        columns = torch.zeros_like(rows).mT
+        rows, number = _orthogonal_rows(root_A, N)
+        columns = torch.zeros_like(rows)
         mirrored = (root_A == 0).all(-1).all(-1)
         if bool(mirrored.any()):
-            mirror_rows, mirror_room = _orthogonal_rows(root_B, torch.zeros_like(N))
-            columns = torch.where(mirrored[..., None, None], mirror_rows.mT, columns)
-            room = torch.where(mirrored, mirror_room, room)
-        count = live.sum(-1)
-        had = int((count + room).clamp(max=k).max())
-        # Live directions are a prefix; the new ones follow, of which those past `room` are zero
-        at = torch.arange(had, device=N.device).expand(*count.shape, had)
-        new = at - count[..., None]
-        pick = torch.where(new < 0, at, N.shape[-2] + new)
-        pool_N, pool_M = torch.cat([N, rows], -2), torch.cat([M, columns], -1)
-        r = N.shape[-1]
-        N = pool_N.gather(-2, pick[..., :, None].expand(*pick.shape, r))
-        M = pool_M.gather(-1, pick[..., None, :].expand(*pick.shape[:-1], r, had))
-        return Cut(N, M, k - had)
+            mirror, mirror_number = _orthogonal_rows(root_B, torch.zeros_like(N))
+            columns = torch.where(mirrored[..., None, None], mirror.mT, columns)
+            number = torch.where(mirrored, mirror_number, number)
+        return rows, columns, number
 
 
 def spectrum(
@@ -347,8 +352,8 @@ def _root(S: Tensor) -> Tensor:
     """R with R^T R = S, from the eigenvectors of the correlation matrix, so that directions of very different size
     cost no accuracy."""
     d = S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    d = torch.where(d > 0, d, 1.0)
-    eigenvalues, Q = torch.linalg.eigh(S / (d[..., :, None] * d[..., None, :]))
+    unit = torch.where(d > 0, 1 / d, 0.0)
+    eigenvalues, Q = torch.linalg.eigh(S * unit[..., :, None] * unit[..., None, :])
     return eigenvalues.clamp(min=0).sqrt()[..., :, None] * Q.mT * d[..., None, :]
 
 
@@ -364,7 +369,7 @@ def _largest_term(R_A: Tensor, R_B: Tensor) -> Tensor:
 
 
 def _keep_scale(kept: Tensor, revived: Tensor, size_A: Tensor, size_B: Tensor) -> Tensor:
-    """c such that rows of A' times c, columns of B' over c give |A'| / |B'| = |A| / |B| ``[*e, 1]``.
+    """c such that rows of A' times c, columns of B' over c give |A'|_F / |B'|_F = |A|_F / |B|_F ``[*e]``.
 
     x = c^2 is the positive root of kept x + revived = (|A| / |B|)^2 kept / x, where `kept` is the squared norm of the
     balanced kept directions, on either side, and `revived` that of the revived rows, which are not scaled.

@@ -224,6 +224,20 @@ def test_rows_of_very_different_size_cost_no_accuracy():
     torch.testing.assert_close(graded.sigma, spectrum(A, B, 1.0).sigma, rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_unused_directions_cost_no_accuracy_at_any_size(size):
+    A, B = randn(5, 40, seed=1) * size, randn(30, 5, seed=2)
+    A[2], B[:, 3] = 0, 0
+    spec = spectrum(A, B, 1.0)
+    dense = torch.linalg.svdvals(delta(A, B, 1.0))[:5]
+    torch.testing.assert_close(spec.sigma, dense, rtol=0, atol=1e-14 * dense[0].item())
+    assert spec.rank == 3
+    S_A = A @ A.T
+    data = spectrum(A, B, 1.0, metric="outputs", S_A=S_A)
+    torch.testing.assert_close(data.sigma, dense, rtol=0, atol=1e-14 * dense[0].item())
+    assert data.rank == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_stored_precision_is_taken_at_its_word(dtype):
     A, B = randn(6, 40, seed=1, dtype=dtype), randn(30, 6, seed=2, dtype=dtype)
@@ -308,12 +322,13 @@ def test_deficiency_shows_through_a_rounded_change_of_basis(both):
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_deficiency_shows_in_statistics_of_either_precision(dtype):
-    A, B = randn(6, 40, seed=1), randn(30, 6, seed=2)
-    A[5] = A[4]
-    x = randn(300, 40, seed=3)
-    S_A = (A @ x.T @ x @ A.T).to(dtype)
-    assert spectrum(A, B, 1.0, metric="outputs", S_A=S_A).rank == 5
-    assert spectrum(randn(6, 40, seed=1), B, 1.0, metric="outputs", S_A=S_A + torch.eye(6, dtype=dtype)).rank == 6
+    for seed in range(8):  # rounding makes the smallest eigenvalue negative as often as positive
+        A, B = randn(6, 40, seed=seed), randn(30, 6, seed=50)
+        x = randn(300, 40, seed=51)
+        full = (A @ x.T @ x @ A.T).to(dtype)
+        assert spectrum(A, B, 1.0, metric="outputs", S_A=full).rank == 6
+        A[5] = 0.7 * A[4] - 0.4 * A[3]
+        assert spectrum(A, B, 1.0, metric="outputs", S_A=(A @ x.T @ x @ A.T).to(dtype)).rank == 5
 
 
 # -- revival --------------------------------------------------------------------------------------------------------
@@ -375,7 +390,9 @@ def test_exhausted_row_space_is_reported_as_fresh():
     cut = spec.cut(5)
     assert cut.fresh == 2
     assert cut.N.shape == (3, 5)
-    torch.testing.assert_close(delta(*applied(A, B, cut), 1.0), delta(A, B, 1.0), rtol=1e-9, atol=1e-9)
+    A2, B2 = applied(A, B, cut)
+    torch.testing.assert_close(delta(A2, B2, 1.0), delta(A, B, 1.0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(A2.norm() / B2.norm(), A.norm() / B.norm(), rtol=1e-9, atol=0)
     assert spec.cut(3).fresh == 0
     assert spectrum(randn(8, 3, seed=1), randn(9, 8, seed=2), 1.0).cut(8).fresh == 5  # wider than the module
     assert spectrum(randn(4, 9, seed=1), randn(9, 4, seed=2), 1.0).cut(6).fresh == 2  # more than there ever was
@@ -607,6 +624,14 @@ def test_carried_moments_stay_finite_and_never_push_harder(seed, r, k, step, log
 
     if v2.max() < torch.finfo(dtype).max:
         assert ratio(m2, v2) <= max(1.0, ratio(m, v)) * (1 + 1e-12)
+
+
+def test_moments_too_large_for_their_dtype_stay_finite():
+    big = torch.full((2, 3), 1e38)
+    N = M = 1e6 * torch.eye(2, dtype=F64)
+    for factor, m in (("A", big), ("B", big.T)):
+        assert carry_first(m, N, M, factor).isfinite().all()
+        assert carry_second(m, carry_first(m, N, M, factor), N, M, factor).isfinite().all()
 
 
 # -- growth ---------------------------------------------------------------------------------------------------------
