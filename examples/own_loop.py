@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from data import LINEARS, minilm_classifier, reviews
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import rankflow
+from data import LINEARS, minilm_classifier, reviews
 
 STEPS = 200
 torch.set_num_threads(2)

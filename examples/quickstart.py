@@ -15,13 +15,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from data import LINEARS, Reviews, minilm_classifier, reviews
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import Trainer, TrainingArguments, set_seed
 
+from data import LINEARS, Reviews, minilm_classifier, reviews
 from rankflow import Ledger, RankFlowCallback
 from rankflow.report import plot_ledger
 

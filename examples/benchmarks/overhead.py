@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import LINEARS, minilm_classifier, reviews
 from harness import console, interleave, interval, machine, ratio_of_sums, table
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 import rankflow
+from data import LINEARS, minilm_classifier, reviews
 
 Batch = dict[str, torch.Tensor]
 
