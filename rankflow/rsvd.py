@@ -6,6 +6,7 @@ the exact factor method be compared with the randomised SVD of LoRA-Squeeze (arX
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -18,6 +19,9 @@ from rankflow.errors import ConfigError, RankFlowError
 Backend = Literal["exact", "torch", "fbpca", "sklearn"]
 
 Triple = tuple[Tensor, Tensor, Tensor]
+
+# Two of the backends draw from global generators only: seeding and putting back must not interleave between threads
+_GLOBAL_RANDOM = threading.Lock()
 
 
 def check_backend(backend: str) -> None:
@@ -80,7 +84,7 @@ def _exact(delta: Tensor, k: int, probes: int, n_iter: int, seed: int) -> Triple
 
 def _torch(delta: Tensor, k: int, probes: int, n_iter: int, seed: int) -> Triple:
     on_gpu = delta.device.type == "cuda"
-    with torch.random.fork_rng(devices=[delta.device] if on_gpu else []):
+    with _GLOBAL_RANDOM, torch.random.fork_rng(devices=[delta.device] if on_gpu else []):
         # torch.manual_seed would also seed the devices that are not forked
         torch.default_generator.manual_seed(seed)
         if on_gpu:
@@ -95,7 +99,7 @@ def _fbpca(delta: Tensor, k: int, probes: int, n_iter: int, seed: int) -> Triple
         import fbpca
     except ImportError:
         raise _missing("fbpca", "fbpca") from None
-    with _numpy_seeded(seed):
+    with _GLOBAL_RANDOM, _numpy_seeded(seed):
         found = fbpca.pca(delta.cpu().numpy(), k, raw=True, n_iter=n_iter, l=probes)
     return _from_numpy(found, delta)
 
