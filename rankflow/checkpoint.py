@@ -7,28 +7,26 @@ rankflow.inspect("out/checkpoint-500").modules[0].effective_rank
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankflow.budget import Budget, allocate
 from rankflow.crew import Crew, Progress
 from rankflow.errors import ConfigError
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.tensors import check_destination
 from rankflow.inspection import inspect
 from rankflow.linalg import Gauge, Spectrum, new_rows, refactor, spectrum
-from rankflow.plan import Layout
+from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Refactor
 from rankflow.rsvd import Backend, check_backend
 from rankflow.seeds import keyed_generator
+from rankflow.squeezed import SqueezeReport, Target, report
 
-__all__ = ["SqueezeReport", "SqueezedModule", "Target", "inspect", "squeeze"]
+__all__ = ["SqueezeReport", "Target", "inspect", "squeeze", "squeeze_model"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -38,129 +36,6 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-
-
-# -- what is asked for ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """How far to squeeze: exactly one of the three.
-
-    target_rank: this rank in every module that has more. energy: per module the smallest rank whose singular values
-    keep this share of the sum of squares. max_params: LoRA parameters in all, spent where singular values are largest.
-    """
-
-    target_rank: int | None = None
-    energy: float | None = None
-    max_params: int | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name, value in asdict(self).items() if value is not None]
-        if not given:
-            raise ConfigError("no target: give one of target_rank, energy and max_params")
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} are {len(given)} targets; give one")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise ConfigError(f"energy is {self.energy}; it is the share to keep, above 0 and at most 1")
-        for name, whole in (("target_rank", self.target_rank), ("max_params", self.max_params)):
-            if whole is not None and (isinstance(whole, bool) or not isinstance(whole, int) or whole < 1):
-                raise ConfigError(f"{name} is {whole!r}; it must be a whole number, at least 1")
-
-    @property
-    def suffix(self) -> str:
-        """What the default name of the output ends in."""
-        if self.target_rank is not None:
-            return f"r{self.target_rank}"
-        return f"e{self.energy:g}" if self.energy is not None else f"p{self.max_params}"
-
-    def ranks(self, layout: Layout, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
-        """Module -> rank, never above the present one. `spectra` is not looked at for a uniform target.
-
-        By energy and by parameters, directions that are nothing but rounding are not kept, and a module without a
-        real one leaves the adapter, if PEFT can do without it.
-        """
-        if self.target_rank is not None:
-            return {name: min(slot.rank, self.target_rank) for name, slot in layout.items()}
-        if not any(s.rank for s in spectra.values()):
-            raise ConfigError(
-                "the adapter is zero (never trained?), so there is no energy to go by; give target_rank instead"
-            )
-        if self.max_params is not None:
-            gains = {name: s.gains[: s.rank].tolist() for name, s in spectra.items()}
-            return allocate(gains, layout, Budget("max_params", self.max_params))
-        assert self.energy is not None
-        wanted = {name: _rank_for(spectra[name], self.energy, layout[name].min_rank) for name in layout}
-        tied: dict[str, int] = {}
-        for name, slot in layout.items():
-            if slot.tie is not None:
-                tied[slot.tie] = max(wanted[name], tied.get(slot.tie, 0))
-        return {name: tied.get(slot.tie or "", wanted[name]) for name, slot in layout.items()}
-
-
-def _rank_for(spectrum: Spectrum, energy: float, least: int) -> int:
-    """The smallest rank that keeps `energy`, 0 for a module that is zero; the last bits of a sum decide nothing."""
-    ranks = range(least, spectrum.rank)
-    return max(least, next((k for k in ranks if k and spectrum.energy(k) >= energy * (1 - 1e-12)), spectrum.rank))
-
-
-# -- what came of it ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SqueezedModule:
-    """`energy_kept` is the share of the sum of squared singular values of DeltaW that is left, `error` the predicted
-    Frobenius norm of the change of DeltaW."""
-
-    name: str
-    rank_before: int
-    rank_after: int
-    energy_kept: float
-    error: float
-    params_before: int
-    params_after: int
-
-
-@dataclass(frozen=True)
-class SqueezeReport:
-    """What a squeeze did, or with `dry_run` would do. `energy_kept` and `error` are over all modules together."""
-
-    source: str
-    out: str | None
-    target: dict[str, float]
-    metric: str
-    backend: str
-    gauge: str
-    dtype: str | None
-    dry_run: bool
-    modules: tuple[SqueezedModule, ...]
-    energy_kept: float
-    error: float
-    bytes_before: int  # of the LoRA factors
-    bytes_after: int
-    file_bytes_before: int | None = None
-    file_bytes_after: int | None = None
-    copied: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def params_before(self) -> int:
-        return sum(m.params_before for m in self.modules)
-
-    @property
-    def params_after(self) -> int:
-        return sum(m.params_after for m in self.modules)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {m.name: m.rank_after for m in self.modules}
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "params_before": self.params_before, "params_after": self.params_after}
-
-
-# -- doing it -------------------------------------------------------------------------------------------------------
 
 
 def squeeze(
@@ -202,11 +77,7 @@ def squeeze(
     """
     began = time.perf_counter()
     target = Target(target_rank, energy, max_params)
-    if metric != "weights":
-        raise ConfigError(
-            f"metric {metric!r} needs statistics of data, which a file does not have; use metric 'weights', "
-            "or squeeze while training with policy squeeze"
-        )
+    _check_metric(metric)
     check_backend(backend)
     where, wanted = _device(device), _dtype(dtype)
     adapter = PeftAdapter(src)
@@ -242,18 +113,13 @@ def squeeze(
         with adapter.rewrite(out, ranks, dtype=wanted, force=force) as put:
             spectra = crew.each(lambda name: write(name, put), layout)
     after = Layout({n: replace(s, rank=ranks[n], itemsize=(wanted or s).itemsize) for n, s in layout.items()})
-    notes = list(adapter.notes)
-    if ranks == layout.ranks:
-        notes.append("no module is above its target, so all factors are as they were")
-    if left := [name for name, rank in ranks.items() if not rank]:
-        notes.append(f"left the adapter, being zero or not worth a direction: {', '.join(left)}")
-    return _report(
+    return report(
         layout,
         after,
         spectra,
         source=str(adapter.path),
         out=None if dry_run else str(out),
-        target=_given(target),
+        target=target.given,
         backend=backend,
         gauge=gauge,
         dtype=None if wanted is None else str(wanted).removeprefix("torch."),
@@ -261,40 +127,88 @@ def squeeze(
         file_bytes_before=adapter.file_bytes,
         file_bytes_after=None if dry_run else (out / f"adapter_model{adapter.weights.suffix}").stat().st_size,
         copied=() if dry_run else tuple(file.name for file in adapter.companions),
-        notes=tuple(notes),
+        notes=(*adapter.notes, *_notes(layout, ranks)),
         seconds=time.perf_counter() - began,
     )
 
 
-def _given(target: Target) -> dict[str, float]:
-    return {name: value for name, value in asdict(target).items() if value is not None}
+def squeeze_model(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    energy: float | None = None,
+    max_params: int | None = None,
+    metric: str = "weights",
+    backend: Backend = "exact",
+    gauge: Gauge = "keep",
+    optimizer: torch.optim.Optimizer | None = None,
+    adapter_name: str = "default",
+    progress: Progress | None = None,
+) -> SqueezeReport:
+    """`squeeze` for an adapter in memory: the model's factors, its PEFT config and, if given, the optimizer's state
+    shrink in place. Save afterwards with `model.save_pretrained`.
+
+    Raises:
+        ConfigError: an impossible or contradictory option.
+        AdapterError: no such adapter, or one that cannot be resized; the model is as it was.
+        OptimizerError: an optimizer that does not hold the adapter, or whose state nobody knows how to carry.
+    """
+    from rankflow.adapters import Adapter  # imports peft, which files do not need
+    from rankflow.surgeon import Surgeon
+
+    began = time.perf_counter()
+    target = Target(target_rank, energy, max_params)
+    _check_metric(metric)
+    check_backend(backend)
+    adapter = Adapter(model, adapter_name)
+    surgeon = Surgeon(adapter, optimizer)
+    layout = Layout({name: slot for name, slot in adapter.layout().items() if slot.rank})
+
+    def measure(name: str) -> Spectrum:
+        site = adapter.sites[name]
+        return spectrum(site.a(), site.b(), layout[name].scaling, backend=backend)
+
+    spectra = Crew(progress, len(layout)).each(measure, layout)
+    ranks = target.ranks(layout, spectra)
+    ops: dict[str, list[Op]] = {}
+    for name, rank in ranks.items():
+        if rank == 0:
+            ops[name] = [Drop()]
+        elif rank < layout[name].rank:
+            cut = spectra[name].cut(rank, gauge)
+            ops[name] = [Refactor(cut.N, cut.M), *([Grow(cut.fresh)] if cut.fresh else [])]
+    after = surgeon.apply(RankPlan(ops, f"squeeze to {target.given}"))
+    return report(
+        layout,
+        Layout({name: after[name] for name in layout}),
+        spectra,
+        source=f"adapter {adapter_name!r} of {type(model).__name__}",
+        out=None,
+        target=target.given,
+        backend=backend,
+        gauge=gauge,
+        dtype=None,
+        dry_run=False,
+        notes=_notes(layout, ranks),
+        seconds=time.perf_counter() - began,
+    )
 
 
-def _report(before: Layout, after: Layout, spectra: Mapping[str, Spectrum], **about: Any) -> SqueezeReport:
-    modules = tuple(
-        SqueezedModule(
-            name,
-            rank_before=before[name].rank,
-            rank_after=after[name].rank,
-            energy_kept=1.0 if after[name].rank == before[name].rank else found.energy(after[name].rank),
-            error=0.0 if after[name].rank == before[name].rank else found.error(after[name].rank),
-            params_before=before[name].rank * before[name].params_per_rank,
-            params_after=after[name].rank * after[name].params_per_rank,
+def _check_metric(metric: str) -> None:
+    if metric != "weights":
+        raise ConfigError(
+            f"metric {metric!r} needs statistics of data, which an adapter alone does not have; use metric 'weights', "
+            "or squeeze while training with policy squeeze"
         )
-        for name in before
-        for found in [spectra[name]]
-    )
-    total = math.fsum(float(spectra[name].gains.sum()) for name in before)
-    lost = math.fsum(m.error**2 for m in modules)
-    return SqueezeReport(
-        metric="weights",
-        modules=modules,
-        energy_kept=1 - lost / total if total > 0 else 1.0,
-        error=math.sqrt(lost),
-        bytes_before=before.bytes,
-        bytes_after=after.bytes,
-        **about,
-    )
+
+
+def _notes(layout: Layout, ranks: Mapping[str, int]) -> tuple[str, ...]:
+    notes = []
+    if ranks == layout.ranks:
+        notes.append("no module is above its target, so all factors are as they were")
+    if left := [name for name, rank in ranks.items() if not rank]:
+        notes.append(f"left the adapter, being zero or not worth a direction: {', '.join(left)}")
+    return tuple(notes)
 
 
 def _cut(found: Spectrum, A: Tensor, B: Tensor, rank: int, gauge: Gauge, name: str, kind: str) -> tuple[Tensor, Tensor]:
@@ -302,7 +216,7 @@ def _cut(found: Spectrum, A: Tensor, B: Tensor, rank: int, gauge: Gauge, name: s
     cut = found.cut(rank, gauge)
     a, b = refactor(A, B, cut.N, cut.M)
     if cut.fresh:
-        rows = new_rows(cut.fresh, a, keyed_generator("squeeze", name), kind=kind)
+        rows = new_rows(cut.fresh, a, keyed_generator(0, 0, name), kind=kind)
         a, b = torch.cat([a, rows], -2), torch.cat([b, b.new_zeros(*b.shape[:-1], cut.fresh)], -1)
     return a, b
 

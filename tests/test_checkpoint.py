@@ -19,7 +19,8 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rankflow import AdapterError, ConfigError, inspect, squeeze
+from rankflow import AdapterError, ConfigError, inspect, squeeze, squeeze_model
+from rankflow.adapters import Adapter
 from rankflow.formats import tensors as tensor_files
 from rankflow.formats.peft import PeftAdapter
 
@@ -178,6 +179,25 @@ def test_every_layer_kind_is_squeezed_to_the_optimum_and_loads_in_peft(tmp_path:
     assert report.error == pytest.approx(change, rel=1e-5)
     total = sum(float(d.square().sum()) for d in wanted.values())
     assert report.energy_kept == pytest.approx(1 - change**2 / total, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_expert_parameters_of_different_rank_are_told_apart_by_it(tmp_path: Path):
+    config = LoraConfig(
+        r=6,
+        target_modules=["layers.0.q"],
+        target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+        rank_pattern={"experts.down_proj": 4},
+    )
+    src = saved(tmp_path / "src", config)
+    layout = PeftAdapter(src).layout
+    assert {n: (s.rank, s.in_features, s.experts) for n, s in layout.items() if s.kind == "experts"} == {
+        "experts.down_proj": (4, 16, 3),
+        "experts.gate_up_proj": (6, 10, 3),
+    }
+    squeeze(src, tmp_path / "out", max_params=layout.params * 2 // 3)
+    before, after = deltas(loaded(src)), deltas(loaded(tmp_path / "out"))
+    assert_optimal(before, after, ranks_of(loaded(tmp_path / "out")))
 
 
 @settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -442,6 +462,54 @@ def test_bfloat16_sources_are_computed_in_more_digits_than_they_have(tmp_path: P
     assert_optimal(before, after, dict.fromkeys(LINEARS, 3))
 
 
+# -- in memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_name_and_measure_modules_as_live_models_do(tmp_path: Path, kind: str):
+    src = saved(tmp_path / "src", KINDS[kind])
+    live, filed = Adapter(loaded(src)).layout(), PeftAdapter(src).layout
+    assert set(live) == set(filed)
+    for name, slot in live.items():
+        for field in ("rank", "in_features", "out_features", "scaling", "kind", "experts", "itemsize", "min_rank"):
+            assert getattr(filed[name], field) == getattr(slot, field), (name, field)
+
+
+@pytest.mark.parametrize("target", [{"target_rank": 3}, {"energy": 0.7}, {"max_params": 500}], ids=str)
+@pytest.mark.parametrize("gauge", ["keep", "balanced"])
+def test_a_model_in_memory_and_its_file_are_squeezed_alike(tmp_path: Path, target: dict, gauge):
+    src = saved(tmp_path / "src", KINDS["mixed"])
+    model = loaded(src)
+    report = squeeze_model(model, gauge=gauge, **target)
+    filed = squeeze(src, tmp_path / "file", gauge=gauge, **target)
+    assert report.ranks == filed.ranks
+    model.save_pretrained(tmp_path / "model")
+    one, other = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("model", "file"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert ranks_of(loaded(tmp_path / "model")) == ranks_of(loaded(tmp_path / "file"))
+
+
+def test_squeezing_a_fresh_model_leaves_one_that_learns():
+    model = get_peft_model(base(), LoraConfig(r=6, target_modules=TARGETS))
+    squeeze_model(model, target_rank=2)
+    assert set(ranks_of(model).values()) == {2}
+    model(torch.arange(6)).square().mean().backward()
+    grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n and ".q." in n]
+    assert all(bool((g != 0).all(0).any()) for g in grads)
+
+
+def test_a_model_is_as_it_was_after_a_bad_option():
+    model = trained(LoraConfig(r=6, target_modules=TARGETS))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for options in ({}, {"target_rank": 2, "metric": "loss"}, {"max_params": 1}, {"target_rank": 2, "gauge": "x"}):
+        with pytest.raises(ConfigError):
+            squeeze_model(model, **options)
+    with pytest.raises(AdapterError, match="nobody"):
+        squeeze_model(model, target_rank=2, adapter_name="nobody")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -568,18 +636,11 @@ def test_grouped_convolutions_are_refused_by_name(tmp_path: Path):
         squeeze(tmp_path / "src", target_rank=2)
 
 
-def test_expert_parameters_of_different_rank_on_one_module_are_refused(tmp_path: Path):
-    config = LoraConfig(
-        r=6,
-        target_modules=[],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-        rank_pattern={"experts.down_proj": 3},
-    )
-    with pytest.warns(RuntimeWarning):
-        model = get_peft_model(base(), config)
-    model.save_pretrained(tmp_path / "src")
-    with pytest.raises(AdapterError, match=r"experts wraps .* at different ranks or alphas"):
-        squeeze(tmp_path / "src", target_rank=2)
+def test_expert_parameters_of_different_alpha_on_one_module_are_refused(tmp_path: Path):
+    src = saved(tmp_path / "src", KINDS["nested experts"])
+    configure(src, alpha_pattern={"experts.down_proj": 3})
+    with pytest.raises(AdapterError, match=r"experts has .* adapted at different alphas"):
+        squeeze(src, target_rank=2)
 
 
 OPTIONS = {
