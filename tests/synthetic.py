@@ -1,0 +1,122 @@
+"""A LoRA adapter without a model: factors, signals computed from them, and plans applied to them, all in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rankflow.plan import Drop, Grow, Keep, Layout, RankPlan, Refactor, Slot
+from rankflow.policy import Observation, Phase, Policy, Signal, State
+from rankflow.seeds import keyed_generator
+
+Scores = Callable[[str, int], float]
+
+
+def random_score(name: str, step: int) -> float:
+    """Positive, of a size that belongs to the module."""
+    size = float(torch.rand((), generator=keyed_generator("size", name)))
+    return (0.1 + size) * (0.5 + float(torch.rand((), generator=keyed_generator("score", name, step))))
+
+
+class World:
+    """Modules ``m0, m1, ...`` of some shapes, each with A ``[r, in]`` and B ``[out, r]``."""
+
+    def __init__(self, ranks: Iterable[int], *, scores: Scores = random_score, zero_b: bool = False, **limits):
+        shapes = [(12, 10), (10, 12), (16, 8), (12, 12)]
+        self.layout = Layout({f"m{i}": Slot(r, *shapes[i % 4], 0.5 + i % 3, **limits) for i, r in enumerate(ranks)})
+        self.scores = scores
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, slot in self.layout.items():
+            random = keyed_generator("factors", name)
+            a = torch.randn(slot.rank, slot.in_features, generator=random, dtype=torch.float64)
+            b = torch.randn(slot.out_features, slot.rank, generator=random, dtype=torch.float64)
+            decay = 0.6 ** torch.arange(slot.rank, dtype=torch.float64)
+            self.factors[name] = (a, torch.zeros_like(b) if zero_b else b * decay)
+
+    def delta(self, name: str) -> Tensor:
+        a, b = self.factors[name]
+        return self.layout[name].scaling * b @ a
+
+    def signals(self, name: str, step: int) -> dict[Signal, Tensor]:
+        a, b = self.factors[name]
+        slot = self.layout[name]
+        random = keyed_generator("data", name, step)
+        x = torch.randn(40, slot.in_features, generator=random, dtype=torch.float64)
+        g = torch.randn(40, slot.out_features, generator=random, dtype=torch.float64)
+        z, d = x @ a.T, slot.scaling * g @ b
+        score = torch.tensor(self.scores(name, step), dtype=torch.float64)
+        return {
+            Signal.A: a.clone(),
+            Signal.B: b.clone(),
+            Signal.DELTA_SCORE: score,
+            Signal.DELTA_SCORE_SAMPLED: score,
+            Signal.S_A: z.T @ z,
+            Signal.S_B: d.T @ d,
+            Signal.TOKENS: torch.tensor(40.0),
+            Signal.SKETCH: torch.randn(4, slot.in_features, generator=random, dtype=torch.float64),
+        }
+
+    def observe(self, wanted: frozenset[Signal], step: int) -> Observation:
+        present = [name for name, slot in self.layout.items() if slot.rank > 0]
+        return Observation(
+            step, {name: {s: v for s, v in self.signals(name, step).items() if s in wanted} for name in present}
+        )
+
+    def apply(self, plan: RankPlan) -> None:
+        after = plan.apply_to(self.layout)
+        for name, ops in plan.ops.items():
+            a, b = self.factors[name]
+            for op in ops:
+                if isinstance(op, Refactor):
+                    a, b = op.N @ a, b @ op.M
+                elif isinstance(op, Keep):
+                    a, b = a[list(op.idx)], b[:, list(op.idx)]
+                elif isinstance(op, Grow):
+                    new = torch.randn(op.n, a.shape[1], generator=keyed_generator(name, len(a)), dtype=torch.float64)
+                    a, b = torch.cat([a, new]), torch.cat([b, b.new_zeros(len(b), op.n)], 1)
+                elif isinstance(op, Drop):
+                    a, b = a[:0], b[:, :0]
+            self.factors[name] = (a, b)
+            assert len(a) == b.shape[1] == after[name].rank
+        self.layout = after
+
+    def train(self, step: int) -> None:
+        """Nothing is learnt here, but no direction stays at zero."""
+        for name, (a, b) in self.factors.items():
+            noise = torch.randn(b.shape, generator=keyed_generator("train", name, step), dtype=torch.float64)
+            self.factors[name] = (a, b + 0.05 * noise)
+
+
+def run(world: World, policy: Policy, steps: range, *, through_disk: bool = False) -> list[RankPlan]:
+    """What the controller does, in short; the plans that were made."""
+    state = policy.init(world.layout)
+    plans = []
+    for step in steps:
+        obs = world.observe(policy.listen(step), step)
+        if policy.listen(step):
+            state = policy.observe(state, obs, step)
+        if policy.when.due(step):
+            plan = policy.decide(state, obs, world.layout, step)
+            world.apply(plan)
+            state = policy.decided(state, plan, world.layout, step)
+            plans.append(plan)
+        if through_disk:
+            state = reloaded(state)
+        world.train(step)
+    return plans
+
+
+def run_phases(world: World, phases: Iterable[Phase], total_steps: int) -> dict[str, list[RankPlan]]:
+    plans = {}
+    for phase in phases:
+        plans[phase.name] = run(world, phase.policy, range(max(1, phase.begin), min(phase.end, total_steps + 1)))
+        budget = phase.policy.budget
+        assert budget is None or budget.spent(world.layout) == budget.amount, f"{phase.name} missed its budget"
+    return plans
+
+
+def reloaded(state: State) -> State:
+    return load(save({key: value.contiguous() for key, value in state.items()})) if state else {}
