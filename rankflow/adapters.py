@@ -14,7 +14,7 @@ from torch import nn
 
 from rankflow.errors import AdapterError
 from rankflow.journal import Journal
-from rankflow.patterns import exclude_modules, rank_config
+from rankflow.patterns import anchored, exclude_modules, rank_config
 from rankflow.plan import Layout, Slot
 from rankflow.seeds import keyed_generator
 from rankflow.sites import Site, left_with
@@ -87,6 +87,18 @@ class Adapter:
         excluded = exclude_modules(current, [*present], absent)
         if excluded != current and not (isinstance(current, set) and excluded == sorted(current)):
             journal.attr(self.config, "exclude_modules", excluded)
+
+    def config_problem(self) -> str | None:
+        """What the PEFT config says otherwise than the layers, or None."""
+        config = self.config
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        for name, site in self.sites.items():
+            if site.present and not site.inner:
+                key = anchored(name)
+                said = (ranks.get(key, config.r), alphas.get(key, config.lora_alpha))
+                if said != (site.rank, site.alpha):
+                    return f"{name}: config says (r, alpha) = {said} and the layer {(site.rank, site.alpha)}"
+        return None
 
     def _tie(self, root: nn.Module) -> None:
         names: dict[int, int] = {}  # layer -> under how many names it is reached

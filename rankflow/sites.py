@@ -7,7 +7,7 @@ import inspect
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig
@@ -33,6 +33,13 @@ class Left:
     requires_grad: tuple[bool, bool]
     order: tuple[str, ...]  # of the layer's adapters, which is that of its parameters
     dropout: nn.Module | None
+
+
+class Entries(NamedTuple):
+    """What a layer made for an adapter and does not hold yet: the parameters by role, and all of it."""
+
+    tensors: dict[str, nn.Parameter]
+    values: list[Any]
 
 
 class Site:
@@ -112,7 +119,7 @@ class Site:
         if not self.present:
             return self._left.slot
         a, b = self.a(self.A.detach()), self.b(self.B.detach())
-        if not (a.shape[-2] == b.shape[-1] == self.rank):
+        if not (a.shape[-2] == b.shape[-1] == self.rank and self._sizes_agree()):
             raise AdapterError(
                 f"{self.name}: PEFT says rank {self.rank} but A is {list(a.shape)} and B is {list(b.shape)}; "
                 "something else resized this adapter"
@@ -129,6 +136,14 @@ class Site:
             tie=self.tie,
             trainable=self.trainable,
         )
+
+    def _sizes_agree(self) -> bool:
+        """Whether PEFT's modules say of themselves what their weights are."""
+        if self.kind == "embedding":
+            return True
+        down, up = self.layer.lora_A[self._adapter], self.layer.lora_B[self._adapter]
+        width = "channels" if self.kind == "conv" else "features"
+        return (getattr(down, f"out_{width}"), getattr(up, f"in_{width}")) == (self.A.shape[0], self.B.shape[1])
 
     # -- canonical views --------------------------------------------------------------------------------------------
 
@@ -211,7 +226,18 @@ class Site:
             if name in store:
                 journal.contents(store, {k: v for k, v in store.items() if k != name})
 
-    def build(self, config: LoraConfig, rank: int) -> list[Any]:
+    def train(self, journal: Journal, on: bool) -> None:
+        """Switch training of all the module's parameters; off, they lose their gradients. Also while it has left."""
+        if not self.present:
+            memo, left = vars(self.layer)[_MEMO], self._left
+            left = replace(left, slot=replace(left.slot, trainable=on), requires_grad=(on, on))
+            journal.contents(memo, {**memo, self._adapter: left})
+        for p in self.tensors().values():
+            journal.attr(p, "requires_grad", on)
+            if not on:
+                journal.attr(p, "grad", None)
+
+    def build(self, config: LoraConfig, rank: int) -> Entries:
         """Fresh entries for a module that is to come back, made by the layer itself; the layer stays as it is.
 
         The global random state stays as it is too. Hand the result to `rejoin`.
@@ -236,7 +262,7 @@ class Site:
             if left.dropout is not None:
                 layer.lora_dropout[name] = left.dropout
             layer.scaling[name] = left.slot.scaling
-            return [store.get(name, _ABSENT) for store in stores]
+            return Entries(self.tensors(), [store.get(name, _ABSENT) for store in stores])
         finally:
             for store, old in zip(stores, before, strict=True):
                 store.clear()
@@ -246,11 +272,11 @@ class Site:
             vars(layer).pop("adapter_layer_names", None)
             vars(layer).update(attrs)
 
-    def rejoin(self, journal: Journal, entries: list[Any]) -> None:
+    def rejoin(self, journal: Journal, entries: Entries) -> None:
         """Put the entries of `build` back in their old place among the layer's adapters."""
         layer, name = self.layer, self._adapter
         place = {adapter: i for i, adapter in enumerate(self._left.order)}
-        for store, entry in zip(_stores(layer), entries, strict=True):
+        for store, entry in zip(_stores(layer), entries.values, strict=True):
             if entry is not _ABSENT:
                 new = {**store, name: entry}
                 journal.contents(store, dict(sorted(new.items(), key=lambda kv: place.get(kv[0], len(place)))))

@@ -1,0 +1,113 @@
+"""Optimizer state of one LoRA factor, apart from how any optimizer stores it, and how it follows a change of rank.
+
+Gradients of A' = N A are covectors, so averages of them map by M^T; squares of them map by the squared map, entry by
+entry, bounded so that no step gets larger (`rankflow.linalg.carry_second`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rankflow.linalg import Factor, carry_first, carry_second
+
+SeedV = Literal["siblings", "mean", "zero"]
+SEED_FLOOR = 0.01  # of the siblings' mean: a direction whose partner is 0 has gradients all the same, a step later
+
+View = Callable[[Tensor], Tensor]  # between a factor's stored shape and its canonical one
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Squared norms of the other factor's directions, which scale this factor's gradients."""
+
+    new: Tensor  # [*experts, n], of the directions that are new
+    old: Tensor  # [*experts], mean over the siblings
+
+
+@dataclass(frozen=True)
+class Level:
+    """What second moments of modules of the same shape are like, for directions that have no siblings."""
+
+    second: float  # median over modules of the mean entry
+    partner: float  # median over modules of the mean squared norm of the partner's directions
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Optimizer state of one factor, canonical: A ``[*experts, r, in]``, B ``[*experts, out, r]``."""
+
+    factor: Factor
+    first: Mapping[str, Tensor] = field(default_factory=dict)  # averages linear in the gradient, by state key
+    second: Tensor | None = None  # average of squared gradients, or their variance
+    peak: Tensor | None = None  # running maximum of `second`
+    bounding: str | None = None  # the first moment that `second` must bound
+    bias: tuple[float, float] = (1.0, 1.0)  # what the optimizer divides first and second by
+
+    @property
+    def dim(self) -> int:
+        """The dimension that counts directions."""
+        return -2 if self.factor == "A" else -1
+
+    def keep(self, idx: Sequence[int]) -> Moments:
+        def take(t: Tensor) -> Tensor:
+            return t.index_select(self.dim, torch.tensor(idx, dtype=torch.long, device=t.device))
+
+        return self._map(take, take)
+
+    def refactor(self, N: Tensor, M: Tensor) -> Moments:
+        """Through A' = N A, B' = B M."""
+        first = {key: carry_first(m, N, M, self.factor) for key, m in self.first.items()}
+        second, peak = self.second, self.peak
+        if second is not None:
+            bound = None if self.bounding is None else first.get(self.bounding)
+            second = carry_second(second, bound, N, M, self.factor, bias_first=self.bias[0], bias_second=self.bias[1])
+            if peak is not None:
+                peak = torch.maximum(carry_second(peak, None, N, M, self.factor), second)
+        return replace(self, first=first, second=second, peak=peak)
+
+    def to(self, device: torch.device | str) -> Moments:
+        return self._map(lambda t: t.to(device), lambda t: t.to(device))
+
+    def grow(self, n: int, seed: SeedV, partner: Partner, level: Callable[[], Level | None]) -> Moments:
+        """Append `n` directions with first moments of 0 and a guessed second moment.
+
+        The gradient of a column of B scales with its row of A, so a sibling's mean is scaled by their squared norms:
+        an all-zero second moment under an old step count would overshoot, a plain mean would put a short direction to
+        sleep. Where there is no sibling with any history, like modules stand in for them; where none either, 0.
+        """
+        dim = self.dim
+
+        def append(t: Tensor, tail: Tensor | float) -> Tensor:
+            shape = (*t.shape[:-2], n, t.shape[-1]) if self.factor == "A" else (*t.shape[:-1], n)
+            new = torch.zeros(shape, dtype=t.dtype, device=t.device) + torch.as_tensor(tail, device=t.device)
+            return torch.cat([t, new.to(t.dtype)], dim)
+
+        def guess(t: Tensor) -> Tensor | float:
+            if seed == "zero":
+                return 0.0
+            if t.shape[dim] and bool(t.any()):
+                mean, old = t.mean(dim, keepdim=True), partner.old[..., None]
+            elif (like := level()) is not None:
+                mean, old = partner.old.new_tensor([[like.second]]), partner.old.new_tensor([like.partner])
+            else:
+                return 0.0
+            if seed == "mean":
+                return mean
+            ratio = torch.where(old > 0, partner.new / old.clamp(min=torch.finfo(old.dtype).tiny), 1.0)
+            ratio = ratio.clamp(min=SEED_FLOOR).to(t.device, t.dtype)
+            return mean * (ratio[..., :, None] if self.factor == "A" else ratio[..., None, :])
+
+        return self._map(lambda t: append(t, 0.0), lambda t: append(t, guess(t)))
+
+    def _map(self, first: View, second: View) -> Moments:
+        return replace(
+            self,
+            first={key: first(m) for key, m in self.first.items()},
+            second=None if self.second is None else second(self.second),
+            peak=None if self.peak is None else second(self.peak),
+        )

@@ -1,0 +1,164 @@
+"""New directions start slowly: their updates, not their gradients, are scaled from 1 / warmup up to 1.
+
+Scaling gradients would do nothing under an optimizer that divides by their size. So the young rows of A and columns of
+B are noted before an optimizer step, and what the step did to them is scaled afterwards, in float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankflow.adapters import Adapter
+from rankflow.journal import Journal
+from rankflow.optim import Carrier
+from rankflow.plan import Drop, Grow, Keep, Op, Refactor
+from rankflow.sites import Site
+
+
+class Youth(NamedTuple):
+    """Optimizer steps a direction has taken, and after how many it is grown up."""
+
+    age: int
+    span: int
+
+    @property
+    def scale(self) -> float:
+        """What its next update is multiplied by."""
+        return min(1.0, (self.age + 1) / self.span) if self.span > 0 else 1.0
+
+
+_GROWN = Youth(0, 0)
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What `before_step` leaves for `after_step`, of one factor in its stored shape."""
+
+    parameter: nn.Parameter
+    dim: int  # which counts directions
+    index: Tensor  # along it, of the directions whose update is scaled
+    scale: Tensor  # float32, broadcastable
+    old: Tensor  # those directions before the step, times the weight decay that is not scaled, float32
+
+
+class Ramps:
+    """Ages of young directions. The controller calls `before_step` and `after_step` around each real optimizer step.
+
+    Through later resizes of a module, kept directions keep their age. A refactorisation mixes directions, so all of
+    the module take the age of the youngest.
+
+    Under an optimizer whose step depends on the shape of a parameter (Muon), the module's factor is held at what it
+    was at its first rank, so that a resize does not move the step size.
+    """
+
+    def __init__(self, adapter: Adapter, carrier: Carrier | None):
+        self._adapter = adapter
+        self._carrier = carrier
+        self._young: dict[str, tuple[Youth, ...]] = {}  # modules with a young direction, one Youth per direction
+        self._held: dict[str, int] = {}  # resized module -> rank whose shape factor is held
+        self._notes: list[_Note] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do around the next step."""
+        return bool(self._young or self._held)
+
+    def before_step(self) -> None:
+        self._notes = []
+        for name in {**self._young, **self._held} if self else ():
+            site = self._adapter.sites[name]
+            for role, dim in (("A", 0), ("B", 1)):
+                if (p := site.tensors().get(role)) is not None and p.grad is not None:
+                    self._note(name, site, p, dim)
+
+    def after_step(self) -> None:
+        """Must follow a step that was really taken."""
+        with torch.no_grad():
+            for note in self._notes:
+                p = note.parameter
+                step = p.index_select(note.dim, note.index).float() - note.old
+                p.index_copy_(note.dim, note.index, (note.old + step * note.scale).to(p.dtype))
+        stepped = {id(note.parameter) for note in self._notes}
+        self._notes = []
+        for name, youths in list(self._young.items()):
+            if not stepped & {id(p) for p in self._adapter.sites[name].tensors().values()}:
+                continue
+            older = tuple(Youth(y.age + 1, y.span) for y in youths)
+            if any(y.scale < 1 for y in older):
+                self._young[name] = older
+            else:
+                del self._young[name]
+
+    def _note(self, name: str, site: Site, p: nn.Parameter, dim: int) -> None:
+        youths = self._young.get(name, (_GROWN,) * site.rank)
+        held, decay = self._factors(name, site, p, dim)
+        scales = [youth.scale * held for youth in youths]
+        young = [i for i, scale in enumerate(scales) if scale != 1.0]
+        if not young:
+            return
+        r, experts = site.rank, range(site.experts)  # stored expert-major in A, expert-minor in B
+        index = [e * r + i if dim == 0 else i * len(experts) + e for i in young for e in experts]
+        at = torch.tensor(index, device=p.device)
+        scale = torch.tensor([scales[i] for i in young for _ in experts], device=p.device)
+        scale = scale.reshape([-1 if d == dim else 1 for d in range(p.ndim)])
+        self._notes.append(_Note(p, dim, at, scale, p.detach().index_select(dim, at).float() * decay))
+
+    def _factors(self, name: str, site: Site, p: nn.Parameter, dim: int) -> tuple[float, float]:
+        """The correction of the step for the parameter's shape, and the part of weight decay that is not scaled."""
+        handler = self._carrier.handler if self._carrier is not None else None
+        if self._carrier is None or handler is None:
+            return 1.0, 1.0
+        group = self._carrier.group(p)
+        shape = list(p.shape)
+        shape[dim] = shape[dim] // site.rank * self._held.get(name, site.rank)
+        held = handler.shape_factor(group, torch.Size(shape)) / handler.shape_factor(group, p.shape)
+        return held, handler.decay(group)
+
+    # -- resizes ----------------------------------------------------------------------------------------------------
+
+    def after(self, name: str, ops: Sequence[Op], rank: int, warmup: int, rewarm: int | None) -> tuple[Youth, ...]:
+        """Youth of the directions that `ops` leave of a module of `rank`; with `rewarm`, all of them are new."""
+        youths = self._young.get(name, (_GROWN,) * rank)
+        for op in ops:
+            match op:
+                case Keep():
+                    youths = tuple(youths[i] for i in op.idx)
+                case Refactor():
+                    youngest = min(youths, key=lambda y: y.scale, default=_GROWN)
+                    youths = (youngest,) * op.N.shape[-2]
+                case Grow():
+                    youths += (Youth(0, warmup),) * op.n
+                case Drop():
+                    youths = ()
+        return youths if rewarm is None else (Youth(0, rewarm),) * len(youths)
+
+    def write(self, journal: Journal, youths: Mapping[str, tuple[Youth, ...]], before: Mapping[str, int]) -> None:
+        """Take over what `after` said of modules that had the ranks `before`."""
+        handler = self._carrier.handler if self._carrier is not None else None
+        young = {n: y for n, y in {**self._young, **youths}.items() if any(i.scale < 1 for i in y)}
+        if self._carrier is not None and handler is None and young:
+            warnings.warn(
+                f"{self._carrier.title} is an optimizer rankflow does not know: new directions start at full speed",
+                stacklevel=4,
+            )
+        journal.contents(self._young, young if handler is not None else {})
+        if handler is not None and handler.shape_dependent:
+            journal.contents(self._held, {**{n: before[n] for n in youths if before[n]}, **self._held})
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "young": {name: [[y.age, y.span] for y in youths] for name, youths in self._young.items()},
+            "held": dict(self._held),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._notes = []
+        self._young = {name: tuple(Youth(int(a), int(s)) for a, s in ys) for name, ys in state["young"].items()}
+        self._held = {name: int(rank) for name, rank in state["held"].items()}

@@ -1,0 +1,166 @@
+"""What a module is to become, made before anything is written: both factors and their optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from rankflow.errors import AdapterError, PlanError
+from rankflow.linalg import Factor, new_rows, refactor, rows_from_sketch
+from rankflow.moments import Moments, Partner, SeedV
+from rankflow.optim import Carrier, Swap
+from rankflow.plan import Drop, Grow, Keep, Op, Refactor, Train
+from rankflow.sites import Entries, Site
+
+ROLES: tuple[Factor, Factor] = ("A", "B")
+
+
+@dataclass
+class Staged:
+    """One module's part of a plan, ready to be written."""
+
+    swap: Swap
+    entries: Entries | None = None  # for a module that comes back
+    train: bool | None = None
+
+    @property
+    def resized(self) -> bool:
+        return self.swap.new is not self.swap.old
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where and how plans are staged. Nothing here writes to a model or an optimizer.
+
+    Args:
+        config: of the adapter, from which a module that comes back is built.
+        carrier: the optimizer; None without one.
+        seed_v: see `Moments.grow`.
+        device: where to compute; None for the adapter's own.
+    """
+
+    config: LoraConfig
+    carrier: Carrier | None
+    seed_v: SeedV
+    device: torch.device | str | None = None
+
+    def module(self, site: Site, ops: Sequence[Op], generator: torch.Generator, *, carry: bool) -> Staged:
+        """Apply `ops` to copies, in order. Without `carry`, optimizer state starts afresh.
+
+        Each op's result is rounded to the parameter's dtype, so whatever later ops keep stays bit for bit.
+        """
+        old = site.tensors()
+        train = next((op.on for op in reversed(ops) if isinstance(op, Train)), None)
+        resizing = [op for op in ops if not isinstance(op, Train)]
+        if not resizing:
+            return Staged(Swap(site, old, old), train=train)
+        entries = None
+        if not site.present:
+            entries = site.build(self.config, rank=sum(op.n for op in resizing if isinstance(op, Grow)))
+        like = old if entries is None else entries.tensors
+        factors = self._open(site, like, carry)
+        for op in resizing:
+            match op:
+                case Keep():
+                    factors.keep(op.idx)
+                case Refactor():
+                    factors.refactor(site.name, op.N, op.M)
+                case Grow():
+                    self._grow(site, factors, op, generator)
+                case Drop():
+                    factors.keep(())
+        if factors.A.shape[-2] == 0:
+            return Staged(Swap(site, old, {}), train=train)
+        new = {
+            **like,
+            "A": _parameter(site.raw_a(factors.A), like["A"]),
+            "B": _parameter(site.raw_b(factors.B), like["B"]),
+        }
+        return Staged(Swap(site, old, new, self._states(site, factors, old, new)), entries, train)
+
+    def _open(self, site: Site, like: Mapping[str, nn.Parameter], carry: bool) -> _Factors:
+        a, b = site.a(like["A"].detach()), site.b(like["B"].detach())
+        if not site.present:
+            a, b = a[..., :0, :], b[..., :0]
+        moments: dict[Factor, Moments] = {}
+        if carry and self.carrier is not None:
+            found: dict[Factor, Moments | None] = {role: self.carrier.moments(site, role) for role in ROLES}
+            moments = {role: m for role, m in found.items() if m is not None}
+        if self.device is not None:
+            a, b = a.to(self.device), b.to(self.device)
+            moments = {role: m.to(self.device) for role, m in moments.items()}
+        return _Factors(a, b, moments)
+
+    def _grow(self, site: Site, factors: _Factors, op: Grow, generator: torch.Generator) -> None:
+        a, b = factors.A, factors.B
+        rows = new_rows(0, a, generator, kind=site.kind)
+        if op.init == "grad" and op.sketch is not None:
+            rows = rows_from_sketch(op.n, a, op.sketch.to(a.device), kind=site.kind)
+        if (short := op.n - rows.shape[-2]) > 0:
+            rows = torch.cat([rows, new_rows(short, a, generator, kind=site.kind)], -2)
+        norm_a, norm_b, norm_new = (t.double().square().sum(d) for t, d in ((a, -1), (b, -2), (rows, -1)))
+        partners: dict[Factor, Partner] = {
+            "A": Partner(torch.zeros_like(norm_new), norm_b.mean(-1)),
+            "B": Partner(norm_new, norm_a.mean(-1)),
+        }
+        factors.A = torch.cat([a, rows], -2)
+        factors.B = torch.cat([b, b.new_zeros(*b.shape[:-1], op.n)], -1)
+        for role, m in factors.moments.items():
+            level = partial(self.carrier.level, site, role) if self.carrier is not None else lambda: None
+            factors.moments[role] = m.grow(op.n, self.seed_v, partners[role], level)
+
+    def _states(
+        self, site: Site, factors: _Factors, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]
+    ) -> dict[str, dict[str, Any]]:
+        if self.carrier is None:
+            return {}
+        states = {role: self.carrier.stored(site, role, m) for role, m in factors.moments.items()}
+        fresh = {r: self.carrier.fresh(p, site) for r, p in new.items() if r not in states and p is not old.get(r)}
+        return {**states, **fresh}
+
+
+@dataclass
+class _Factors:
+    """Both factors of one module on their way through the ops, canonical, with what the optimizer keeps of them."""
+
+    A: Tensor  # [*experts, r, in]
+    B: Tensor  # [*experts, out, r]
+    moments: dict[Factor, Moments]
+
+    def keep(self, idx: Sequence[int]) -> None:
+        at = torch.tensor(idx, dtype=torch.long, device=self.A.device)
+        self.A, self.B = self.A.index_select(-2, at), self.B.index_select(-1, at)
+        self.moments = {role: m.keep(idx) for role, m in self.moments.items()}
+
+    def refactor(self, name: str, N: Tensor, M: Tensor) -> None:
+        if N.shape[:-2] not in ((), self.A.shape[:-2]):
+            raise PlanError(f"{name}: plan refactors with N {list(N.shape)} but A is {list(self.A.shape)}")
+        self.A, self.B = refactor(self.A, self.B, N, M)
+        self.moments = {role: m.refactor(N, M) for role, m in self.moments.items()}
+
+
+def _parameter(raw: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(raw.to(like.device).contiguous(), like.requires_grad)
+
+
+def check_finite(staged: Sequence[Staged]) -> None:
+    named = [
+        (f"{s.swap.site.name}: {what}", t)
+        for s in staged
+        if s.resized
+        for role, p in s.swap.new.items()
+        for what, t in ((role, p.detach()), *((f"{k} of {role}", v) for k, v in s.swap.state.get(role, {}).items()))
+        if isinstance(t, Tensor)
+    ]
+    if not named:
+        return
+    finite = torch.stack([t.isfinite().all().to(named[0][1].device) for _, t in named]).tolist()
+    if not all(finite):
+        bad = named[finite.index(False)][0]
+        raise AdapterError(f"{bad} would not be finite; it was NaN or infinite before, or the plan's matrices overflow")

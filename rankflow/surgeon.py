@@ -1,0 +1,234 @@
+"""The only writer: applies a plan to a live adapter and its optimizer, whole or not at all."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from rankflow.adapters import Adapter
+from rankflow.errors import ConfigError, PlanError, RankFlowError
+from rankflow.journal import Journal
+from rankflow.linalg import spectrum
+from rankflow.moments import SeedV
+from rankflow.optim import Carrier, OnUnknownState
+from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Refactor, Train
+from rankflow.ramps import Ramps
+from rankflow.seeds import keyed_generator
+from rankflow.sites import Site
+from rankflow.staging import Stage, Staged, check_finite
+
+
+class Surgeon:
+    """Resizes one adapter.
+
+    Args:
+        adapter: what to resize.
+        optimizer: holds every trainable parameter of the adapter in exactly one group; None to resize without one.
+        seed: of new directions, together with step and module name.
+        on_unknown_state: `error` refuses optimizer state that nobody knows how to resize; `reset` starts the state of
+            resized modules afresh.
+        warmup: optimizer steps over which the updates of a new direction are ramped up.
+        seed_v: second moments of new directions: `siblings` scaled to the direction, their plain `mean`, or `zero`.
+        stage_device: where to compute, when it is not to be on the adapter's own device.
+
+    Raises:
+        OptimizerError: an optimizer that a resize would break.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        optimizer: Optimizer | None = None,
+        *,
+        seed: int = 0,
+        on_unknown_state: OnUnknownState = "error",
+        warmup: int = 10,
+        seed_v: SeedV = "siblings",
+        stage_device: torch.device | str | None = None,
+    ):
+        self.adapter = adapter
+        self.seed = seed
+        self.warmup = warmup
+        self.version = 0  # of the parameters: goes up whenever some are replaced
+        self._carrier = Carrier(optimizer, adapter, on_unknown_state) if optimizer is not None else None
+        if self._carrier is not None:
+            self._carrier.check((), ())
+        self._stage = Stage(adapter.config, self._carrier, seed_v, stage_device)
+        self._layout = adapter.layout()
+        self.ramps = Ramps(adapter, self._carrier)
+
+    @property
+    def layout(self) -> Layout:
+        """What exists now, with the limits that were last set."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        self._agree(layout)
+        self._layout = layout
+
+    def apply(self, plan: RankPlan, step: int = 0) -> Layout:
+        """Carry out `plan` and return the layout after it. Whatever is raised, nothing has changed then.
+
+        Old parameters of resized modules are replaced by new ones, without gradients; whoever holds old ones holds
+        stale ones (`version` tells). Kept directions and their optimizer state stay bit for bit.
+
+        Raises:
+            PlanError: the plan was made from another layout, or breaks its limits.
+            AdapterError: the adapter can no longer be resized (merged, resized by somebody else, not finite).
+            OptimizerError: the optimizer does not hold the adapter, or holds what cannot be carried.
+        """
+        self.adapter.check()
+        layout = self._agree(self._layout)
+        target = plan.apply_to(layout)
+        if not plan:
+            return self._layout
+        lost = self._check_optimizer(plan, layout)
+        carry = plan.state == "carry"
+        staged = [
+            self._stage.module(
+                self.adapter.sites[name], ops, keyed_generator(self.seed, step, name), carry=carry and name not in lost
+            )
+            for name, ops in plan.ops.items()
+        ]
+        check_finite(staged)
+        youths = {
+            name: self.ramps.after(name, ops, layout[name].rank, self.warmup, self._rewarm(plan, name in lost))
+            for name, ops in plan.ops.items()
+        }
+        resized = [s for s in staged if s.resized]
+        with Journal() as journal:
+            for s in staged:
+                self._commit(journal, s)
+            if resized:
+                self.adapter.write_config(journal)
+            if self._carrier is not None:
+                self._carrier.write(journal, [s.swap for s in resized])
+            self.ramps.write(journal, youths, layout.ranks)
+            self._verify(staged, target)
+        self._layout = target
+        self.version += bool(resized)
+        return target
+
+    # -- before anything is written ---------------------------------------------------------------------------------
+
+    def _agree(self, layout: Layout) -> Layout:
+        """`layout` with what its owner may have changed by other means (training, precision, scaling) as it is live."""
+        live = self.adapter.layout()
+        for name in {**layout, **live}:
+            if name not in layout or name not in live or layout[name].rank != live[name].rank:
+                ranks = [str(x[name].rank) if name in x else "unknown" for x in (layout, live)]
+                raise PlanError(f"{name}: rank is {ranks[0]} in the layout but {ranks[1]} in the model")
+        slots = {}
+        for name, slot in layout.items():
+            now = live[name]
+            slots[name] = replace(slot, trainable=now.trainable, itemsize=now.itemsize, scaling=now.scaling)
+        return Layout(slots)
+
+    def _check_optimizer(self, plan: RankPlan, layout: Layout) -> set[str]:
+        if self._carrier is None:
+            return set()
+        on = {n for n, ops in plan.ops.items() for op in ops if isinstance(op, Train) and op.on and layout[n].rank}
+        touched = {
+            n for n, ops in plan.ops.items() if plan.state == "carry" and any(not isinstance(op, Train) for op in ops)
+        }
+        return self._carrier.check(touched, on)
+
+    def _rewarm(self, plan: RankPlan, lost: bool) -> int | None:
+        if plan.state == "reset":
+            return plan.rewarm
+        return self.warmup if lost else None
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def _commit(self, journal: Journal, staged: Staged) -> None:
+        site, swap = staged.swap.site, staged.swap
+        if staged.resized:
+            if staged.entries is not None and swap.new:
+                site.rejoin(journal, staged.entries)
+            if swap.new:
+                site.put(journal, swap.new["A"], swap.new["B"])
+            elif site.present:
+                site.leave(journal)
+        if staged.train is not None:
+            site.train(journal, staged.train)
+
+    def _verify(self, staged: Sequence[Staged], target: Layout) -> None:
+        """Raise, within the journal, if model, config, optimizer and `target` do not all say the same."""
+        problem = None
+        live = self.adapter.layout()
+        for name, slot in target.items():
+            now = live[name]
+            if (now.rank, now.in_features, now.out_features) != (slot.rank, slot.in_features, slot.out_features):
+                problem = f"{name}: is {now} and should be {slot}"
+        for s in staged:
+            if live[s.swap.site.name].trainable != target[s.swap.site.name].trainable:
+                problem = f"{s.swap.site.name}: trainable is {live[s.swap.site.name].trainable}"
+        if self._carrier is not None:
+            problem = problem or self._carrier.verify([s.swap for s in staged])
+        if any(s.resized for s in staged):
+            problem = problem or self.adapter.config_problem()
+        if problem is not None:
+            raise RankFlowError(f"{problem} after a resize, which was undone; please report this")
+
+
+def resize(
+    model: nn.Module,
+    ranks: int | Mapping[str, int],
+    optimizer: Optimizer | None = None,
+    metric: str = "weights",
+    adapter_name: str = "default",
+    *,
+    seed: int = 0,
+    on_unknown_state: OnUnknownState = "error",
+) -> Layout:
+    """Give modules of a live adapter other ranks, once, and carry the optimizer's state along.
+
+    Args:
+        model: has a PEFT LoRA adapter.
+        ranks: one rank for all modules, or names or globs of names to ranks; of several that match, the last counts.
+            Smaller ranks keep the best approximation, larger ones add directions that do not change the output, 0
+            takes a module out.
+        optimizer: its state follows; None where there is none yet.
+        metric: `weights`; the others need data, which a policy collects.
+        adapter_name: which adapter.
+        seed: of new directions.
+        on_unknown_state: `reset` starts optimizer state that nobody knows how to resize afresh.
+
+    Returns:
+        The layout after it.
+
+    Raises:
+        ConfigError: a pattern that matches no module, or another metric.
+        AdapterError, OptimizerError, PlanError: see `Surgeon.apply`.
+    """
+    if metric != "weights":
+        raise ConfigError(f"metric {metric!r} needs statistics of data; attach the squeeze policy, or use 'weights'")
+    surgeon = Surgeon(Adapter(model, adapter_name), optimizer, seed=seed, on_unknown_state=on_unknown_state, warmup=0)
+    layout = surgeon.layout
+    wanted: dict[str, int] = {}
+    for pattern, rank in ({"*": ranks} if isinstance(ranks, int) else ranks).items():
+        hits = [pattern] if pattern in layout else fnmatch.filter(layout, pattern)
+        if not hits:
+            raise ConfigError(
+                f"{pattern!r} matches no module of adapter {adapter_name!r}; its first is {next(iter(layout))}"
+            )
+        wanted |= dict.fromkeys(hits, rank)
+    ops = {name: _ops_to(surgeon.adapter.sites[name], rank) for name, rank in wanted.items()}
+    return surgeon.apply(RankPlan(ops, reason="resize"))
+
+
+def _ops_to(site: Site, rank: int) -> list[Op]:
+    if rank > site.rank:
+        return [Grow(rank - site.rank)]
+    if rank == site.rank:
+        return []
+    if rank == 0:
+        return [Drop()]
+    cut = spectrum(site.a().detach(), site.b().detach(), site.scaling).cut(rank)
+    return [Refactor(cut.N, cut.M), *([Grow(cut.fresh)] if cut.fresh else [])]
