@@ -120,7 +120,7 @@ def _halving(first: float, last: float, t: float) -> float:
     if not 0 < last < first:
         return _linear(first, last, t)
     rungs = math.ceil(math.log2(first / last))
-    return max(last, first / 2 ** math.floor(t * rungs + 1e-9))
+    return max(last, first / 2 ** math.floor(t * rungs))
 
 
 CURVES: dict[Curve, Callable[[float, float, float], float]] = {

@@ -220,6 +220,12 @@ def test_it_is_within_one_increment_where_costs_differ(problem, amount):
     assert top - increment - 1e-3 <= got <= top + 1e-3
 
 
+def test_what_counts_is_gain_per_cost():
+    slots = layout((4, 4), [(8, 8), (8, 72)])  # 16 and 80 parameters a rank
+    gains = {NAMES[0]: [2.0] * 4, NAMES[1]: [3.0] * 4}
+    assert list(allocate(gains, slots, Budget("max_params", 80)).values()) == [4, 0]
+
+
 def test_equal_gains_come_out_even_and_earlier_modules_first():
     assert allocate({n: [1.0] * 4 for n in NAMES}, layout(), Budget("total_rank", 15)) == dict(
         zip(NAMES, (3, 3, 3, 2, 2, 2), strict=True)

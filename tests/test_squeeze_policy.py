@@ -241,6 +241,21 @@ def test_data_metrics_keep_most_of_the_averages_over_their_window(metric):
         assert float(error) == pytest.approx(float(sigma[2:].norm()), rel=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["outputs", "loss"])
+def test_a_module_that_saw_more_tokens_does_not_weigh_more(metric):
+    world, policy = World((4, 4, 4)), squeeze(6, metric=metric)
+    once = twice = policy.init(world.layout)
+    for step in range(1, 21):
+        obs = world.observe(policy.listen(step), step)
+        once, twice = policy.observe(once, obs, step), policy.observe(twice, obs, step)
+        again = Observation(step, {"m0": {s: v for s, v in obs["m0"].items() if s not in (Signal.A, Signal.B)}})
+        for _ in range(9):
+            twice = policy.observe(twice, again, step)
+    assert float(twice["tokens/m0"]) == 10 * float(once["tokens/m0"])
+    plans = [policy.decide(state, obs, world.layout, 20) for state in (once, twice)]
+    assert plans[0].apply_to(world.layout) == plans[1].apply_to(world.layout)
+
+
 def test_weights_listen_to_factors_at_the_event_alone():
     policy = squeeze()
     assert [step for step in range(1, 61) if policy.listen(step)] == [20]
