@@ -12,6 +12,8 @@ CORE = ["errors", "seeds", "patterns", "plan", "schedule", "limits", "budget", "
 RUNTIME = [
     "journal",
     "sites",
+    "moments",
+    "staging",
     "adapters",
     "optim",
     "handlers",
