@@ -130,8 +130,9 @@ class Squeeze(Policy):
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
         target = None if self.budget is None else self._target(self.budget, state, step)
-        if target is not None and target.spent(layout) <= target.amount and _within_limits(layout):
-            return RankPlan(reason=f"the adapter is within {target} already")
+        idle = self._share(step) == 1 if target is None else target.spent(layout) <= target.amount
+        if idle and all(slot.allows(slot.rank) for slot in layout.values()):
+            return RankPlan(reason=f"the adapter is within {target or 'the energy to be kept'} already")
         present = [name for name, slot in layout.items() if slot.rank > 0]
         for name in present:
             for signal in (Signal.A, Signal.B):
@@ -217,7 +218,3 @@ class Squeeze(Policy):
         cut = spectrum.cut(rank, self.gauge)
         refactor = Refactor(cut.N, cut.M, metric)
         return [refactor, Grow(cut.fresh)] if cut.fresh else [refactor]
-
-
-def _within_limits(layout: Layout) -> bool:
-    return all(slot.allows(slot.rank) for slot in layout.values())
