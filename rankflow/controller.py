@@ -17,7 +17,7 @@ from rankflow.adapters import Adapter
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.ledger import Ledger
 from rankflow.optim import innermost
-from rankflow.plan import Layout, RankPlan
+from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.studies import run_study
@@ -70,7 +70,8 @@ class Controller:
         self._data = {"train": batches, "outer": outer_batches}
         self._loss_fn = loss_fn
         self._optimizer = innermost(optimizer)
-        self._scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper knows its own
+        self._scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper knows its own, and where it is
+        self._accumulating = getattr(optimizer, "gradient_state", None)
 
         self._adapter = Adapter(model, adapter_name)
         self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, on_unknown_state=on_unknown_state)
@@ -109,6 +110,8 @@ class Controller:
         Pass the GradScaler of an own fp16 loop, before or after `unscale_`; accelerate's is found by itself.
         """
         self._begin()
+        if self._accumulating is not None and not self._accumulating.sync_gradients:
+            return  # accelerate's accumulate(): more micro-batches are to come
         scaler = scaler if scaler is not None else self._scaler
         if self._probes.armed:
             # The probes heard the backward pass, which ran at the loss scale whatever has been unscaled since.
@@ -148,6 +151,12 @@ class Controller:
         """The run is over: take the hooks off and close the ledger with a `finish` event."""
         if self._hooks:
             self._begin()
+            if not self.within_budget:
+                warnings.warn(
+                    f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
+                    f"{self.step} of {self.total_steps} steps were taken, or the last decisions were skipped",
+                    stacklevel=2,
+                )
             self.ledger.append("finish", self.step, total_rank=self.layout.total_rank, params=self.layout.params)
         self.detach()
 
@@ -191,6 +200,10 @@ class Controller:
     @property
     def phases(self) -> tuple[Phase, ...]:
         return self._phases
+
+    @property
+    def adapter_name(self) -> str:
+        return self._adapter.name
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's factors as they are now, in the optimizer's order."""
@@ -271,6 +284,20 @@ class Controller:
         self.ledger.restore(state["ledger"], self.step)
         self._begun = True
         self._listen()
+
+    def reshape(self, layout: Layout) -> None:
+        """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,
+        their state afresh. Not an event of the run: `load_state_dict` is to follow."""
+        ops: dict[str, tuple[Op, ...]] = {}
+        for name, slot in self.layout.items():
+            rank = layout[name].rank
+            if rank == 0 < slot.rank:
+                ops[name] = (Drop(),)
+            elif rank < slot.rank:
+                ops[name] = (Keep(tuple(range(rank))),)
+            elif rank > slot.rank:
+                ops[name] = (Grow(rank - slot.rank),)
+        self._surgeon.apply(RankPlan(ops, "reshape", state="reset"), self.step)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -389,15 +416,14 @@ class Controller:
         observed = None
         for study in self._policy.studies:
             if study.when == when:
+                data = self._data[study.split]
+                assert data is not None, "checked at attach"
                 observed = run_study(
-                    study,
-                    self._adapter,
-                    self.model,
-                    self._data[study.split] or (),
-                    self._loss_fn,
-                    seed=self.seed,
-                    step=self.step,
+                    study, self._adapter, self.model, data, self._loss_fn, seed=self.seed, step=self.step
                 )
+                if bad := _non_finite(observed):
+                    self._skip(f"study {study.name}: {bad} is not finite", warn=True)
+                    return None
                 self._state = self._policy.observe(self._state, observed, self.step)
         return observed
 

@@ -72,15 +72,24 @@ def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: 
 def match_layout(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
     """Reshape a live adapter to the ranks and scalings of a saved one; its weights are then for the caller to load."""
     adapter = Adapter(model, adapter_name)
+    return reshape(adapter, saved_layout(checkpoint, adapter.layout()))
+
+
+def saved_layout(checkpoint: str | os.PathLike[str], live: Layout) -> Layout:
+    """The layout of a saved adapter in terms of a live one: modules it does not have are at rank 0."""
     try:
         saved = PeftAdapter(Path(checkpoint)).layout
     except AdapterError as e:
         raise CheckpointError(str(e)) from None
-    if missing := [name for name in saved if name not in adapter.sites]:
+    if missing := [name for name in saved if name not in live]:
         raise CheckpointError(f"{checkpoint}: {missing[0]} is in the checkpoint but not in the model's adapter")
-    live = adapter.layout()
-    target = Layout({name: saved.get(name, replace(slot, rank=0)) for name, slot in live.items()})
-    return reshape(adapter, target)
+    return Layout({name: saved.get(name, replace(slot, rank=0)) for name, slot in live.items()})
+
+
+def checkpoint_of(path: str | os.PathLike[str]) -> Path | None:
+    """The training checkpoint of ours that an adapter folder is, or is in (as adapters not named `default` are)."""
+    folder = Path(path)
+    return next((f for f in (folder, folder.parent) if (f / FOLDER).is_dir()), None)
 
 
 def _split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 
 from rankflow.adapters import Adapter
@@ -18,7 +22,7 @@ from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.ledger import Ledger
-from rankflow.resume import load_state, match_layout, save_state
+from rankflow.resume import checkpoint_of, load_state, match_layout, save_state, saved_layout
 
 
 class RankFlowCallback(TrainerCallback):
@@ -39,9 +43,11 @@ class RankFlowCallback(TrainerCallback):
         batches, outer_batches, loss_fn: for policies that study data.
         on_unknown_state: `error` or `reset`, for optimizer state nobody knows how to resize.
         best: which checkpoints may be the best one. `at_budget`: only those within the lifecycle's final budget, and
-            early stopping counts its patience from there. `any`: the Trainer's own behaviour.
+            early stopping counts its patience from there (with `save_strategy="best"`, evaluations before that all
+            save). `any`: the Trainer's own behaviour.
 
-    Give it to the Trainer's constructor; one added later cannot prepare a resume across changed ranks.
+    Raises:
+        ConfigError: the policy is wrong, here; or cannot do its job with this model and run, at train().
     """
 
     def __init__(
@@ -71,9 +77,9 @@ class RankFlowCallback(TrainerCallback):
             "loss_fn": loss_fn,
             "on_unknown_state": on_unknown_state,
         }
-        self._loaded: str | None = None  # the checkpoint whose weights the model was last given
-        self._wrapped: nn.Module | None = None
         self._over_budget = False  # at the last evaluation
+        _callbacks.add(self)
+        _follow_ranks_when_loading()
 
     # -- before training ------------------------------------------------------------------------------------------
 
@@ -81,7 +87,6 @@ class RankFlowCallback(TrainerCallback):
         model = kwargs.get("model")
         if model is not None:
             Adapter(model, self.adapter_name)  # a model without LoRA is refused here, not an epoch later
-            self._wrap_load(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
@@ -90,10 +95,6 @@ class RankFlowCallback(TrainerCallback):
         if self.flow is not None:
             # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
             self.flow.detach()
-        late = self._wrapped is not model
-        if late:
-            self._wrap_load(model)
-        self._over_budget = False
         ledger = self.ledger if self.ledger is not None else Path(args.output_dir) / "rankflow.jsonl"
         self.flow = Controller(
             model,
@@ -103,51 +104,14 @@ class RankFlowCallback(TrainerCallback):
             adapter_name=self.adapter_name,
             ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger),
             seed=args.seed if self.seed is None else self.seed,
-            state=self._saved_state(state, late) if state.global_step > 0 else None,
+            state=_state_to_resume(model, state) if state.global_step > 0 else None,
             **self._options,
         )
         if self.best == "any" and args.load_best_model_at_end:
             self._warn_any()
+        self._over_budget = state.global_step > 0 and not self.flow.within_budget
         self._forget_best(state)
         _log_first(self)
-
-    def _saved_state(self, state: TrainerState, late: bool) -> dict[str, Any]:
-        if late or self._loaded is None:
-            raise CheckpointError(
-                f"training resumes at step {state.global_step} but RankFlowCallback joined the Trainer too late to see "
-                "the checkpoint load; pass it as Trainer(callbacks=[...])"
-            )
-        saved = load_state(self._loaded)
-        if saved is None:
-            raise CheckpointError(
-                f"{self._loaded} was saved without RankFlowCallback and does not say how far its ranks had come; "
-                "start anew from its adapter instead: rankflow.restore(model, checkpoint), then train()"
-            )
-        return saved
-
-    def _wrap_load(self, model: nn.Module) -> None:
-        """Reshape before PEFT loads: it would refuse tensors of other ranks, and ignores the saved scaling."""
-        load = getattr(model, "load_adapter", None)
-        if load is None or self._wrapped is model:
-            return
-
-        def load_adapter(model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-            if adapter_name == self.adapter_name and adapter_name in getattr(model, "peft_config", {}):
-                match_layout(model, model_id, adapter_name)
-                self._loaded = os.fspath(model_id)
-                result = load(model_id, adapter_name, *args, **kwargs)
-                self._follow(self._loaded)
-                return result
-            return load(model_id, adapter_name, *args, **kwargs)
-
-        model.load_adapter = load_adapter  # type: ignore[assignment]
-        self._wrapped = model
-
-    def _follow(self, checkpoint: str) -> None:
-        """The best checkpoint was loaded at the end of training: ranks and ledger are now that checkpoint's."""
-        saved = load_state(checkpoint)
-        if self.flow is not None and self.flow.attached and saved is not None:
-            self.flow.load_state_dict(saved)
 
     # -- while training -------------------------------------------------------------------------------------------
 
@@ -167,9 +131,16 @@ class RankFlowCallback(TrainerCallback):
         self._forget_best(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self.flow is not None and state.is_world_process_zero:
-            save_state(self.flow, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._forget_best(state)
+        if self.flow is None or not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not checkpoint.is_dir():
+            warnings.warn(f"{checkpoint} is not there; this checkpoint has no rank state to resume from", stacklevel=2)
+            return
+        save_state(self.flow, checkpoint)
+        if self.best == "at_budget" and self._over_budget:
+            state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))  # written before the best could be taken back
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
         logs = kwargs.get("logs")
@@ -179,8 +150,13 @@ class RankFlowCallback(TrainerCallback):
                 state.log_history[-1].update(self.flow.metrics())
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self.flow is not None:
-            self.flow.finish()
+        if self.flow is None:
+            return
+        # The Trainer looks for the best weights in the checkpoint's root, where PEFT puts those of "default" alone.
+        best = Path(state.best_model_checkpoint or "") / self.adapter_name
+        if args.load_best_model_at_end and state.best_model_checkpoint and best.is_dir():
+            kwargs["model"].load_adapter(str(best), self.adapter_name, is_trainable=True)
+        self.flow.finish()
 
     # -- best model -----------------------------------------------------------------------------------------------
 
@@ -204,6 +180,57 @@ class RankFlowCallback(TrainerCallback):
                 f"at {budgets[-1].kind} {budgets[-1].amount:g}",
                 stacklevel=3,
             )
+
+
+# -- loading across changed ranks -------------------------------------------------------------------------------------
+
+_callbacks: weakref.WeakSet[RankFlowCallback] = weakref.WeakSet()
+_loaded: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()  # model -> checkpoint it was given
+
+
+def _follow_ranks_when_loading() -> None:
+    """Let `PeftModel.load_adapter` reshape an adapter before it loads a checkpoint of ours onto it.
+
+    PEFT refuses tensors of other ranks and ignores the saved scaling, and the Trainer resumes through it before any
+    callback runs. It is wrapped on the class, once, because the Trainer may make its model later than its callbacks;
+    other adapters and other checkpoints pass through.
+    """
+    load = PeftModel.load_adapter
+    if hasattr(load, "follows_ranks"):
+        return
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = checkpoint_of(model_id) if adapter_name in self.peft_config else None
+        if checkpoint is None:
+            _loaded.pop(self, None)
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        flows = [c.flow for c in _callbacks if c.flow is not None and c.flow.attached]
+        flow = next((f for f in flows if f.model is self and f.adapter_name == adapter_name), None)
+        if flow is None:
+            match_layout(self, model_id, adapter_name)
+        else:  # the best model at the end of training: its parameters stay in the optimizer
+            flow.reshape(saved_layout(model_id, flow.layout))
+        result = load(self, model_id, adapter_name, *args, **kwargs)
+        _loaded[self] = checkpoint
+        if flow is not None and (state := load_state(checkpoint)) is not None:
+            flow.load_state_dict(state)
+        return result
+
+    load_adapter.follows_ranks = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+
+
+def _state_to_resume(model: nn.Module, state: TrainerState) -> dict[str, Any]:
+    checkpoint = _loaded.get(model)
+    saved = load_state(checkpoint) if checkpoint is not None else None
+    if saved is None:
+        raise CheckpointError(
+            f"training resumes at step {state.global_step} from a checkpoint that was saved without RankFlowCallback "
+            "and does not say how far its ranks had come; start anew from its adapter instead: "
+            "rankflow.restore(model, checkpoint), then train()"
+        )
+    return saved
 
 
 def _log_first(callback: RankFlowCallback) -> None:
