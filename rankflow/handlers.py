@@ -209,19 +209,19 @@ class TransformersAdafactorHandler(AdafactorHandler):
 
 
 _ADAM = Handler("exp_avg", "exp_avg_sq", "max_exp_avg_sq", betas=True)
-_HANDLERS: dict[str, Handler] = {
-    "torch.optim.adam.Adam": _ADAM,
-    "torch.optim.adamw.AdamW": _ADAM,
-    "torch.optim.nadam.NAdam": _ADAM,
-    "torch.optim.radam.RAdam": _ADAM,
-    "torch.optim.rmsprop.RMSprop": RMSpropHandler(),
-    "torch.optim.adagrad.Adagrad": Handler(second="sum", eager=True),
-    "torch.optim.sgd.SGD": Handler("momentum_buffer"),
-    "torch.optim._muon.Muon": MuonHandler("momentum_buffer", shape_dependent=True),
-    "torch.optim._adafactor.Adafactor": AdafactorHandler(),
-    "transformers.optimization.Adafactor": TransformersAdafactorHandler(),
+_HANDLERS: dict[tuple[str, str], Handler] = {  # by package and class; "" is any package
+    ("torch.optim", "Adam"): _ADAM,
+    ("torch.optim", "AdamW"): _ADAM,
+    ("torch.optim", "NAdam"): _ADAM,
+    ("torch.optim", "RAdam"): _ADAM,
+    ("torch.optim", "RMSprop"): RMSpropHandler(),
+    ("torch.optim", "Adagrad"): Handler(second="sum", eager=True),
+    ("torch.optim", "SGD"): Handler("momentum_buffer"),
+    ("torch.optim", "Muon"): MuonHandler("momentum_buffer", shape_dependent=True),
+    ("torch.optim", "Adafactor"): AdafactorHandler(),
+    ("transformers", "Adafactor"): TransformersAdafactorHandler(),
+    ("", "Lion"): Handler("exp_avg"),  # every package has its own, all with the one average
 }
-_BY_CLASS_NAME = {"Lion": Handler("exp_avg")}  # every package has its own, all with the one average
 
 # PEFT's optimizers that hold parameters, or state by name, outside of groups and state
 _REFUSED = {
@@ -236,10 +236,11 @@ def find_handler(optimizer: Optimizer) -> Handler | None:
     Raises:
         OptimizerError: an optimizer that a resize would break.
     """
-    mro = type(optimizer).__mro__
-    for cls in mro:
-        reason = _REFUSED.get(cls.__qualname__.rpartition(".")[2])
-        if reason is not None and cls.__module__.startswith("peft."):
-            raise OptimizerError(f"{cls.__name__} cannot follow a resize: {reason}. Use torch.optim.AdamW")
-    known = (_HANDLERS.get(f"{cls.__module__}.{cls.__qualname__}", _BY_CLASS_NAME.get(cls.__name__)) for cls in mro)
-    return next((handler for handler in known if handler is not None), None)
+    for cls in type(optimizer).__mro__:
+        name = cls.__qualname__.rpartition(".")[2]
+        if name in _REFUSED and cls.__module__.startswith("peft."):
+            raise OptimizerError(f"{name} cannot follow a resize: {_REFUSED[name]}. Use torch.optim.AdamW")
+        for (package, known), handler in _HANDLERS.items():
+            if name == known and cls.__module__.startswith(package):
+                return handler
+    return None

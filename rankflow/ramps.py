@@ -1,7 +1,7 @@
 """New directions start slowly: their updates, not their gradients, are scaled from 1 / warmup up to 1.
 
 Scaling gradients would do nothing under an optimizer that divides by their size. So the young rows of A and columns of
-B are noted before an optimizer step, and what the step did to them is scaled afterwards, in float32.
+B are noted before an optimizer step, and what the step did to them is scaled afterwards, in float32 or better.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class _Note:
     parameter: nn.Parameter
     dim: int  # which counts directions
     index: Tensor  # along it, of the directions whose update is scaled
-    scale: Tensor  # float32, broadcastable
-    old: Tensor  # those directions before the step, times the weight decay that is not scaled, float32
+    scale: Tensor  # broadcastable
+    old: Tensor  # those directions before the step, times the weight decay that is not scaled
 
 
 class Ramps:
@@ -81,7 +81,7 @@ class Ramps:
         with torch.no_grad():
             for note in self._notes:
                 p = note.parameter
-                step = p.index_select(note.dim, note.index).float() - note.old
+                step = p.index_select(note.dim, note.index).to(note.old.dtype) - note.old
                 p.index_copy_(note.dim, note.index, (note.old + step * note.scale).to(p.dtype))
         stepped = {id(note.parameter) for note in self._notes}
         self._notes = []
@@ -104,9 +104,10 @@ class Ramps:
         r, experts = site.rank, range(site.experts)  # stored expert-major in A, expert-minor in B
         index = [e * r + i if dim == 0 else i * len(experts) + e for i in young for e in experts]
         at = torch.tensor(index, device=p.device)
-        scale = torch.tensor([scales[i] for i in young for _ in experts], device=p.device)
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        scale = torch.tensor([scales[i] for i in young for _ in experts], dtype=dtype, device=p.device)
         scale = scale.reshape([-1 if d == dim else 1 for d in range(p.ndim)])
-        self._notes.append(_Note(p, dim, at, scale, p.detach().index_select(dim, at).float() * decay))
+        self._notes.append(_Note(p, dim, at, scale, p.detach().index_select(dim, at).to(dtype) * decay))
 
     def _factors(self, name: str, site: Site, p: nn.Parameter, dim: int) -> tuple[float, float]:
         """The correction of the step for the parameter's shape, and the part of weight decay that is not scaled."""
