@@ -80,6 +80,8 @@ class Controller:
         layout, self._phases = lifecycle.resolve(total_steps, self._first_layout)
         for phase in self._phases:
             self._require_data(phase)
+            for due in phase.policy.when.events[:1]:
+                self._probes.check(phase.policy.listen(due))
         if state is None:
             self._surgeon.layout = layout
 
@@ -88,19 +90,20 @@ class Controller:
         self._phase = -1
         self._state: State = {}
         self._pending: Observation | None = None
-        self._skipped: str | None = None
-        self._begun = False
+        self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
         self._hooks = [
             self._optimizer.register_step_pre_hook(lambda *_: self._surgeon.ramps.before_step()),
             self._optimizer.register_step_post_hook(lambda *_: self._count()),
         ]
         _attached.setdefault(model, set()).add(adapter_name)
-        if state is not None:
-            try:
+        try:
+            if state is None:
+                self._start()
+            else:
                 self.load_state_dict(state)
-            except BaseException:
-                self.detach()
-                raise
+        except BaseException:
+            self.detach()
+            raise
 
     # -- what a training loop calls ---------------------------------------------------------------------------------
 
@@ -109,7 +112,6 @@ class Controller:
 
         Pass the GradScaler of an own fp16 loop, before or after `unscale_`; accelerate's is found by itself.
         """
-        self._begin()
         if self._accumulating is not None and not self._accumulating.sync_gradients:
             return  # accelerate's accumulate(): more micro-batches are to come
         scaler = scaler if scaler is not None else self._scaler
@@ -125,7 +127,6 @@ class Controller:
 
         A call after which no optimizer step was counted (accumulation, a scaler's skipped step) changes nothing.
         """
-        self._begin()
         observed, self._pending = self._pending, None
         if self._counted == self.step:
             if observed is not None:
@@ -150,8 +151,7 @@ class Controller:
     def finish(self) -> None:
         """The run is over: take the hooks off and close the ledger with a `finish` event."""
         if self._hooks:
-            self._begin()
-            if not self.within_budget:
+            if not self.within_budget and not self._rewound:
                 warnings.warn(
                     f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
                     f"{self.step} of {self.total_steps} steps were taken, or the last decisions were skipped",
@@ -233,7 +233,6 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on as if never stopped, beside model and optimizer: JSON values and tensors."""
-        self._begin()
         return {
             "format": FORMAT,
             "step": self.step,
@@ -263,7 +262,8 @@ class Controller:
             wrong = next(n for n in {**layout.ranks, **live} if layout.ranks.get(n) != live.get(n))
             raise CheckpointError(
                 f"{wrong}: rank is {live.get(wrong)} but {layout.ranks.get(wrong)} in the checkpoint (step "
-                f"{state['step']}); call rankflow.restore(model, checkpoint) before the optimizer is made"
+                f"{state['step']}); call rankflow.restore(model, checkpoint) before the optimizer is made, and hand "
+                "this state to attach(state=...)"
             )
         if state["total_steps"] != self.total_steps:
             warnings.warn(
@@ -273,6 +273,7 @@ class Controller:
             )
         self._first_layout = Layout.from_json(state["first_layout"])
         _, self._phases = self.lifecycle.resolve(self.total_steps, self._first_layout)
+        self._rewound = int(state["step"]) < self.step
         self.step = self._counted = int(state["step"])
         self.seed = int(state["seed"])
         self._phase = int(state["phase"])
@@ -282,7 +283,6 @@ class Controller:
         self._surgeon.ramps.load_state_dict(state["ramps"])
         self._pending = None
         self.ledger.restore(state["ledger"], self.step)
-        self._begun = True
         self._listen()
 
     def reshape(self, layout: Layout) -> None:
@@ -309,11 +309,7 @@ class Controller:
         self._surgeon.ramps.after_step()
         self._counted += 1
 
-    def _begin(self) -> None:
-        """Put off until the first use, so that a resume is not mistaken for a new run."""
-        if self._begun:
-            return
-        self._begun = True
+    def _start(self) -> None:
         self.ledger.append(
             "attach",
             self.step,
@@ -340,9 +336,10 @@ class Controller:
         """Arm the probes for the next step, in the phase that step belongs to."""
         upcoming = self.step + 1
         phase = self._phases[self._phase_of(upcoming)]
-        signals = phase.policy.listen(upcoming)
-        if signals:
+        if signals := phase.policy.listen(upcoming):
             self._probes.arm(signals, upcoming)
+        else:
+            self._probes.disarm()
 
     def _phase_of(self, step: int) -> int:
         for i in range(max(self._phase, 0), len(self._phases)):

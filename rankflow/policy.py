@@ -107,7 +107,6 @@ class Study:
     batches: int = 8
     split: Literal["train", "outer"] = "train"
     points: tuple[float, ...] = (1.0,)
-    probe_steps: int = 0  # plain SGD-free training steps on a scratch copy of the adapter first; 0 = none
     when: Literal["start", "every"] = "start"  # before the first step, or before every decision
 
 

@@ -62,6 +62,11 @@ class Probes:
         self._handles: list[Any] = []
         self._stance: Any = None
 
+    def check(self, signals: frozenset[Signal]) -> None:
+        """Raise AdapterError if a module's kind of layer does not have one of `signals`."""
+        for site in self._adapter.sites.values():
+            _refuse(site, signals - _LAZY.keys())
+
     def arm(self, signals: frozenset[Signal], step: int) -> None:
         """Listen to the backward passes before the `step`-th optimizer step. What an earlier call heard is dropped.
 
@@ -74,9 +79,8 @@ class Probes:
         self.disarm()
         self._step, self._signals = step, frozenset(signals)
         hooked = self._signals - _LAZY.keys()
+        self.check(self._signals)
         sites = {name: site for name, site in self._adapter.sites.items() if site.present}
-        for site in sites.values():
-            _refuse(site, hooked)
         self.armed = True
         if not hooked:
             return

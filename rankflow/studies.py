@@ -46,7 +46,7 @@ def run_study(
         loss_fn: `loss_fn(model, batch)` gives a scalar; `model(**batch).loss` when left out.
 
     Raises:
-        ConfigError: no batch, points that are not positive, or probe steps, which nothing here trains.
+        ConfigError: no batch, or points that are not positive.
         RankFlowError: a batch without a loss.
     """
     _check(study)
@@ -80,10 +80,6 @@ def run_study(
 
 
 def _check(study: Study) -> None:
-    if study.probe_steps:
-        raise ConfigError(
-            f"study {study.name!r}: probe_steps={study.probe_steps}, but studies do not train the adapter; use 0"
-        )
     bad = [p for p in study.points if not (math.isfinite(p) and p > 0)]
     if bad or not study.points:
         raise ConfigError(

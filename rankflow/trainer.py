@@ -152,10 +152,11 @@ class RankFlowCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.flow is None:
             return
-        # The Trainer looks for the best weights in the checkpoint's root, where PEFT puts those of "default" alone.
-        best = Path(state.best_model_checkpoint or "") / self.adapter_name
-        if args.load_best_model_at_end and state.best_model_checkpoint and best.is_dir():
-            kwargs["model"].load_adapter(str(best), self.adapter_name, is_trainable=True)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer looks in the checkpoint's root alone, where PEFT puts "default" and no other adapter.
+            best, model = Path(state.best_model_checkpoint), kwargs["model"]
+            if _loaded.get(model) != best and (best / self.adapter_name).is_dir():
+                model.load_adapter(str(best), self.adapter_name, is_trainable=True)
         self.flow.finish()
 
     # -- best model -----------------------------------------------------------------------------------------------
@@ -205,6 +206,8 @@ def _follow_ranks_when_loading() -> None:
         if checkpoint is None:
             _loaded.pop(self, None)
             return load(self, model_id, adapter_name, *args, **kwargs)
+        if (Path(model_id) / adapter_name).is_dir():  # the Trainer offers the root, which is where "default" is
+            model_id = str(Path(model_id) / adapter_name)
         flows = [c.flow for c in _callbacks if c.flow is not None and c.flow.attached]
         flow = next((f for f in flows if f.model is self and f.adapter_name == adapter_name), None)
         if flow is None:

@@ -168,7 +168,6 @@ def test_a_skipped_step_is_listened_to_again():
     lifecycle, policy = scripted(listens=frozenset({Signal.GRAD_B}))
     run = Run(lifecycle, STEPS)
     for took in (False, True):
-        run.flow._begin()
         run.model(**run.batches[0]).loss.backward()
         run.flow.before_step()
         if took:
@@ -225,7 +224,6 @@ def test_idle_steps_run_the_same_operators_and_install_no_hooks():
 
 def test_scored_steps_listen_and_other_steps_do_not():
     run = Run(GROW_THEN_SQUEEZE, STEPS)
-    run.flow._begin()
     quiet = hooks_on(tiny_llama())
     heard = []
     for _ in range(12):
@@ -241,7 +239,6 @@ def test_scored_steps_listen_and_other_steps_do_not():
 def test_a_decision_without_its_signals_is_an_error_and_never_zeros():
     lifecycle, _ = scripted(listens=frozenset({Signal.GRAD_B}))
     run = Run(lifecycle, STEPS)
-    run.flow._begin()
     run.model(**run.batches[0]).loss.backward()
     run.optimizer.step()
     with pytest.raises(RankFlowError, match="before_step"):
@@ -291,7 +288,6 @@ def test_non_finite_gradients_skip_the_decision_and_the_run_goes_on(bad):
     run = Run(lifecycle, STEPS)
     target = run.flow._adapter.sites[only(run, "q_proj")].A
 
-    run.flow._begin()
     hook = target.register_hook(lambda g: g * bad)
     for micro in run.batches[:2]:
         run.model(**micro).loss.backward()
@@ -315,7 +311,6 @@ def grow(layout, n: int = 1) -> RankPlan:
 def test_a_disabled_adapter_at_a_due_step_skips_the_decision():
     lifecycle, policy = scripted(plans={1: grow, 2: grow})
     run = Run(lifecycle, STEPS)
-    run.flow._begin()
     run.model(**run.batches[0]).loss.backward()
     run.optimizer.step()
     run.model.base_model.disable_adapter_layers()
@@ -412,7 +407,6 @@ def test_a_study_decides_before_the_first_step_and_leaves_no_trace():
     lifecycle = Lifecycle((("importance", GradientImportance(), None),))
     run = Run(lifecycle, STEPS, model=model, batches=token_batches(3))
     before = weights(model)
-    run.flow._begin()
     assert run.flow.layout["model.layers.1.mlp.up_proj"].rank == 4
     assert run.flow.layout.total_rank == 22
     assert all(p.grad is None for p in model.parameters())

@@ -218,7 +218,6 @@ def test_gradients_may_be_off_around_a_study():
 @pytest.mark.parametrize(
     ("study", "data", "loss_fn", "error", "message"),
     [
-        (Study("s", GRADIENTS, probe_steps=3), 1, None, ConfigError, "probe_steps=3"),
         (Study("s", GRADIENTS, points=(0.0, 1.0)), 1, None, ConfigError, "must be positive"),
         (Study("s", GRADIENTS, points=()), 1, None, ConfigError, "must be positive"),
         (Study("s", GRADIENTS, points=(float("nan"),)), 1, None, ConfigError, "must be positive"),

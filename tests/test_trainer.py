@@ -324,6 +324,7 @@ def test_a_model_without_lora_and_a_bad_choice_are_refused_at_once(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_with_trls_sft_trainer(tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer
