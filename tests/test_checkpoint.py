@@ -471,7 +471,17 @@ def test_files_name_and_measure_modules_as_live_models_do(tmp_path: Path, kind: 
     live, filed = Adapter(loaded(src)).layout(), PeftAdapter(src).layout
     assert set(live) == set(filed)
     for name, slot in live.items():
-        for field in ("rank", "in_features", "out_features", "scaling", "kind", "experts", "itemsize", "min_rank"):
+        for field in (
+            "rank",
+            "in_features",
+            "out_features",
+            "scaling",
+            "kind",
+            "experts",
+            "itemsize",
+            "min_rank",
+            "max_rank",
+        ):
             assert getattr(filed[name], field) == getattr(slot, field), (name, field)
 
 

@@ -217,7 +217,6 @@ def _entry(
         out_features=pair.b.shape[0],
         scaling=setting.alpha / (math.sqrt(setting.rank) if config.get("use_rslora") else setting.rank),
         min_rank=int(kind in ("attention", "experts")),
-        max_rank=setting.rank,
         kind=kind,
         experts=pair.a.shape[0] // setting.rank,
         itemsize=pair.a.dtype.itemsize,

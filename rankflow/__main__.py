@@ -1,0 +1,5 @@
+"""`python -m rankflow`."""
+
+from rankflow.cli import main
+
+main()

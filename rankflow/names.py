@@ -1,0 +1,37 @@
+"""Module names as people read them: by type, in order of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module's place in a table or picture: modules of one type together, in order of their layers."""
+
+    name: str
+    type: str  # the name without layer numbers and without what all names begin with
+    layer: str  # the layer numbers, dotted; empty where there are none
+
+
+def arrange(names: Iterable[str]) -> list[Row]:
+    """Rows by type, in order of first appearance, and by layer within."""
+    names = list(names)
+    types = {name: ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
+    shared = _shared_prefix([t.split(".") for t in types.values()])
+    order = {t: i for i, t in enumerate(dict.fromkeys(types.values()))}
+
+    def layers(name: str) -> list[int]:
+        return [int(part) for part in name.split(".") if part.isdigit()]
+
+    return [
+        Row(name, ".".join(types[name].split(".")[shared:]), ".".join(map(str, layers(name))))
+        for name in sorted(names, key=lambda n: (order[types[n]], layers(n)))
+    ]
+
+
+def _shared_prefix(paths: Sequence[Sequence[str]]) -> int:
+    """How many leading parts all paths have in common, the last part of each never counted."""
+    shortest = min(map(len, paths), default=1) - 1
+    return next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest)
