@@ -40,7 +40,9 @@ def survives(mutant: Mutant) -> bool:
         path = package / mutant.file
         text = path.read_text()
         if text.count(mutant.old) != 1:
-            raise SystemExit(f"{mutant.name}: found {text.count(mutant.old)} times in {mutant.file}, not once; update it")
+            raise SystemExit(
+                f"{mutant.name}: found {text.count(mutant.old)} times in {mutant.file}, not once; update it"
+            )
         path.write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
         env = {**os.environ, "PYTHONPATH": scratch, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
