@@ -28,7 +28,158 @@ class Mutant(NamedTuple):
     tests: str  # what should turn red
 
 
-MUTANTS: list[Mutant] = []
+MUTANTS = [
+    Mutant(
+        "drop the moment map",
+        "moments.py",
+        "first = {key: carry_first(m, N, M, self.factor) for key, m in self.first.items()}",
+        "first = {key: m[..., : N.shape[-2], :] if self.factor == 'A' else m[..., : N.shape[-2]] "
+        "for key, m in self.first.items()}",
+        "tests/test_optim.py tests/test_surgeon.py",
+    ),
+    Mutant(
+        "carry first moments as displacements instead of gradients",
+        "linalg.py",
+        "return _f64(M).mT.to(moment64.device) @ moment64",
+        "return _f64(N).to(moment64.device) @ moment64",
+        "tests/test_linalg.py",
+    ),
+    Mutant(
+        "forget the bound on second moments",
+        "linalg.py",
+        "carried = torch.maximum(carried, bias_second * (_f64(m) / bias_first).square())",
+        "pass",
+        "tests/test_linalg.py",
+    ),
+    Mutant(
+        "transpose N",
+        "linalg.py",
+        "return _like(_f64(N).to(_f64(A).device) @ _f64(A), A)",
+        "N = N.mT if N.shape[-1] == N.shape[-2] else N; return _like(_f64(N).to(_f64(A).device) @ _f64(A), A)",
+        "tests/test_linalg.py tests/test_surgeon.py",
+    ),
+    Mutant(
+        "scale singular values twice",
+        "linalg.py",
+        "R_B = s * root_B if S_B is None else _root(_f64(S_B))",
+        "R_B = s * s * root_B if S_B is None else _root(_f64(S_B))",
+        "tests/test_linalg.py",
+    ),
+    Mutant(
+        "skip alpha",
+        "patterns.py",
+        "        alpha,\n        {anchored(name): rank",
+        "        8,\n        {anchored(name): rank",
+        "tests/test_adapters.py tests/test_surgeon.py",
+    ),
+    Mutant(
+        "leave patterns unanchored",
+        "patterns.py",
+        'return "^" + re.escape(name)',
+        "return re.escape(name)",
+        "tests/test_adapters.py tests/test_surgeon.py",
+    ),
+    Mutant(
+        "skip the ramp",
+        "ramps.py",
+        "(note.old + step * note.scale).to(p.dtype)",
+        "(note.old + step).to(p.dtype)",
+        "tests/test_optim.py tests/test_surgeon.py",
+    ),
+    Mutant(
+        "reorder a group when a module comes back",
+        "optim.py",
+        "group.params.insert(place, p)",
+        "group.params.append(p)",
+        "tests/test_controller.py tests/test_surgeon.py",
+    ),
+    Mutant(
+        "leave stale optimizer state",
+        "optim.py",
+        "new_state[new] = state.pop(id(new))",
+        "new_state[new] = entries",
+        "tests/test_surgeon.py tests/test_controller.py",
+    ),
+    Mutant(
+        "grow with columns of B that are not zero",
+        "staging.py",
+        "b.new_zeros(*b.shape[:-1], op.n)",
+        "b.new_full((*b.shape[:-1], op.n), 1e-6)",
+        "tests/test_surgeon.py",
+    ),
+    Mutant(
+        "do not roll back",
+        "journal.py",
+        "        if kind is not None:\n            self.rollback()",
+        "        pass",
+        "tests/test_surgeon.py tests/test_adapters.py",
+    ),
+    Mutant(
+        "ignore a restore in the ledger",
+        "ledger.py",
+        'out = out[: event["events"]]',
+        "pass",
+        "tests/test_ledger.py",
+    ),
+    Mutant(
+        "count calls instead of optimizer steps",
+        "controller.py",
+        "if self._counted == self.step:",
+        "self._counted = self.step + 1\n        if False:",
+        "tests/test_controller.py",
+    ),
+    Mutant(
+        "draw the same new directions at every step",
+        "surgeon.py",
+        "keyed_generator(self.seed, step, name)",
+        "keyed_generator(self.seed, 0, name)",
+        "tests/test_surgeon.py tests/test_controller.py",
+    ),
+    Mutant(
+        "let a non-finite score decide",
+        "controller.py",
+        '            if bad := _non_finite(observed):\n                self._skip(f"{bad} is not finite", warn=due)',
+        '            if bad := None:\n                self._skip(f"{bad} is not finite", warn=due)',
+        "tests/test_controller.py",
+    ),
+    Mutant(
+        "pass the budget at the last growth",
+        "budget.py",
+        "new = _next_rank(moving[i], ranks[i], want, left // costs[i])",
+        "new = _next_rank(moving[i], ranks[i], want, want)",
+        "tests/test_budget.py tests/test_increlora.py",
+    ),
+    Mutant(
+        "smooth the uncertainty with the old sensitivity",
+        "policies/increlora.py",
+        "                i = self.beta1 * i + (1 - self.beta1) * s\n"
+        "                u = self.beta2 * u + (1 - self.beta2) * abs(s - i)",
+        "                u = self.beta2 * u + (1 - self.beta2) * abs(s - i)\n"
+        "                i = self.beta1 * i + (1 - self.beta1) * s",
+        "tests/test_increlora.py",
+    ),
+    Mutant(
+        "resume without reshaping",
+        "trainer.py",
+        "            match_layout(self, model_id, adapter_name)",
+        "            pass",
+        "tests/test_trainer.py",
+    ),
+    Mutant(
+        "believe in checkpoints above the budget",
+        "trainer.py",
+        "            state.best_metric = None",
+        "            pass",
+        "tests/test_trainer.py",
+    ),
+    Mutant(
+        "score with absolute gradients",
+        "recorder.py",
+        "self._add(Signal.DELTA_SCORE, delta_score(A, B, g, contract) / norm)",
+        "self._add(Signal.DELTA_SCORE, delta_score(A, B, g.abs(), contract) / norm)",
+        "tests/test_probes.py",
+    ),
+]
 
 
 def survives(mutant: Mutant) -> bool:
