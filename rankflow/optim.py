@@ -169,10 +169,11 @@ class Carrier:
 
     def fresh(self, p: nn.Parameter, near: Site) -> dict[str, Any]:
         """State of a parameter that starts afresh, where the optimizer does not make it by itself."""
-        if self.handler is None:
+        params = [id(q) for q in near.tensors().values()]
+        groups = [g for g in self.optimizer.param_groups if any(id(q) in params for q in g["params"])]
+        if self.handler is None or (params and not groups):  # not known, or not held: a frozen module
             return {}
-        group = next((self.group(q) for q in near.tensors().values()), self.optimizer.param_groups[0])
-        return self.handler.fresh(p, group, self.optimizer)
+        return self.handler.fresh(p, (groups or self.optimizer.param_groups)[0], self.optimizer)
 
     def _owner(self, site: Site, role: Factor) -> Site | None:
         """Whose state a factor of `site` goes on from."""

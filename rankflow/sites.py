@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -253,7 +254,8 @@ class Site:
         attrs = {k: vars(layer)[k] for k in ("_active_adapter", "adapter_layer_names") if k in vars(layer)}
         device = next((p.device for p, _ in flags), torch.device("cpu"))
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT said it all when the adapter was made
                 update = cast(Any, layer).update_layer
                 update(name, rank, lora_alpha=alpha, **_update_arguments(update, plain, self.name))
             for p, flag in zip(self.tensors().values(), (*left.requires_grad, True, True), strict=False):

@@ -181,6 +181,7 @@ def reload(model: PeftModel, kind: str, *, seed: int = 0, dtype: torch.dtype = t
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks, transformers warns
         if kind == "experts":  # PEFT warns of rank patterns of target_parameters although it heeds them
             warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", ".*(have invalid shape|`lora_bias=True` was passed)")  # of lora_bias
         model.save_pretrained(folder)
         return PeftModel.from_pretrained(base_of(kind, seed=seed, dtype=dtype), folder, autocast_adapter_dtype=False)
 
@@ -212,7 +213,10 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 def same(one: object, other: object) -> bool:
     """Bit equality of nested containers of tensors."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        if not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]  # NaN equals itself
+        return torch.equal(*bits)
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, list | tuple):
