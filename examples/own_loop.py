@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # two threads stall each other on small machines
 torch.manual_seed(0)
 
 train, held_out = reviews()
-config = LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=LINEARS, modules_to_save=["classifier"])
+config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=LINEARS, modules_to_save=["classifier"])
 model = get_peft_model(minilm_classifier(), config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)

@@ -61,8 +61,8 @@ MUTANTS = [
     Mutant(
         "scale singular values twice",
         "linalg.py",
-        "R_B = s * root_B if S_B is None else _root(_f64(S_B))",
-        "R_B = s * s * root_B if S_B is None else _root(_f64(S_B))",
+        "R_B = scaling * root_B if S_B is None else _root(_f64(S_B))",
+        "R_B = scaling * scaling * root_B if S_B is None else _root(_f64(S_B))",
         "tests/test_linalg.py",
     ),
     Mutant(
