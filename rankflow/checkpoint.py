@@ -90,9 +90,9 @@ def squeeze(
 
     def factors(name: str) -> tuple[Tensor, Tensor]:
         a, b = adapter.factors(name)
-        if wanted is not None and wanted.itemsize > a.element_size():
-            a, b = a.to(wanted), b.to(wanted)
-        return a.to(where), b.to(where)
+        return a.to(where, torch.float64), b.to(
+            where, torch.float64
+        )  # once: a cut computes in it, and rounds at the end
 
     def measure(name: str) -> Spectrum:
         return spectrum(*factors(name), layout[name].scaling, backend=backend)
@@ -101,12 +101,13 @@ def squeeze(
     ranks = target.ranks(layout, spectra)
 
     def write(name: str, put: Callable[[str, Tensor, Tensor], None]) -> Spectrum:
+        dtype = wanted or adapter.entries[name].dtype
         a, b = factors(name)
         found = spectra.get(name) or spectrum(a, b, layout[name].scaling, backend=backend)
         if 0 < ranks[name] < layout[name].rank:
             a, b = _cut(found, a, b, ranks[name], gauge, name, layout[name].kind)
         if ranks[name]:
-            put(name, _fit(a, wanted, name), _fit(b, wanted, name))
+            put(name, _round(a, dtype, name), _round(b, dtype, name))
         return found
 
     if not dry_run:
@@ -122,7 +123,7 @@ def squeeze(
         target=target.given,
         backend=backend,
         gauge=gauge,
-        dtype=None if wanted is None else str(wanted).removeprefix("torch."),
+        dtype=None if wanted is None else _name(wanted),
         dry_run=dry_run,
         file_bytes_before=adapter.file_bytes,
         file_bytes_after=None if dry_run else (out / f"adapter_model{adapter.weights.suffix}").stat().st_size,
@@ -221,15 +222,17 @@ def _cut(found: Spectrum, A: Tensor, B: Tensor, rank: int, gauge: Gauge, name: s
     return a, b
 
 
-def _fit(t: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    if dtype is None or dtype == t.dtype:
-        return t
-    fitted = t.to(dtype)
-    if dtype == torch.float16 and not bool(fitted.isfinite().all()):
+def _round(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = t.to(dtype)
+    if not bool(rounded.isfinite().all()):
         raise ConfigError(
-            f"{name}: values up to {float(t.abs().max()):.3g} do not fit float16; use bfloat16 or float32"
+            f"{name}: values up to {float(t.abs().max()):.3g} do not fit {_name(dtype)}; use bfloat16 or float32"
         )
-    return fitted
+    return rounded
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _beside(adapter: PeftAdapter, target: Target) -> Path:
