@@ -237,7 +237,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.layers, options.width, options.repeats, options.peft_repeats = 2, 256, 3, 2
-    warnings.filterwarnings("ignore", message="Converting a PEFT adapter to LoRA")  # compressing is what it is for here
+    warnings.filterwarnings("ignore", message="Converting a PEFT adapter to LoRA")
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for dtype in (torch.float32, torch.bfloat16):
