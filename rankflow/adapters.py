@@ -68,7 +68,7 @@ class Adapter:
                 continue
             _refuse_unsupported(name, site.layer, self.name)
             for p in (site.A, site.B):
-                first = owner.setdefault(p.untyped_storage().data_ptr(), name)
+                first = owner.setdefault(p.data_ptr(), name)
                 if first != name and p.device.type != "meta":
                     raise AdapterError(
                         f"{first} and {name} share their LoRA factors; resizing would part them. Adapt only one of "

@@ -31,7 +31,7 @@ class Left:
     slot: Slot  # at rank 0
     config_scaling: float
     dtype: torch.dtype
-    requires_grad: tuple[bool, bool]
+    requires_grad: dict[str, bool]  # by role
     order: tuple[str, ...]  # of the layer's adapters, which is that of its parameters
     dropout: nn.Module | None
 
@@ -101,7 +101,11 @@ class Site:
 
     @property
     def trainable(self) -> bool:
-        return any(p.requires_grad for p in self.tensors().values()) if self.present else any(self._left.requires_grad)
+        return (
+            any(p.requires_grad for p in self.tensors().values())
+            if self.present
+            else any(self._left.requires_grad.values())
+        )
 
     @property
     def experts(self) -> int:
@@ -217,7 +221,7 @@ class Site:
             slot=replace(self.slot(), rank=0),
             config_scaling=self._config_scaling(),
             dtype=self.A.dtype,
-            requires_grad=(self.A.requires_grad, self.B.requires_grad),
+            requires_grad={role: p.requires_grad for role, p in self.tensors().items()},
             order=tuple(stores.keys()),
             dropout=layer.lora_dropout._modules.get(name),
         )
@@ -231,7 +235,9 @@ class Site:
         """Switch training of all the module's parameters; off, they lose their gradients. Also while it has left."""
         if not self.present:
             memo, left = vars(self.layer)[_MEMO], self._left
-            left = replace(left, slot=replace(left.slot, trainable=on), requires_grad=(on, on))
+            left = replace(
+                left, slot=replace(left.slot, trainable=on), requires_grad=dict.fromkeys(left.requires_grad, on)
+            )
             journal.contents(memo, {**memo, self._adapter: left})
         for p in self.tensors().values():
             journal.attr(p, "requires_grad", on)
@@ -258,8 +264,8 @@ class Site:
                 warnings.simplefilter("ignore")  # PEFT said it all when the adapter was made
                 update = cast(Any, layer).update_layer
                 update(name, rank, lora_alpha=alpha, **_update_arguments(update, plain, self.name))
-            for p, flag in zip(self.tensors().values(), (*left.requires_grad, True, True), strict=False):
-                p.requires_grad_(flag)
+            for role, p in self.tensors().items():
+                p.requires_grad_(left.requires_grad.get(role, True))
                 p.data = p.data.to(left.dtype)
             if left.dropout is not None:
                 layer.lora_dropout[name] = left.dropout
