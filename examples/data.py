@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 MAX_LENGTH = 48
@@ -32,6 +32,8 @@ def minilm_path() -> Path:
 def minilm_classifier(seed: int = 0) -> nn.Module:
     """all-MiniLM-L6-v2 (BERT, 6 layers of 384) with a fresh two-way head."""
     torch.manual_seed(seed)
+    logging.set_verbosity_error()  # it would report the fresh head as missing from the checkpoint, at every load
+    logging.disable_progress_bar()
     return AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
 
 

@@ -7,6 +7,9 @@ All arms are timed step by step, interleaved, on the same batches. Run: python e
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +24,7 @@ import rankflow
 from data import LINEARS, minilm_classifier, reviews
 
 Batch = dict[str, torch.Tensor]
+WARM = 5  # steps
 
 
 class Plain:
@@ -42,28 +46,31 @@ class Plain:
 class Managed(Plain):
     """The same with a controller; `shadow` follows its ranks."""
 
-    def __init__(self, rank: int, batches: list[Batch], policy: Any, steps: int):
+    def __init__(self, rank: int, batches: list[Batch], policy: Any, steps: int, shadow: bool = True):
         super().__init__(rank, batches)
         self.flow = rankflow.attach(self.model, self.optimizer, policy, total_steps=steps)
-        self.shadow = Plain(rank, batches)
+        self.shadow = Plain(rank, batches) if shadow else self
+        self.followed = self.flow.layout.ranks
         self.seconds: list[float] = []  # inside the controller, per step
 
     def __call__(self, i: int) -> None:
+        self.backward_and_step(i)
+        began = time.perf_counter()
+        self.flow.after_step()
+        self.seconds[-1] += time.perf_counter() - began
+        self.optimizer.zero_grad()
+
+    def backward_and_step(self, i: int) -> None:
         self.model(**self.batches[i % len(self.batches)]).loss.backward()
         began = time.perf_counter()
         self.flow.before_step()
-        paused = time.perf_counter()
+        self.seconds.append(time.perf_counter() - began)
         self.optimizer.step()
-        resumed = time.perf_counter()
-        self.flow.after_step()
-        self.seconds.append(time.perf_counter() - resumed + paused - began)
-        self.optimizer.zero_grad()
 
     def follow(self) -> None:
-        if self.flow.layout.ranks != (seen := getattr(self, "_followed", None)):
-            self._followed = self.flow.layout.ranks
-            if seen is not None:
-                rankflow.resize(self.shadow.model, self._followed, self.shadow.optimizer)
+        if self.flow.layout.ranks != self.followed:
+            self.followed = self.flow.layout.ranks
+            rankflow.resize(self.shadow.model, self.followed, self.shadow.optimizer)
 
 
 class AdaLora(Plain):
@@ -90,21 +97,61 @@ class AdaLora(Plain):
         self.optimizer.zero_grad()
 
 
-def run(name: str, arm: Plain, base: Plain, steps: int, warm: int = 3) -> tuple[str, list[float], list[float]]:
-    """Times of `arm` and `base` over `steps` interleaved steps, after a few unrecorded ones of the base alone."""
-    for i in range(warm):
-        base(i)
+def run(name: str, arm: Plain, base: Plain, steps: int) -> tuple[list[float], list[float]]:
+    """Times of `arm` and `base` over `steps` interleaved steps, of which the first few only warm both up."""
     if isinstance(arm, Managed):
         arm.follow()
     times: dict[str, list[float]] = {"arm": [], "base": []}
     with console.status(name) as status:
         for i in range(steps):
             for key, seconds in interleave({"arm": arm, "base": base}, 1, seed=i, start=i).items():
-                times[key] += seconds
+                times[key] += seconds if i >= WARM else []
             if isinstance(arm, Managed):
                 arm.follow()
             status.update(f"{name}: step {i + 1}/{steps}")
-    return name, times["arm"], times["base"]
+    return times["arm"], times["base"]
+
+
+def memory(which: str, options: argparse.Namespace, batches: list[Batch]) -> None:
+    """In a process of its own: one run's peak resident memory and, per resize, what it took for a moment, as JSON."""
+    steps, rank = options.steps // 4, options.rank
+    squeeze = {"policy": "squeeze", "budget": {"mean_rank": rank // 2}, "when": {"every": "10%"}}
+    arm = Managed(rank, batches, squeeze, steps, shadow=False) if which == "managed" else Plain(rank, batches)
+    peak, transients = 0, []
+    for i in range(steps):
+        if isinstance(arm, Managed):
+            arm.backward_and_step(i)
+            peak, before, version = max(peak, resident("VmHWM")), resident("VmRSS"), arm.flow.version
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+            arm.flow.after_step()
+            if arm.flow.version > version:
+                transients.append(resident("VmHWM") - before)
+            arm.optimizer.zero_grad()
+        else:
+            arm(i)
+    print(json.dumps({"peak": max(peak, resident("VmHWM")), "transients": transients}))
+
+
+def resident(field: str) -> int:
+    """Kilobytes of a line of /proc/self/status."""
+    return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+
+
+def compare_memory(options: argparse.Namespace) -> None:
+    found = {}
+    for which in ("fixed", "managed"):
+        command = [sys.executable, __file__, "--memory", which, "--steps", str(options.steps)]
+        command += ["--batch", str(options.batch), "--rank", str(options.rank)]
+        with console.status(f"memory: {which}"):
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[which] = json.loads(printed.splitlines()[-1])
+    transients = found["managed"]["transients"]
+    console.print(
+        f"Peak memory of a run squeezed from rank {options.rank}: {found['managed']['peak'] / 1024:.0f} MB, of LoRA "
+        f"fixed at it {found['fixed']['peak'] / 1024:.0f} MB: ratio "
+        f"{found['managed']['peak'] / found['fixed']['peak']:.3f} (limit 1.05). "
+        f"Resizes took for a moment, in MB: {', '.join(f'{t / 1024:.1f}' for t in transients)}"
+    )
 
 
 def main() -> None:
@@ -112,7 +159,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="write the table's numbers as JSON too")
+    parser.add_argument("--memory", choices=["fixed", "managed"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -123,39 +170,53 @@ def main() -> None:
         reviews()[0], batch_size=options.batch, shuffle=True, generator=torch.Generator().manual_seed(0)
     )
     batches = [b for b, _ in zip(loader, range(100), strict=False)]
-    squeeze = {"policy": "squeeze", "budget": {"mean_rank": rank // 2}, "when": {"every": "10%"}}
+    if options.memory:
+        memory(options.memory, options, batches)
+        return
+
+    squeeze = {
+        "policy": "squeeze",
+        "budget": {"mean_rank": rank // 2},
+        "when": {"every": "10%"},
+        "params": {"allocate": "uniform"},
+    }
     exact = {
         "policy": "increlora",
         "budget": {"mean_rank": 2 * rank},
         "params": {"window": "all", "score_fraction": 1.0},
     }
     idle = Managed(rank, batches, {"policy": "hold"}, short)
+    annealed = Managed(rank, batches, squeeze, short)
     arms: list[tuple[str, Plain, int, str]] = [
         ("A/A: plain over plain", Plain(rank, batches), short, ""),
         ("idle steps (hold)", idle, short, "1.01 + A/A"),
-        ("squeeze lifecycle", Managed(rank, batches, squeeze, short), short, "1.02"),
+        ("squeeze lifecycle", annealed, short, "1.02"),
         ("increlora, shipped defaults", Managed(2, batches, "increlora", steps), steps, "1.05"),
         ("increlora, exact score every step", Managed(rank, batches, exact, short), short, "reported"),
         ("PEFT AdaLoRA over LoRA", AdaLora(rank, batches, short), short, "reported"),
+        (f"annealed to {rank // 2} over born at {rank // 2}", annealed, short // 2, "1 in interval"),
     ]
     rows = []
     for name, arm, n, limit in arms:
-        base = arm.shadow if isinstance(arm, Managed) else Plain(rank, batches)
-        _, a, b = run(name, arm, base, n)
-        value, low, high = ratio_of_sums(a, b)
         event = "-"
-        if isinstance(arm, Managed):
-            events = [e["seconds"] for e in arm.flow.ledger.events if e["event"] == "resize"]
-            if events:
-                event = f"{max(events) / (sum(b) / len(b)):.2f}"
+        if name.startswith("annealed"):
+            annealed.flow.detach()
+            a, b = run(name, annealed, Plain(rank // 2, batches), n)
+        else:
+            a, b = run(name, arm, arm.shadow if isinstance(arm, Managed) else Plain(rank, batches), n)
+            ledger = arm.flow.ledger.events if isinstance(arm, Managed) else []
+            events = [e["seconds"] for e in ledger if e["event"] == "resize"]
+            event = f"{max(events) / (sum(b) / len(b)):.2f}" if events else "-"
+        value, low, high = ratio_of_sums(a, b)
         rows.append((name, str(n), f"{value:.3f}", f"{low:.3f} to {high:.3f}", limit, event))
     table(
         f"Step time over plain PEFT LoRA at the same ranks ({machine()})",
         ("arm", "steps", "ratio", "95 % interval", "limit", "dearest resize, in steps"),
         rows,
     )
-    median, low, high = interval([1e6 * s for s in idle.seconds])
-    console.print(f"Controller on an idle step: {median:.1f} microseconds ({low:.1f} to {high:.1f})")
+    median, low, high = interval([1e6 * s for s in idle.seconds[WARM:]])
+    console.print(f"Controller on an idle step: {median:.1f} microseconds ({low:.1f} to {high:.1f}; limit 100)")
+    compare_memory(options)
 
 
 if __name__ == "__main__":
