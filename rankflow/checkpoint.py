@@ -90,9 +90,9 @@ def squeeze(
 
     def factors(name: str) -> tuple[Tensor, Tensor]:
         a, b = adapter.factors(name)
-        return a.to(where, torch.float64), b.to(
-            where, torch.float64
-        )  # once: a cut computes in it, and rounds at the end
+        # Once for all: cuts compute in float64 and round at the end. Randomised ones form the whole update, in less.
+        wide = torch.float64 if backend == "exact" else torch.promote_types(a.dtype, torch.float32)
+        return a.to(where, wide), b.to(where, wide)
 
     def measure(name: str) -> Spectrum:
         return spectrum(*factors(name), layout[name].scaling, backend=backend)
@@ -244,9 +244,11 @@ def _beside(adapter: PeftAdapter, target: Target) -> Path:
 
 
 def _device(device: str) -> torch.device:
+    """A device to compute on, in float64 and with real numbers."""
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
         raise ConfigError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
 
 

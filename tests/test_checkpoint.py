@@ -667,6 +667,7 @@ OPTIONS = {
     "backend": ({"target_rank": 2, "backend": "magic"}, "backend.*magic"),
     "dtype": ({"target_rank": 2, "dtype": "int8"}, "dtype 'int8' is not one of"),
     "device": ({"target_rank": 2, "device": "abacus"}, "device 'abacus' cannot be used"),
+    "no device": ({"target_rank": 2, "device": "meta"}, "device 'meta' cannot be used"),
     "gauge": ({"target_rank": 2, "gauge": "free"}, "gauge.*free"),
 }
 

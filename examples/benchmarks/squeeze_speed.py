@@ -92,10 +92,10 @@ def peak_anonymous(work: Callable[[], object]) -> tuple[int, int]:
 def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     source = synthetic(folder / name, options.layers, options.width, options.rank, dtype)
-    scratch, out = folder / "copy", folder / f"{name}-small"
+    scratch = folder / "copy"
 
-    def squeeze(_: int = 0) -> None:
-        rankflow.squeeze(source, out, target_rank=options.target_rank, force=True)
+    def squeeze(i: int = -1) -> None:
+        rankflow.squeeze(source, folder / f"{name}-{i}", target_rank=options.target_rank)
 
     def read(_: int) -> None:
         adapter = PeftAdapter(source)
@@ -119,7 +119,7 @@ def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None
         "read and compute": compute,
     }
     for arm in arms.values():
-        arm(0)
+        arm(options.repeats)
     times = interleave(arms, options.repeats)
     base = times["read + fsync-write the source"]
     rows = []
@@ -144,7 +144,8 @@ def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None
     console.print(
         f"anonymous memory: {peak / 2**20:.0f} MiB at most, {(peak - before) / 2**20:.0f} MiB of it for this\n"
     )
-    shutil.rmtree(source)
+    for used in folder.glob(f"{name}*"):
+        shutil.rmtree(used)
 
 
 # -- one module -----------------------------------------------------------------------------------------------------
@@ -191,10 +192,16 @@ def one_module(folder: Path, options: argparse.Namespace) -> None:
         U, S, V = torch.svd_lowrank(whole[0] @ whole[1], q=k + 10, niter=2)
         return U[:, :k] * S[:k], V[:, :k].mT
 
-    rows = []
+    rows, threads = [], torch.get_num_threads()
     for name, arm, rival, repeats, limit in (
         ("file to file", with_files, ("peft save_as_lora", with_peft), options.peft_repeats, ">= 100"),
-        ("in memory", in_memory, ("torch.svd_lowrank, 10 extra, 2 iterations", randomised), options.repeats, ">= 5"),
+        (
+            "in memory, 1 thread",
+            in_memory,
+            ("torch.svd_lowrank, 10 extra, 2 iterations", randomised),
+            options.repeats,
+            ">= 5",
+        ),
     ):
         results: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -204,6 +211,7 @@ def one_module(folder: Path, options: argparse.Namespace) -> None:
 
             return run
 
+        torch.set_num_threads(1 if arm is in_memory else threads)
         arm()
         times = interleave({"rankflow": timed("rankflow", arm), rival[0]: timed(rival[0], rival[1])}, repeats)
         faster = interval([b / a for a, b in zip(times["rankflow"], times[rival[0]], strict=True)])
