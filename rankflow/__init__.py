@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankflow.checkpoint import inspect, squeeze, squeeze_model
+    from rankflow.checkpoint import squeeze, squeeze_model
     from rankflow.config import load_policy
     from rankflow.controller import Controller
     from rankflow.errors import (
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PlanError,
         RankFlowError,
     )
+    from rankflow.inspection import inspect
     from rankflow.ledger import Ledger
     from rankflow.loop import attach
     from rankflow.plan import Layout, RankPlan, Slot
@@ -33,7 +34,7 @@ _HOME = {
     "resize": "surgeon",
     "squeeze": "checkpoint",
     "squeeze_model": "checkpoint",
-    "inspect": "checkpoint",
+    "inspect": "inspection",
     "load_policy": "config",
     "Controller": "controller",
     "Ledger": "ledger",

@@ -19,14 +19,13 @@ from rankflow.crew import Crew, Progress
 from rankflow.errors import ConfigError
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.tensors import check_destination
-from rankflow.inspection import inspect
 from rankflow.linalg import Gauge, Spectrum, new_rows, refactor, spectrum
 from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Refactor
 from rankflow.rsvd import Backend, check_backend
 from rankflow.seeds import keyed_generator
 from rankflow.squeezed import SqueezeReport, Target, report
 
-__all__ = ["SqueezeReport", "Target", "inspect", "squeeze", "squeeze_model"]
+__all__ = ["SqueezeReport", "Target", "squeeze", "squeeze_model"]
 
 _DTYPES = {
     "float32": torch.float32,

@@ -208,7 +208,10 @@ def report(
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width of its own
+    console.print(table)
 
 
 @contextmanager

@@ -14,6 +14,12 @@ class Row:
     type: str  # the name without layer numbers and without what all names begin with
     layer: str  # the layer numbers, dotted; empty where there are none
 
+    @property
+    def short(self) -> str:
+        """Layer numbers in the places of the stars of the type, behind what all names begin with."""
+        numbers = self.layer.split(".") if self.layer else []
+        return " ".join([self.type.lstrip("*."), *numbers])
+
 
 def arrange(names: Iterable[str]) -> list[Row]:
     """Rows by type, in order of first appearance, and by layer within."""

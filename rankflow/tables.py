@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -27,9 +28,14 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:
     """A table of numbers, and of text in columns whose heading ends in a colon."""
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column.removesuffix(":"), justify="left" if column.endswith(":") else "right", no_wrap=i == 0)
+    table = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0
+    )
+    for column in columns:  # on a narrow terminal names are folded, numbers never cut
+        text = column.endswith(":")
+        table.add_column(
+            column.removesuffix(":"), justify="left" if text else "right", no_wrap=not text, overflow="fold"
+        )
     return table
 
 
@@ -45,7 +51,7 @@ def squeeze_table(report: SqueezeReport) -> Table:
         f"{report.source}: {size} of factors",
         "module:",
         "rank",
-        "squeezed to",
+        "to",
         "energy kept",
         "error |dW|",
         "parameters",
@@ -54,7 +60,7 @@ def squeeze_table(report: SqueezeReport) -> Table:
     modules = {m.name: m for m in report.modules}
     rows = arrange(modules)
     if len(rows) <= _MOST_ROWS:
-        groups = [(row.name, [modules[row.name]]) for row in rows]
+        groups = [(row.short, [modules[row.name]]) for row in rows]
     else:
         types = dict.fromkeys(row.type for row in rows)
         groups = [(t, [modules[row.name] for row in rows if row.type == t]) for t in types]
@@ -83,19 +89,18 @@ def squeeze_table(report: SqueezeReport) -> Table:
 
 def inspection_table(inspection: Inspection) -> Table:
     """Every module's spectrum, as bars of log sigma over four decades, and what follows from it."""
-    heads = [f"E({k})" for k in inspection.modules[0].energy]
+    heads = [f"E{k}" for k in inspection.modules[0].energy]
     table = _table(
         f"{inspection.source}: {len(inspection.modules)} modules, {inspection.params:,} parameters, "
         f"{decimal(inspection.bytes)} of factors",
         "module:",
         "rank",
-        "effective",
-        "stable",
-        "sigma 1",
+        "eff.",
+        "sigma1",
         "spectrum:",
         *heads,
         caption="\n".join(
-            [*inspection.notes, "effective: exp of the spectrum's entropy; E(k): energy in the k largest directions"]
+            [*inspection.notes, "eff.: effective rank, exp of the spectrum's entropy; Ek: energy in the k largest"]
         ),
     )
     modules = {m.name: m for m in inspection.modules}
@@ -106,10 +111,9 @@ def inspection_table(inspection: Inspection) -> Table:
             table.add_section()
         before = row.type
         table.add_row(
-            m.name,
+            row.short,
             str(m.rank),
             f"{m.rank_effective:.1f}",
-            f"{m.rank_stable:.1f}",
             f"{m.sigma[0]:.3g}",
             _bars(m.sigma),
             *(f"{share:.0%}" for share in m.energy.values()),
@@ -117,7 +121,7 @@ def inspection_table(inspection: Inspection) -> Table:
     return table
 
 
-def _bars(sigma: Sequence[float], width: int = 16) -> str:
+def _bars(sigma: Sequence[float], width: int = 8) -> str:
     """Singular values relative to the first, each of at most `width` bars half a decade a step."""
     if not sigma[0] > 0:
         return "zero"
@@ -128,7 +132,7 @@ def _bars(sigma: Sequence[float], width: int = 16) -> str:
 
 def events_table(events: Sequence[Event]) -> Table:
     """What happened when, and why."""
-    table = _table("Events", "step", "event:", "modules", "total rank", "parameters", "seconds", "why:")
+    table = _table("Events", "step", "event:", "modules", "total rank", "why:")
     for event in events:
         ranks: Mapping[str, int] = event.get("ranks", {})
         kind = event["event"]
@@ -138,8 +142,6 @@ def events_table(events: Sequence[Event]) -> Table:
             f"{kind}, {event['policy']}" if "policy" in event else kind,
             str(len(ranks) or ""),
             f"{event['total_rank']:,}" if "total_rank" in event else "",
-            f"{event['params']:,}" if "params" in event else "",
-            f"{event['seconds']:.3f}" if "seconds" in event else "",
             why,
         )
     return table
@@ -159,7 +161,7 @@ def ranks_table(history: Sequence[tuple[int, Mapping[str, int]]]) -> Table:
         before = row.type
         ranks = [ranks[row.name] for _, ranks in history]
         bars = "".join(" " if r == 0 else _BARS[math.ceil(r / top * 8) - 1] for r in ranks)
-        table.add_row(row.name, str(first[row.name]), bars, str(last[row.name]))
+        table.add_row(row.short, str(first[row.name]), bars, str(last[row.name]))
     table.add_section()
     table.add_row("all", str(sum(first.values())), "", str(sum(last.values())))
     return table

@@ -164,7 +164,7 @@ def test_unknown_options_and_wrong_types_have_status_2(adapter: Path):
 
 def test_inspect_shows_every_module_and_its_json_is_nothing_but_json(adapter: Path, tmp_path: Path):
     table = run("inspect", adapter).stdout
-    assert all(f"layers.{i}." in table for i in range(2))
+    assert all(f"_proj {i} " in table for i in range(2))
     result = run("inspect", adapter, "--json", "--plot", tmp_path / "x.png")
     data = json.loads(result.stdout)
     assert result.stderr == ""
@@ -210,7 +210,7 @@ def test_policies_shows_parameters_and_their_meaning():
 def test_report_draws_and_tells(ledger: Path, tmp_path: Path):
     result = run("report", ledger).stdout
     assert all(word in result for word in ("highest", "finite", "increlora"))
-    assert "layers.0.q" in result
+    assert "q 0" in result
     assert (tmp_path / "rankflow.png").read_bytes().startswith(b"\x89PNG")
     run("report", ledger, "-o", tmp_path / "other.svg")
     assert "<svg" in (tmp_path / "other.svg").read_text()
