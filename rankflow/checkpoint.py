@@ -2,7 +2,7 @@
 
 rankflow.squeeze("out/checkpoint-500", target_rank=8)        # writes out/checkpoint-500-r8
 rankflow.squeeze("out/checkpoint-500", "small", energy=0.9)  # ranks that keep 90 % of every module's energy
-rankflow.inspect("out/checkpoint-500").modules[0].effective_rank
+rankflow.inspect("out/checkpoint-500").modules[0].rank_effective
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ class Controller:
         if self._accumulating is not None and not self._accumulating.sync_gradients:
             return  # accelerate's accumulate(): more micro-batches are to come
         scaler = scaler if scaler is not None else self._scaler
+        if self._probes.armed and not self._adapter.enabled:
+            self._probes.disarm()
         if self._probes.armed:
             # The probes heard the backward pass, which ran at the loss scale whatever has been unscaled since.
             scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
@@ -354,7 +356,9 @@ class Controller:
         expected = self._policy.listen(step)
         due = self._policy.when.due(step)
         if expected and observed is None:
-            if due:
+            if due and not self._adapter.enabled:
+                self._skip("the adapter is disabled", warn=True)
+            elif due:
                 raise RankFlowError(
                     f"step {step}: {self.phase.name} decides now but saw no signals; "
                     "call before_step() after backward and before optimizer.step()"

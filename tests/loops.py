@@ -67,14 +67,12 @@ def token_batches(n: int, seed: int = 1, size: int = 4, length: int = 10) -> lis
 class Run:
     """One training run that can be stepped, saved and resumed by hand."""
 
-    def __init__(
-        self, policy: Any, steps: int, *, model: PeftModel | None = None, make_optimizer: Any = None, **options
-    ):
+    def __init__(self, policy: Any, steps: int, *, model: PeftModel | None = None, scheduled: bool = True, **options):
         self.model = model if model is not None else tiny_llama()
         self.model.train()
-        make = make_optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
-        self.optimizer = make([p for p in self.model.parameters() if p.requires_grad])
-        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, steps)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1 if scheduled else 1.0, steps)
         self.flow = rankflow.attach(self.model, self.optimizer, policy, total_steps=steps, **options)
         self.batches = token_batches(2 * steps)
         self.losses: list[float] = []
