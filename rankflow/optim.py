@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -201,7 +201,7 @@ class Carrier:
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
-    def write(self, journal: Journal, swaps: Iterable[Swap]) -> None:
+    def write(self, journal: Journal, swaps: Sequence[Swap]) -> None:
         """Put new parameters in the places of old ones, and their state with them. Modules are live already."""
         replaced: dict[int, nn.Parameter | None] = {}
         back: list[tuple[Token, nn.Parameter]] = []
@@ -221,9 +221,8 @@ class Carrier:
             group.swap(replaced)
         tokens = self._tokens()
         for token, p in back:
-            home = self._home(token, groups, tokens)
-            if home is not None or p.requires_grad:
-                self._insert(token, p, groups, home, tokens)
+            if p.requires_grad or any(token in order for order in self._order):
+                self._insert(token, p, groups, tokens)
         for group, now in zip(self.optimizer.param_groups, groups, strict=True):
             if [*map(id, group["params"])] != [*map(id, now.params)]:
                 journal.contents(group["params"], now.params)
@@ -235,11 +234,10 @@ class Carrier:
             if id(p) not in replaced:
                 new_state[p] = entries
             elif (new := replaced[id(p)]) is not None and state.get(id(new)):
-                new_state[new] = state.pop(id(new))
-        for swap in swaps:
-            for p in swap.new.values():
-                if state.get(id(p)):
-                    new_state[p] = state.pop(id(p))
+                new_state[new] = state[id(new)]
+        for p in (p for swap in swaps for p in swap.new.values()):
+            if p not in new_state and state.get(id(p)):
+                new_state[p] = state[id(p)]
         journal.contents(self.optimizer.state, new_state)  # type: ignore[arg-type]
 
     def _home(self, token: Token, groups: list[_Group], tokens: Mapping[int, Token]) -> int | None:
@@ -257,12 +255,11 @@ class Carrier:
                     near.append((abs(names.index(other[0]) - at), i))
         return min(near)[1] if near else None
 
-    def _insert(
-        self, token: Token, p: nn.Parameter, groups: list[_Group], home: int | None, tokens: Mapping[int, Token]
-    ) -> None:
+    def _insert(self, token: Token, p: nn.Parameter, groups: list[_Group], tokens: Mapping[int, Token]) -> None:
+        home = self._home(token, groups, tokens)
         if home is None:
             raise OptimizerError(f"{token[0]}: no group of {self.title} holds a {token[1]}, so none can take this one")
-        group, order = groups[home], self._order[home]
+        group, order = groups[home], self._order[home] if home < len(self._order) else []
         held = [tokens.get(id(q), id(q)) for q in group.params]
         if token in order:
             at = order.index(token)

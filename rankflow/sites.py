@@ -101,11 +101,9 @@ class Site:
 
     @property
     def trainable(self) -> bool:
-        return (
-            any(p.requires_grad for p in self.tensors().values())
-            if self.present
-            else any(self._left.requires_grad.values())
-        )
+        if not self.present:
+            return self._left.slot.trainable
+        return any(p.requires_grad for p in self.tensors().values())
 
     @property
     def experts(self) -> int:
@@ -235,9 +233,8 @@ class Site:
         """Switch training of all the module's parameters; off, they lose their gradients. Also while it has left."""
         if not self.present:
             memo, left = vars(self.layer)[_MEMO], self._left
-            left = replace(
-                left, slot=replace(left.slot, trainable=on), requires_grad=dict.fromkeys(left.requires_grad, on)
-            )
+            flags = dict.fromkeys(left.requires_grad, on)
+            left = replace(left, slot=replace(left.slot, trainable=on), requires_grad=flags)
             journal.contents(memo, {**memo, self._adapter: left})
         for p in self.tensors().values():
             journal.attr(p, "requires_grad", on)

@@ -515,6 +515,36 @@ def test_a_new_surgeon_puts_a_module_that_left_before_it_where_the_model_has_it(
         assert [g["param_names"] for g in optimizer.param_groups] == first
 
 
+def test_frozen_modules_outside_the_optimizer_stay_outside():
+    model = lora("linear")
+    adapter = Adapter(model)
+    a, b = list(adapter.sites.values())[:2]
+    for p in a.tensors().values():
+        p.requires_grad_(False)
+    optimizer = make("adagrad", model)
+    surgeon = Surgeon(adapter, optimizer)
+    surgeon.apply(RankPlan({a.name: [Keep((0, 1))], b.name: [Drop()]}))
+    surgeon.apply(RankPlan({a.name: [Drop()]}))
+    surgeon.apply(RankPlan({a.name: [Grow(2)], b.name: [Grow(2)]}))
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert [id(s.A) in held for s in (a, b)] == [False, True]
+    train(model, optimizer)
+
+
+def test_a_module_comes_back_into_a_group_that_was_added_later():
+    model = lora("linear")
+    optimizer = make("adamw", model)
+    surgeon = Surgeon(Adapter(model), optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    name = list(surgeon.layout)[2]
+    first = group_names(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    surgeon.apply(RankPlan({name: [Drop()]}))
+    surgeon.apply(RankPlan({name: [Grow(2)]}))
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert [[names[id(p)] for p in optimizer.param_groups[0]["params"]]] == first
+    assert len(optimizer.param_groups[1]["params"]) == 1
+
+
 def test_group_options_schedulers_and_wrappers_stay():
     from accelerate import Accelerator
 
