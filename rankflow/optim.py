@@ -234,7 +234,7 @@ class Carrier:
             if id(p) not in replaced:
                 new_state[p] = entries
             elif (new := replaced[id(p)]) is not None and state.get(id(new)):
-                new_state[new] = state[id(new)]
+                new_state[new] = state.pop(id(new))
         for p in (p for swap in swaps for p in swap.new.values()):
             if p not in new_state and state.get(id(p)):
                 new_state[p] = state[id(p)]
