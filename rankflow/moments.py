@@ -60,12 +60,20 @@ class Moments:
         return self._map(take, take)
 
     def refactor(self, N: Tensor, M: Tensor) -> Moments:
-        """Through A' = N A, B' = B M."""
+        """Through A' = N A, B' = B M.
+
+        A revived direction's column of B is 0, and so is the gradient its row of A has had, by this map; its second
+        moment starts at the least that growth would give it, not at 0.
+        """
         first = {key: carry_first(m, N, M, self.factor) for key, m in self.first.items()}
         second, peak = self.second, self.peak
         if second is not None:
             bound = None if self.bounding is None else first.get(self.bounding)
+            least = SEED_FLOOR * second.mean(-2, keepdim=True)
             second = carry_second(second, bound, N, M, self.factor, bias_first=self.bias[0], bias_second=self.bias[1])
+            if self.factor == "A":
+                revived = (M == 0).all(-2).to(second.device)[..., None]
+                second = torch.where(revived, least.to(second.dtype), second)
             if peak is not None:
                 peak = torch.maximum(carry_second(peak, None, N, M, self.factor), second)
         return replace(self, first=first, second=second, peak=peak)

@@ -196,7 +196,14 @@ def survives(mutant: Mutant) -> bool:
             )
         path.write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
-        env = {**os.environ, "PYTHONPATH": scratch, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        # Safe path: `python -m` would put this checkout before the scratch copy, and no mutant would ever run.
+        env = {
+            **os.environ,
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": scratch,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name}: pytest could not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -17,6 +17,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 from rankflow.adapters import Adapter
 from rankflow.errors import OptimizerError
+from rankflow.moments import Moments
 from rankflow.optim import innermost
 from rankflow.plan import Drop, Grow, Keep, RankPlan, Refactor
 from rankflow.surgeon import Surgeon
@@ -701,3 +702,16 @@ def test_idle_ramps_do_nothing():
         surgeon.ramps.before_step()
         surgeon.ramps.after_step()
     assert inputs_of("linear").shape == (3, 7)
+
+
+def test_revived_directions_get_a_second_moment_of_their_own():
+    """Their column of B is 0: mapped, their row of A would have none at all under an old step count."""
+    torch.manual_seed(0)
+    v = torch.rand(3, 5, dtype=torch.float64)
+    N = torch.randn(2, 3, dtype=torch.float64)
+    M = torch.randn(3, 2, dtype=torch.float64)
+    M[:, 1] = 0
+    moved = Moments("A", {"m": torch.zeros(3, 5, dtype=torch.float64)}, v, bounding="m").refactor(N, M)
+    assert moved.second is not None
+    assert torch.allclose(moved.second[0], (M.square().T @ v)[0])
+    assert torch.allclose(moved.second[1], 0.01 * v.mean(0))
