@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from rankflow.adapters import Adapter
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.ledger import Ledger
-from rankflow.optim import innermost
+from rankflow.optim import OnUnknownState, innermost
+from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
@@ -54,7 +55,8 @@ class Controller:
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         ledger: Ledger | None = None,
         seed: int = 0,
-        on_unknown_state: str = "error",
+        on_unknown_state: OnUnknownState = "error",
+        penalty: PenaltyMode = "gradient",
         state: dict[str, Any] | None = None,
     ):
         _refuse_several_processes()
@@ -69,6 +71,7 @@ class Controller:
         self.ledger = ledger if ledger is not None else Ledger()
         self._data = {"train": batches, "outer": outer_batches}
         self._loss_fn = loss_fn
+        self._penalty = penalty
         self._optimizer = innermost(optimizer)
         self._scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper knows its own, and where it is
         self._accumulating = getattr(optimizer, "gradient_state", None)
@@ -121,8 +124,8 @@ class Controller:
             # The probes heard the backward pass, which ran at the loss scale whatever has been unscaled since.
             scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
             self._pending = self._probes.collect(scale)
-        if self._policy.penalty is not None:
-            self._add_penalty(1.0 if scaler is None else _scale_in_force(scaler, self._optimizer))
+        if self._penalty == "gradient" and self._policy.penalty is not None:
+            add_penalty_gradient(self._policy, self._adapter, scale_in_force(scaler, self._optimizer))
 
     def after_step(self) -> None:
         """The optimizer has stepped and gradients are done with: decide and resize when due.
@@ -139,16 +142,8 @@ class Controller:
         self._listen()
 
     def penalty(self) -> Tensor:
-        """The policy's penalty as a term of the loss, for loops that want it there; 0 without one.
-
-        `before_step` adds its gradient by itself: use one or the other.
-        """
-        fn = self._policy.penalty
-        sites = [s for s in self._adapter.sites.values() if s.present]
-        if fn is None or not sites:
-            return torch.zeros(())
-        terms = [fn(site.a(), site.b()) for site in sites]
-        return torch.stack(terms).sum() / len(terms)
+        """The policy's penalty as a term of the loss, for controllers made with `penalty="in_loss"`; else 0."""
+        return penalty_term(self._policy, self._adapter) if self._penalty == "in_loss" else torch.zeros(())
 
     def finish(self) -> None:
         """The run is over: take the hooks off and close the ledger with a `finish` event."""
@@ -437,14 +432,6 @@ class Controller:
                     f"give them with {argument[study.split]}=..."
                 )
 
-    def _add_penalty(self, scale: float) -> None:
-        factors = [p for p in self._adapter.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(self.penalty() * scale, factors, allow_unused=True)
-        for p, g in zip(factors, gradients, strict=True):
-            if g is not None:
-                p.grad = g if p.grad is None else p.grad.add_(g)
-
 
 def _non_finite(observed: Observation) -> str | None:
     """The first signal that holds an infinity or a NaN, as "module: signal"; one sync, on scored steps only."""
@@ -453,14 +440,6 @@ def _non_finite(observed: Observation) -> str | None:
         return None
     finite = torch.stack([torch.isfinite(t).all() for _, t in named]).tolist()
     return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
-
-
-def _scale_in_force(scaler: Any, optimizer: Optimizer) -> float:
-    """What gradients are multiplied by at this moment: 1 once the scaler has unscaled them."""
-    if not scaler.is_enabled():
-        return 1.0
-    stage = scaler._per_optimizer_states[id(optimizer)]["stage"].name
-    return 1.0 if stage == "UNSCALED" else float(scaler.get_scale())
 
 
 def _refuse_several_processes() -> None:

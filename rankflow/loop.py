@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller
 from rankflow.ledger import Ledger
+from rankflow.optim import OnUnknownState
+from rankflow.penalties import PenaltyMode
 
 
 def attach(
@@ -26,7 +28,8 @@ def attach(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     ledger: Ledger | str | os.PathLike[str] | None = None,
     seed: int = 0,
-    on_unknown_state: Literal["error", "reset"] = "error",
+    on_unknown_state: OnUnknownState = "error",
+    penalty: PenaltyMode = "gradient",
     state: dict[str, Any] | None = None,
 ) -> Controller:
     """Manage the ranks of a PEFT LoRA adapter during training.
@@ -40,6 +43,8 @@ def attach(
             (default: `model(**batch).loss`).
         ledger: path of the JSONL record, or a `Ledger`; kept in memory when left out.
         seed: of new directions; the global RNG is never touched.
+        penalty: a policy's penalty on the factors is added by `before_step` as a `gradient`, after clipping if that
+            is where you call it; with `in_loss` you add `flow.penalty()` to your loss.
         state: the `state_dict()` of the controller to go on from, once model and optimizer hold that checkpoint's
             tensors again.
         on_unknown_state: `error` refuses optimizer state that nobody knows how to resize, `reset` starts it afresh.
@@ -71,5 +76,6 @@ def attach(
         ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger),
         seed=seed,
         on_unknown_state=on_unknown_state,
+        penalty=penalty,
         state=state,
     )

@@ -95,7 +95,7 @@ class RankFlowCallback(TrainerCallback):
         if self.flow is not None:
             # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
             self.flow.detach()
-        ledger = self.ledger if self.ledger is not None else Path(args.output_dir) / "rankflow.jsonl"
+        ledger = self.ledger if self.ledger is not None else Path(str(args.output_dir)) / "rankflow.jsonl"
         self.flow = Controller(
             model,
             optimizer,
@@ -134,7 +134,7 @@ class RankFlowCallback(TrainerCallback):
         self._forget_best(state)
         if self.flow is None or not state.is_world_process_zero:
             return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if not checkpoint.is_dir():
             warnings.warn(f"{checkpoint} is not there; this checkpoint has no rank state to resume from", stacklevel=2)
             return

@@ -365,6 +365,7 @@ def test_a_module_leaves_and_comes_back_in_its_old_place():
 def test_penalty_gradient_equals_the_penalty_in_the_loss():
     policy = {"policy": "increlora", "budget": {"mean_rank": 4}, "params": {"orth": 0.3, "window": 1}}
     run = Run(policy, STEPS)
+    assert float(run.flow.penalty()) == 0, "it would count twice"
     run.flow.before_step()
     added = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
     run.optimizer.zero_grad()
@@ -376,6 +377,12 @@ def test_penalty_gradient_equals_the_penalty_in_the_loss():
     expected = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
     assert added.keys() == expected.keys()
     assert all(torch.allclose(added[n], expected[n], atol=1e-6) for n in added)
+
+    in_loss = Run(policy, STEPS, penalty="in_loss")
+    in_loss.flow.before_step()
+    assert all(p.grad is None for p in in_loss.model.parameters())
+    in_loss.flow.penalty().backward()
+    assert all(torch.allclose(p.grad, expected[n]) for n, p in in_loss.model.named_parameters() if n in expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

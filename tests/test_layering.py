@@ -19,9 +19,12 @@ RUNTIME = [
     "handlers",
     "ramps",
     "probes",
+    "recorder",
+    "signals",
     "studies",
     "surgeon",
     "ledger",
+    "penalties",
     "controller",
 ]
 EDGES = [
