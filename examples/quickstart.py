@@ -39,7 +39,8 @@ def accuracy(model: torch.nn.Module, data: Reviews, what: str) -> tuple[float, f
     return p, (p * (1 - p) / len(data)) ** 0.5
 
 
-def train(policy: str, steps: int, out: Path, data: Reviews, held_out: Reviews, seed: int) -> PeftModel:
+def train(policy: str, steps: int, out: Path, data: Reviews, seed: int) -> tuple[PeftModel, list[tuple[int, float]]]:
+    """The trained model, and (step, loss) every few steps."""
     set_seed(seed)
     config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=LINEARS)
     model = get_peft_model(minilm_classifier(seed), config)
@@ -51,17 +52,17 @@ def train(policy: str, steps: int, out: Path, data: Reviews, held_out: Reviews, 
         learning_rate=1e-3,
         lr_scheduler_type="linear",
         warmup_steps=steps // 20,
-        logging_steps=max(1, steps // 20),
+        logging_steps=max(1, steps // 40),
         save_strategy="no",
         report_to="none",
         seed=seed,
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=held_out, callbacks=[flow])
+    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[flow])
     trainer.train()
     model.save_pretrained(out / "adapter")
-    return model
+    return model, [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def squeeze(source: Path, rank: int) -> Path:
@@ -88,9 +89,9 @@ def main() -> None:
 
     data, held_out = reviews()
     console.rule("Training: ranks grow, then anneal")
-    model = train(options.policy, options.steps, options.out, data, held_out, options.seed)
+    model, losses = train(options.policy, options.steps, options.out, data, options.seed)
     ledger = Ledger.read(options.out / "trainer" / "rankflow.jsonl")
-    picture = plot_ledger(ledger, options.out / "ranks.png")
+    picture = plot_ledger(ledger, options.out / "ranks.png", losses)
 
     console.rule("Squeezing the saved adapter")
     adapter = options.out / "adapter"

@@ -73,8 +73,10 @@ def plot_spectra(inspection: Inspection, path: str | Path) -> Path:
     return _save(fig, path)
 
 
-def plot_ledger(ledger: Ledger, path: str | Path) -> Path:
+def plot_ledger(ledger: Ledger, path: str | Path, losses: Sequence[tuple[int, float]] = ()) -> Path:
     """Ranks by module over the steps of a run, below the total and the phases it went through.
+
+    With `losses`, (step, loss) in order, the loss is drawn over the total, against an axis of its own.
 
     Raises:
         ConfigError: the path ends in no format that matplotlib writes.
@@ -118,6 +120,8 @@ def plot_ledger(ledger: Ledger, path: str | Path) -> Path:
     upper.spines[["top", "right"]].set_visible(False)
     _mark_phases(upper, lower, events, end)
     _mark_events(upper, events)
+    if losses:
+        _draw_losses(upper, losses)
     changes = sum(e["event"] == "resize" for e in events)
     _title(upper, "Ranks over the run", f"{len(rows)} modules, {changes} resizes, total {totals[0]} to {totals[-1]}")
     bar = fig.colorbar(ScalarMappable(norm, cmap), ax=[upper, lower], label="rank", pad=0.05, fraction=0.04, shrink=0.8)
@@ -244,6 +248,15 @@ def _mark_phases(upper: Axes, lower: Axes, events: Sequence[Event], end: int) ->
         if i:
             for ax, ink in ((upper, _INK), (lower, "white")):
                 ax.axvline(phase["step"], color=ink, linewidth=0.9, linestyle=(0, (3, 3)))
+
+
+def _draw_losses(ax: Axes, losses: Sequence[tuple[int, float]]) -> None:
+    twin = ax.twinx()
+    twin.plot([step for step, _ in losses], [loss for _, loss in losses], color=_PHASES[1], linewidth=1.4)
+    twin.set_ylim(0, 1.25 * max(loss for _, loss in losses))
+    twin.set_ylabel("loss", fontsize=9, color=_PHASES[1])
+    twin.tick_params(labelsize=8, colors=_PHASES[1])
+    twin.spines[["top", "left"]].set_visible(False)
 
 
 def _mark_events(ax: Axes, events: Sequence[Event]) -> None:
