@@ -159,6 +159,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="WORD", help="arms whose name holds one of these words"
+    )
     parser.add_argument("--memory", choices=["fixed", "managed"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -198,6 +201,8 @@ def main() -> None:
     ]
     rows = []
     for name, arm, n, limit in arms:
+        if options.only and not any(word in name for word in options.only):
+            continue
         event = "-"
         if name.startswith("annealed"):
             annealed.flow.detach()
@@ -214,9 +219,11 @@ def main() -> None:
         ("arm", "steps", "ratio", "95 % interval", "limit", "dearest resize, in steps"),
         rows,
     )
-    median, low, high = interval([1e6 * s for s in idle.seconds[WARM:]])
-    console.print(f"Controller on an idle step: {median:.1f} microseconds ({low:.1f} to {high:.1f}; limit 100)")
-    compare_memory(options)
+    if idle.seconds:
+        median, low, high = interval([1e6 * s for s in idle.seconds[WARM:]])
+        console.print(f"Controller on an idle step: {median:.1f} microseconds ({low:.1f} to {high:.1f}; limit 100)")
+    if not options.only:
+        compare_memory(options)
 
 
 if __name__ == "__main__":
