@@ -16,15 +16,18 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
 from harness import console, machine, table
 from peft import LoraConfig, get_peft_model
-from rich.progress import Progress
+from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
 from data import LINEARS, minilm_classifier, reviews
@@ -188,11 +191,14 @@ def growth(setup: Setup, n: int, seed: int, seeding: str, warmup: int) -> tuple[
         run.step(batch, seed * 10_000 + 5_000 + i)
         losses.append(run.loss(setup.held_out))
         moved = max(
-            float((s.b()[..., -n:] - b).abs().max()) for s, b in zip(run.adapter.sites.values(), before, strict=True)
+            float((s.b().detach()[..., -n:] - b).abs().max())
+            for s, b in zip(run.adapter.sites.values(), before, strict=True)
         )
         overshoot = max(overshoot, moved / lr)
-        new = sum(float((s.b()[..., -n:] @ s.a()[-n:]).square().sum()) for s in run.adapter.sites.values())
-        everything = sum(float((s.b() @ s.a()).square().sum()) for s in run.adapter.sites.values())
+        new = sum(
+            float((s.b().detach()[..., -n:] @ s.a().detach()[-n:]).square().sum()) for s in run.adapter.sites.values()
+        )
+        everything = sum(float((s.b().detach() @ s.a().detach()).square().sum()) for s in run.adapter.sites.values())
         if reached == math.inf and math.sqrt(new / everything) >= 0.05:
             reached = i + 1
     return losses, reached, overshoot
@@ -214,6 +220,47 @@ def arms(rewarm: int, half: int, rank: int) -> Iterator[tuple[str, str, Event]]:
     yield "iii: rank halved", f"reset, re-warm {rewarm}", cut(half, state="reset", rewarm=rewarm)
 
 
+@dataclass
+class Outcome:
+    """What one seed showed."""
+
+    excess: dict[tuple[str, str], tuple[float, float]]  # (question, arm) -> excess loss at the worst and the last step
+    cut: tuple[float, float, float]
+    reached: dict[str, float]
+    overshoot: dict[str, float]
+
+
+def measure(seed: int, options: argparse.Namespace) -> Outcome:
+    """Every arm from the same trained state, one seed."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    rank, half = options.rank, options.rank // 2
+    found = Outcome({}, (0.0, 0.0, 0.0), {}, {})
+
+    def note(question: str, arm: str, losses: list[float], base: list[float]) -> None:
+        found.excess[question, arm] = worst_excess(losses, base), losses[-1] - base[-1]
+
+    setup = prepare(seed, rank, options)
+    base = follow(setup, None, seed)
+    found.cut = truncation(setup, half)
+    for question, arm, event in arms(options.rewarm, half, rank):
+        note(question, arm, follow(setup, event, seed), base)
+    for seeding in SEEDINGS:
+        losses, steps, peak = growth(setup, rank // 2, seed, seeding, warmup=options.rewarm)
+        note("iv: half as much again", f"v seeded by {seeding}", losses, base)
+        found.reached[seeding], found.overshoot[seeding] = steps, peak
+    with_dead = prepare(seed, rank + 2, options, dead=2)
+    base = follow(with_dead, None, seed)
+    removals = {
+        "transport": keep(rank),
+        "reset": keep(rank, state="reset"),
+        "zero moments, old step": zeroed(keep(rank)),
+    }
+    for arm, event in removals.items():
+        note("ii: zero directions removed", arm, follow(with_dead, event, seed), base)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -221,63 +268,39 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=60, help="steps before the event")
     parser.add_argument("--steps", type=int, default=20, help="steps after it")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--eval", type=int, default=128, help="held-out reviews")
+    parser.add_argument("--eval", type=int, default=64, help="held-out reviews")
     parser.add_argument("--rewarm", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2, help="seeds at a time, one thread each")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    rank, half = options.rank, options.rank // 2
 
-    results: dict[tuple[str, str], list[float]] = {}
-    final: dict[tuple[str, str], list[float]] = {}
-    reached: dict[str, list[float]] = {}
-    overshoot: dict[str, list[float]] = {}
-    cuts: list[tuple[float, float, float]] = []
-    with Progress(console=console) as progress:
-        task = progress.add_task("arms", total=options.seeds * 14)
-
-        def note(question: str, arm: str, losses: list[float], base: list[float]) -> None:
-            results.setdefault((question, arm), []).append(worst_excess(losses, base))
-            final.setdefault((question, arm), []).append(losses[-1] - base[-1])
-            progress.advance(task)
-
-        for seed in range(options.seeds):
-            setup = prepare(seed, rank, options)
-            base = follow(setup, None, seed)
-            progress.advance(task)
-            cuts.append(truncation(setup, half))
-            for question, arm, event in arms(options.rewarm, half, rank):
-                note(question, arm, follow(setup, event, seed), base)
-            for seeding in SEEDINGS:
-                losses, steps, peak = growth(setup, rank // 2, seed, seeding, warmup=options.rewarm)
-                note("iv: half as much again", f"v seeded by {seeding}", losses, base)
-                reached.setdefault(seeding, []).append(steps)
-                overshoot.setdefault(seeding, []).append(peak)
-            with_dead = prepare(seed, rank + 2, options, dead=2)
-            base = follow(with_dead, None, seed)
-            progress.advance(task)
-            for arm, event in (
-                ("transport", keep(rank)),
-                ("reset", keep(rank, state="reset")),
-                ("zero moments, old step", zeroed(keep(rank))),
-            ):
-                note("ii: zero directions removed", arm, follow(with_dead, event, seed), base)
+    outcomes: list[Outcome] = []
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        done = pool.map(measure, range(options.seeds), [options] * options.seeds)
+        outcomes += track(done, "seeds", total=options.seeds, console=console)
 
     table(
-        f"(i) Truncation {rank} -> {half}, at once, {options.seeds} seeds ({machine()})",
+        f"(i) Truncation {options.rank} -> {options.rank // 2}, at once, {options.seeds} seeds ({machine()})",
         ("", "change of loss", "predicted |change| / |DeltaW|", "measured"),
-        [("all arms alike", *(spread([c[i] for c in cuts], 6 if i else 4) for i in range(3)))],
+        [("all arms alike", *(spread([o.cut[i] for o in outcomes], 6 if i else 4) for i in range(3)))],
     )
     table(
         f"Excess evaluation loss over the run that was not resized, {options.steps} steps, mean ± standard error",
         ("question", "arm", "worst step", "last step"),
-        [(q, a, spread(v, 5), spread(final[q, a], 5)) for (q, a), v in sorted(results.items())],
+        [
+            (*key, *(spread([o.excess[key][i] for o in outcomes], 5) for i in range(2)))
+            for key in sorted(outcomes[0].excess)
+        ],
     )
     table(
         "(iv) New directions",
         ("v seeded by", "steps until they carry 5 % of |DeltaW|", "largest update of an entry, in lr"),
         [
-            (s, ", ".join("-" if x == math.inf else f"{x:.0f}" for x in reached[s]), spread(overshoot[s], 2))
-            for s in SEEDINGS
+            (
+                seeding,
+                ", ".join("-" if o.reached[seeding] == math.inf else f"{o.reached[seeding]:.0f}" for o in outcomes),
+                spread([o.overshoot[seeding] for o in outcomes], 2),
+            )
+            for seeding in SEEDINGS
         ],
     )
 
