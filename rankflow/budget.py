@@ -92,6 +92,15 @@ def reachable(layout: Layout, budget: Budget) -> tuple[int, int]:
     return sum(low * cost for (low, _), cost in spans), sum(high * cost for (_, high), cost in spans)
 
 
+def check_reachable(layout: Layout, budget: Budget) -> None:
+    """Raise ConfigError if limits keep every total above or below the (resolved) budget."""
+    least, most = reachable(layout, budget)
+    if not least <= budget.amount <= most:
+        raise ConfigError(
+            f"budget is {budget} but limits allow only {budget.unit(least)} to {budget.unit(most)}; change either"
+        )
+
+
 def _cost(unit: Unit, budget: Budget) -> int:
     return sum(budget.cost(slot) for slot in unit.slots)
 

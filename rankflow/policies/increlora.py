@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from rankflow.budget import Budget, grow_by_score, reachable
+from rankflow.budget import Budget, check_reachable, grow_by_score
 from rankflow.errors import ConfigError
 from rankflow.limits import units
 from rankflow.plan import Grow, Layout, Op, RankPlan, Refactor, Slot
@@ -111,11 +111,7 @@ class IncreLora(Policy):
                 f"increlora only grows, but the adapter already has {budget.unit(budget.spent(layout))} of a budget of "
                 f"{budget}; start from a smaller rank or raise the budget"
             )
-        least, most = reachable(layout, budget)
-        if not least <= budget.amount <= most:
-            raise ConfigError(
-                f"budget is {budget} but limits allow only {budget.unit(least)} to {budget.unit(most)}; change either"
-            )
+        check_reachable(layout, budget)
         if missing and not events:
             raise ConfigError("increlora has no due step in its phase; check when.start, when.every and when.stop")
         if isinstance(self.top_k, int):

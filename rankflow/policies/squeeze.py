@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from rankflow.budget import Budget, allocate, reachable
+from rankflow.budget import Budget, allocate, check_reachable
 from rankflow.errors import ConfigError
 from rankflow.limits import units
 from rankflow.linalg import Gauge, Metric, Spectrum, spectrum
@@ -81,11 +81,7 @@ class Squeeze(Policy):
                 f"squeeze only lowers ranks, but the adapter has {budget.unit(budget.spent(layout))} and its budget is "
                 f"{budget}; lower the budget, or put a policy that grows before it"
             )
-        least, most = reachable(layout, budget)
-        if not least <= budget.amount <= most:
-            raise ConfigError(
-                f"budget is {budget} but limits allow only {budget.unit(least)} to {budget.unit(most)}; change either"
-            )
+        check_reachable(layout, budget)
 
     # -- what it listens to -----------------------------------------------------------------------------------------
 
