@@ -379,3 +379,48 @@ def test_restore_by_hand_then_train_on(tmp_path):
     assert layout.total_rank == 40
     with pytest.raises(CheckpointError, match="nowhere"):
         rankflow.restore(model, tmp_path / "nowhere")
+
+
+class Labelled(Tokens):
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i] + 1000, "labels": self.ids[i, 0] % 2}
+
+
+@pytest.mark.slow
+def test_resume_is_bit_for_bit_on_a_real_encoder(tmp_path):
+    """MiniLM with its dropout, a trained head, growth at 4 and 6, a squeeze at 9; stopped at 5 and at 9."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    def model() -> PeftModel:
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
+        targets = ["query", "value", "intermediate.dense"]
+        return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=targets, lora_dropout=0.1))
+
+    policy = {
+        "phases": [
+            {
+                "policy": "increlora",
+                "until": 8,
+                "budget": {"mean_rank": 4},
+                "when": {"start": 4, "every": 2},
+                "params": {"window": 2, "score_fraction": 1.0},
+            },
+            {"policy": "squeeze", "budget": {"mean_rank": 3}, "when": {"start": 9, "every": 10}},
+        ]
+    }
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+
+    def run() -> Trainer:
+        built = trainer(tmp_path, RankFlowCallback(policy), model=model(), **options)
+        built.train_dataset = Labelled()
+        return built
+
+    whole = run()
+    whole.train()
+    assert sum(p.shape[0] for n, p in whole.model.named_parameters() if "lora_A" in n) == 3 * 18
+    for stop in (5, 9):
+        resumed = run()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        assert same_weights(weights(whole.model), weights(resumed.model))
