@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PlanError,
         RankFlowError,
     )
+    from rankflow.gate import Gate
     from rankflow.inspection import inspect
     from rankflow.ledger import Ledger
     from rankflow.loop import attach
@@ -41,6 +42,7 @@ _HOME = {
     "Layout": "plan",
     "RankPlan": "plan",
     "Slot": "plan",
+    "Gate": "gate",
     "Observation": "policy",
     "Policy": "policy",
     "Signal": "policy",
@@ -58,6 +60,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Controller",
+    "Gate",
     "Layout",
     "Ledger",
     "Observation",

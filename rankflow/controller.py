@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.adapters import Adapter
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
+from rankflow.heldout import HeldOut
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
-from rankflow.studies import run_study
+from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
 from rankflow.surgeon import Surgeon
 
 FORMAT = 1
@@ -78,7 +80,9 @@ class Controller:
 
         self._adapter = Adapter(model, adapter_name)
         self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, on_unknown_state=on_unknown_state)
-        self._probes = Probes(self._adapter, seed=seed)
+        self._gates = self._surgeon.gates
+        self._probes = Probes(self._adapter, gates=self._gates, seed=seed)
+        self._held_out = HeldOut(outer_batches, seed) if outer_batches is not None else None
         self._first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
         layout, self._phases = lifecycle.resolve(total_steps, self._first_layout)
         for phase in self._phases:
@@ -120,10 +124,11 @@ class Controller:
         scaler = scaler if scaler is not None else self._scaler
         if self._probes.armed and not self._adapter.enabled:
             self._probes.disarm()
-        if self._probes.armed:
-            # The probes heard the backward pass, which ran at the loss scale whatever has been unscaled since.
+        if self._probes.armed or self._gates:
+            # They heard the backward pass, which ran at the loss scale whatever has been unscaled since.
             scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
-            self._pending = self._probes.collect(scale)
+            self._gates.collect(scale)
+            self._pending = self._probes.collect(scale) if self._probes.armed else None
         if self._penalty == "gradient" and self._policy.penalty is not None:
             add_penalty_gradient(self._policy, self._adapter, scale_in_force(scaler, self._optimizer))
 
@@ -139,7 +144,27 @@ class Controller:
             return
         self.step = self._counted
         self._advance(observed)
+        self._outer_when_due()
         self._listen()
+
+    def outer_step(self, batch: Any) -> Tensor | None:
+        """Update gates that are trained on held-out data with `batch`; its loss, None where the phase has no such gate.
+
+        The controller does this by itself with `outer_batches`; call it for updates beyond those. The model is in eval
+        mode and its random numbers are the update's own; the factors, their gradients and everything else stay.
+        """
+        if not self._gates or self._gates.trained_on != "outer":
+            return None
+        loss_fn = self._loss_fn if self._loss_fn is not None else model_loss
+        batch = send_to_device(batch, next(iter(self._adapter.parameters())).device)
+
+        def loss() -> Tensor:
+            value = loss_fn(self.model, batch)
+            check_loss(value, "held-out batch")
+            return value
+
+        with own_random_numbers(self.seed, self.step, "outer"), evaluating(self.model):
+            return self._gates.outer_step(loss, self.step + 1)
 
     def penalty(self) -> Tensor:
         """The policy's penalty as a term of the loss, for controllers made with `penalty="in_loss"`; else 0."""
@@ -154,11 +179,13 @@ class Controller:
                     f"{self.step} of {self.total_steps} steps were taken, or the last decisions were skipped",
                     stacklevel=2,
                 )
+            self._fold()
             self.ledger.append("finish", self.step, total_rank=self.layout.total_rank, params=self.layout.params)
         self.detach()
 
     def detach(self) -> None:
-        """Take all hooks off and let go of the model; ranks stay as they are."""
+        """Take all hooks off and let go of the model, its gates folded; ranks stay as they are."""
+        self._gates.fold()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -242,6 +269,8 @@ class Controller:
             "ledger": self.ledger.events,
             "ramps": self._surgeon.ramps.state_dict(),
             "policy": dict(self._state),
+            "gates": self._gates.state_dict(),
+            "held_out": self._held_out.position if self._held_out is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -278,6 +307,9 @@ class Controller:
         self._surgeon.layout = layout
         self._surgeon.version = int(state["version"])
         self._surgeon.ramps.load_state_dict(state["ramps"])
+        self._gates.load_state_dict(state["gates"], self._policy.gate, self.step)
+        if self._held_out is not None and state["held_out"] is not None:
+            self._held_out.position = state["held_out"]
         self._pending = None
         self.ledger.restore(state["ledger"], self.step)
         self._listen()
@@ -304,6 +336,7 @@ class Controller:
 
     def _count(self) -> None:
         self._surgeon.ramps.after_step()
+        self._gates.step()
         self._counted += 1
 
     def _start(self) -> None:
@@ -316,10 +349,14 @@ class Controller:
             seed=self.seed,
         )
         self._enter(0)
+        self._outer_when_due()
         self._listen()
 
     def _enter(self, phase: int) -> None:
+        self._fold()
         self._phase = phase
+        if (gate := self._policy.gate) is not None:
+            self._gates.install(gate, self.step)
         self._state = self._policy.init(self.layout)
         for note in self._policy.notes:
             logger.info(note)
@@ -328,6 +365,17 @@ class Controller:
         )
         if (observed := self._study("start")) is not None:
             self._decide(observed)
+
+    def _fold(self) -> None:
+        """The gates of the phase that ends become part of the factors."""
+        if self._gates:
+            self.ledger.append("fold", self.step, policy=self.phase.name, gates=self._gates.fold())
+
+    def _outer_when_due(self) -> None:
+        gate = self._gates.gate
+        if gate is not None and gate.outer(self.step + 1) and self._adapter.enabled and self.step < self.total_steps:
+            assert self._held_out is not None, "checked at attach"
+            self.outer_step(self._held_out.take())
 
     def _listen(self) -> None:
         """Arm the probes for the next step, in the phase that step belongs to."""
@@ -424,6 +472,12 @@ class Controller:
         return observed
 
     def _require_data(self, phase: Phase) -> None:
+        gate = phase.policy.gate
+        if gate is not None and gate.trained_on == "outer" and self._held_out is None:
+            raise ConfigError(
+                f"policy {phase.name} trains its gates on held-out batches of the training data; give them with "
+                "outer_batches=..."
+            )
         argument = {"train": "batches", "outer": "outer_batches"}
         for study in phase.policy.studies:
             if self._data[study.split] is None:

@@ -78,6 +78,20 @@ class Moments:
                 peak = torch.maximum(carry_second(peak, None, N, M, self.factor), second)
         return replace(self, first=first, second=second, peak=peak)
 
+    def over(self, value: Tensor) -> Moments:
+        """Of A' = diag(value) A, from those of A: the gradient of A' is that of A over `value` ``[r]`` or ``[1]``.
+
+        Rows whose value is 0 had no gradient; they start at 0, under the second moment they had.
+        """
+        zero = (value == 0)[:, None]
+
+        def divide(t: Tensor, power: int, otherwise: Tensor | float) -> Tensor:
+            divided = t.double() / torch.where(value == 0, 1.0, value.double().to(t.device))[:, None] ** power
+            bound = torch.finfo(t.dtype).max
+            return torch.where(zero.to(t.device), otherwise, divided.clamp(-bound, bound)).to(t.dtype)
+
+        return self._map(lambda t: divide(t, 1, 0.0), lambda t: divide(t, 2, t.double()))
+
     def to(self, device: torch.device | str) -> Moments:
         return self._map(lambda t: t.to(device), lambda t: t.to(device))
 

@@ -167,6 +167,15 @@ class Carrier:
         raw = site.raw_a if role == "A" else site.raw_b
         return self.handler.store(moments.to(old.device), state, self.group(old), raw)
 
+    def rescale(self, journal: Journal, site: Site, value: Tensor) -> None:
+        """Let the state of A follow A' = diag(value) A, written in place; state nobody knows starts afresh."""
+        p = site.A
+        if not self.optimizer.state.get(p):
+            return
+        moments = self.moments(site, "A")
+        new = self.stored(site, "A", moments.over(value)) if moments is not None else self.fresh(p, site)
+        journal.contents(self.optimizer.state[p], new)
+
     def fresh(self, p: nn.Parameter, near: Site) -> dict[str, Any]:
         """State of a parameter that starts afresh, where the optimizer does not make it by itself."""
         params = [id(q) for q in near.tensors().values()]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankflow.budget import Budget, even
 from rankflow.errors import ConfigError, RankFlowError
+from rankflow.gate import Gate
 from rankflow.limits import Limits
 from rankflow.plan import Layout, RankPlan
 from rankflow.schedule import StepLike, When, resolve_step
@@ -41,7 +42,12 @@ class Signal(str, Enum):
     S_B = "S_B"  # [r, r], sum of d d^T over tokens, float64
     TOKENS = "tokens"  # [], tokens that went into S_A and S_B
     SKETCH = "sketch"  # [q, in], random rows of dL/dDeltaW
+    GATE = "gate"  # [r] or [1], what the phase's gate multiplies directions or the module by; without noise
+    GATE_OPEN = "gate_open"  # the same shape, bool: which are on
+    GATE_GRAD = "gate_grad"  # the same shape, gradient of the gate's parameter `value`
 
+
+GATE_SIGNALS = frozenset({Signal.GATE, Signal.GATE_OPEN, Signal.GATE_GRAD})
 
 Lazy = Tensor | Callable[[], Tensor]
 
@@ -126,6 +132,11 @@ class Policy:
     @property
     def studies(self) -> tuple[Study, ...]:
         return ()
+
+    @property
+    def gate(self) -> Gate | None:
+        """What sits between A and B of every module while this policy is in charge; folded into them afterwards."""
+        return None
 
     @property
     def penalty(self) -> Callable[[Tensor, Tensor], Tensor] | None:

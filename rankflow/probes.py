@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rankflow.adapters import Adapter
 from rankflow.errors import AdapterError, RankFlowError
+from rankflow.gates import Gates
 from rankflow.linalg import spectrum
-from rankflow.policy import Lazy, Observation, Signal
+from rankflow.policy import GATE_SIGNALS, Lazy, Observation, Signal
 from rankflow.recorder import DELTA, GRAMS, Mask, Recorder
 from rankflow.signals import Draws
 from rankflow.sites import Site
@@ -37,7 +38,7 @@ class Probes:
     Hook signals are taken in backward, at every call of a module, and added up as `.grad` is. For delta scores, which
     are not linear, each micro-batch counts by itself, and so does each call of a module that is called twice. A module
     that backward did not reach, or that is frozen with nothing trained below it, has no hook signals in the
-    Observation. `A`, `B` and `singular_values` are those at the time of reading.
+    Observation. `A`, `B`, `singular_values` and the values of gates are those at the time of reading.
 
     Where the model's own forward gets a 2-D `attention_mask`, tokens it hides are left out of `S_A`, `S_B` and `tokens`
     in every layer whose input has its leading shape; convolutions count every position. With reentrant checkpointing
@@ -46,13 +47,23 @@ class Probes:
 
     Args:
         adapter: what to listen to.
+        gates: of the adapter, collected before the probes are; for signals of gates.
         seed: of sampled rows and sketches, together with step and module.
         sample_rows: output rows that `delta_score_sampled` looks at.
         sketch_rows: q of `sketch`; a few more than the directions wanted from it.
     """
 
-    def __init__(self, adapter: Adapter, *, seed: int = 0, sample_rows: int = 64, sketch_rows: int = 16):
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        gates: Gates | None = None,
+        seed: int = 0,
+        sample_rows: int = 64,
+        sketch_rows: int = 16,
+    ):
         self.armed = False
+        self._gates = gates
         self._adapter = adapter
         self._seed = seed
         self._sizes = (sample_rows, sketch_rows)
@@ -65,7 +76,7 @@ class Probes:
     def check(self, signals: frozenset[Signal]) -> None:
         """Raise AdapterError if a module's kind of layer does not have one of `signals`."""
         for site in self._adapter.sites.values():
-            _refuse(site, signals - _LAZY.keys())
+            _refuse(site, signals - _LAZY.keys() - GATE_SIGNALS)
 
     def arm(self, signals: frozenset[Signal], step: int) -> None:
         """Listen to the backward passes before the `step`-th optimizer step. What an earlier call heard is dropped.
@@ -78,7 +89,7 @@ class Probes:
         """
         self.disarm()
         self._step, self._signals = step, frozenset(signals)
-        hooked = self._signals - _LAZY.keys()
+        hooked = self._signals - _LAZY.keys() - GATE_SIGNALS
         self.check(self._signals)
         sites = {name: site for name, site in self._adapter.sites.items() if site.present}
         self.armed = True
@@ -112,7 +123,7 @@ class Probes:
         """
         if not self.armed:
             raise RankFlowError("probes are not armed for this step; call arm() before the forward pass")
-        hooked = self._signals - _LAZY.keys()
+        hooked = self._signals - _LAZY.keys() - GATE_SIGNALS
         for name, recorder in self._recorders.items():
             silent = sorted(s.value for s in (hooked & (GRAMS | DELTA)) - recorder.sums.keys())
             if recorder.trained and silent:
@@ -133,8 +144,21 @@ class Probes:
             for signal, value in recorder.sums.items():
                 power = _LOSS_POWER.get(signal, 1)
                 values[name][signal] = value / loss_scale**power if power and loss_scale != 1 else value
+        self._add_gates(values)
         self.disarm()
         return Observation(self._step, values)
+
+    def _add_gates(self, values: Mapping[str, dict[Signal, Lazy]]) -> None:
+        gates = self._gates
+        if not gates or not self._signals & GATE_SIGNALS:
+            return
+        for name, record in values.items():
+            if Signal.GATE in self._signals:
+                record[Signal.GATE] = lambda name=name: gates.values()[name]
+            if Signal.GATE_OPEN in self._signals:
+                record[Signal.GATE_OPEN] = lambda name=name: gates.opened()[name]
+            if Signal.GATE_GRAD in self._signals and name in gates.gradients:
+                record[Signal.GATE_GRAD] = gates.gradients[name]
 
     def disarm(self) -> None:
         """Take all hooks off and forget what was heard."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankflow.gated import shown
 from rankflow.policy import Signal
 from rankflow.signals import (
     Contract,
@@ -116,7 +117,7 @@ class Recorder:
     def _take_embedding(self, mask: Tensor | None, ids: Tensor, dy: Tensor) -> None:
         """An embedding has no modules for A and B: what the other layers' taps hear is made from ids and dL/dy."""
         with _aside(dy):
-            A, B = _working(self.site.a()), _working(self.site.b())
+            A, B = _working(shown(self.site, "A")), _working(shown(self.site, "B"))
             extra = self.site.layer._get_embed_scale()  # some models scale embeddings inside the layer
             g = _working(dy) * self.site.scaling * (1.0 if extra is None else extra.to(dy.device))
             if self._signals & DELTA:
@@ -127,7 +128,7 @@ class Recorder:
     def _take_delta(self, g: Tensor, x: Tensor) -> None:
         with _aside(g):
             g = _working(g).movedim(self._channels, 0)
-            A, B = _working(self.site.a()), _working(self.site.b())
+            A, B = _working(shown(self.site, "A")), _working(shown(self.site, "B"))
             contract = self._contraction(x)
             if Signal.SKETCH in self._signals:
                 mixed = torch.tensordot(self._draws.omega(g), g, dims=1)

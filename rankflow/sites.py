@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rankflow.errors import AdapterError
 from rankflow.journal import Journal
+from rankflow.linalg import Factor
 from rankflow.patterns import alpha_for
 from rankflow.plan import Slot
 
@@ -66,17 +67,24 @@ class Site:
     def A(self) -> nn.Parameter:
         if not self.present:
             raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
-        if self.kind == "embedding":
-            return self.layer.lora_embedding_A[self._adapter]
-        return self.layer.lora_A[self._adapter].weight  # type: ignore[return-value]
+        module, name = self.holders["A"]
+        return module._parameters[name]  # type: ignore[return-value]
 
     @property
     def B(self) -> nn.Parameter:
         if not self.present:
             raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
+        module, name = self.holders["B"]
+        return module._parameters[name]  # type: ignore[return-value]
+
+    @property
+    def holders(self) -> dict[Factor, tuple[nn.Module, str]]:
+        """The module that each factor is a parameter of, and its name there. A gate computes what the module shows of
+        it; what is trained and resized is in `_parameters`."""
+        layer, name = self.layer, self._adapter
         if self.kind == "embedding":
-            return self.layer.lora_embedding_B[self._adapter]
-        return self.layer.lora_B[self._adapter].weight  # type: ignore[return-value]
+            return {"A": (layer.lora_embedding_A, name), "B": (layer.lora_embedding_B, name)}
+        return {"A": (layer.lora_A[name], "weight"), "B": (layer.lora_B[name], "weight")}
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """All parameters of the module's adapter by role, in `named_parameters` order: A, B and, where they exist,
@@ -153,14 +161,12 @@ class Site:
     def a(self, t: Tensor | None = None) -> Tensor:
         """A, or a tensor of its shape, as ``[*experts, r, in]``; a view wherever strides allow."""
         t = self.A if t is None else t
-        return t.reshape(self.experts, -1, t.shape[-1]) if self.experts > 1 else t.flatten(1)
+        return canonical_a(t, self.experts)
 
     def b(self, t: Tensor | None = None) -> Tensor:
         """B, or a tensor of its shape, as ``[*experts, out, r]``; a view wherever strides allow."""
         t = self.B if t is None else t
-        if self.experts > 1:  # rank-major, expert-minor columns
-            return t.reshape(t.shape[0], -1, self.experts).permute(2, 0, 1)
-        return t.flatten(1)
+        return canonical_b(t, self.experts)
 
     def raw_a(self, t: Tensor) -> Tensor:
         """Back from ``[*experts, r, in]`` to the shape that PEFT stores at that rank."""
@@ -171,7 +177,7 @@ class Site:
     def raw_b(self, t: Tensor) -> Tensor:
         """Back from ``[*experts, out, r]`` to the shape that PEFT stores at that rank."""
         if self.experts > 1:
-            return t.permute(1, 2, 0).reshape(t.shape[1], -1)
+            return stored_b(t, self.experts)
         return t.reshape(*t.shape, *[1] * (len(self._kernel) - 1))
 
     @cached_property
@@ -193,13 +199,10 @@ class Site:
         rank = self.a(A.detach()).shape[-2]
         kept = self._config_scaling() if scaling is None else scaling
         alpha = alpha_for(kept, rank, bool(layer.use_rslora.get(name)))
-        if self.kind == "embedding":
-            for store, p in ((layer.lora_embedding_A, A), (layer.lora_embedding_B, B)):
-                journal.contents(store._parameters, {**store._parameters, name: p})
-        else:
+        for (module, key), p in zip(self.holders.values(), (A, B), strict=True):
+            journal.contents(module._parameters, {**module._parameters, key: p})
+        if self.kind != "embedding":
             down, up = layer.lora_A[name], layer.lora_B[name]
-            journal.attr(down, "weight", A)
-            journal.attr(up, "weight", B)
             width = "channels" if self.kind == "conv" else "features"
             journal.attr(down, f"out_{width}", A.shape[0])
             journal.attr(up, f"in_{width}", B.shape[1])
@@ -298,6 +301,21 @@ class Site:
             return self._left.config_scaling
         rank = self.rank
         return self.alpha / (math.sqrt(rank) if self.layer.use_rslora.get(self._adapter) else rank)
+
+
+def canonical_a(t: Tensor, experts: int) -> Tensor:
+    """A as stored, expert-major, to ``[*experts, r, in]``."""
+    return t.reshape(experts, -1, t.shape[-1]) if experts > 1 else t.flatten(1)
+
+
+def canonical_b(t: Tensor, experts: int) -> Tensor:
+    """B as stored, its columns rank-major and expert-minor, to ``[*experts, out, r]``."""
+    return t.reshape(t.shape[0], -1, experts).permute(2, 0, 1) if experts > 1 else t.flatten(1)
+
+
+def stored_b(t: Tensor, experts: int) -> Tensor:
+    """The way back of `canonical_b`, but for the kernel dimensions of a convolution."""
+    return t.permute(1, 2, 0).reshape(t.shape[1], -1) if experts > 1 else t
 
 
 def _stores(layer: LoraLayer) -> list[dict[str, Any]]:

@@ -54,11 +54,11 @@ def run_study(
     factors = [p for s in adapter.sites.values() if s.present for p in (s.A, s.B) if p.requires_grad]
     if not factors:
         raise RankFlowError(f"study {study.name!r}: none of the adapter's factors trains, so there is no gradient")
-    loss_of = loss_fn if loss_fn is not None else _model_loss
+    loss_of = loss_fn if loss_fn is not None else model_loss
     passes = 0
     with ExitStack() as stack:
-        stack.enter_context(_own_random_numbers(seed, step, study.name))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(own_random_numbers(seed, step, study.name))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         stack.callback(probes.disarm)
         probes.arm(study.signals, step)
@@ -67,7 +67,7 @@ def run_study(
             for point in study.points:
                 with _scaled(adapter, point):
                     loss = loss_of(model, batch)
-                    _check_loss(loss, study)
+                    check_loss(loss, f"study {study.name!r}")
                     gradients = torch.autograd.grad(loss, factors, allow_unused=True)
                 probes.add_gradients(dict(zip(factors, gradients, strict=True)))
                 passes += 1
@@ -88,15 +88,16 @@ def _check(study: Study) -> None:
         )
 
 
-def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return model(**batch).loss
 
 
-def _check_loss(loss: Any, study: Study) -> None:
+def check_loss(loss: Any, what: str) -> None:
+    """Raise RankFlowError if `loss` of a batch, in `what`, is not a scalar to take gradients of."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise RankFlowError(
-            f"study {study.name!r}: the loss is {what}, not a scalar with a gradient; "
+            f"{what}: the loss is {found}, not a scalar with a gradient; "
             "put labels into the batches or pass loss_fn=lambda model, batch: ..."
         )
 
@@ -123,7 +124,7 @@ def _scaled(adapter: Adapter, point: float) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, then every module back in its own."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -135,7 +136,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_random_numbers(*key: object) -> Iterator[None]:
+def own_random_numbers(*key: object) -> Iterator[None]:
     """Global random state of torch, CUDA, Python and numpy as keyed by `key` inside, and as it was outside."""
     # Data collators draw from numpy's global state, so that is the one to keep.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from rankflow.adapters import Adapter
 from rankflow.errors import ConfigError, PlanError, RankFlowError
+from rankflow.gates import Gates
 from rankflow.journal import Journal
 from rankflow.linalg import spectrum
 from rankflow.moments import SeedV
@@ -61,6 +62,7 @@ class Surgeon:
         self._stage = Stage(adapter.config, self._carrier, seed_v, stage_device)
         self._layout = adapter.layout()
         self.ramps = Ramps(adapter, self._carrier)
+        self.gates = Gates(adapter, self._carrier, seed)
 
     @property
     def layout(self) -> Layout:
@@ -88,6 +90,7 @@ class Surgeon:
         target = plan.apply_to(layout)
         if not plan:
             return self._layout
+        self.gates.check(plan)
         lost = self._check_optimizer(plan, layout)
         carry = plan.state == "carry"
         staged = [
@@ -110,6 +113,7 @@ class Surgeon:
             if self._carrier is not None:
                 self._carrier.write(journal, [s.swap for s in resized])
             self.ramps.write(journal, youths, layout.ranks)
+            self.gates.write(journal, plan, target)
             self._verify(staged, target)
         self._layout = target
         self.version += bool(resized)

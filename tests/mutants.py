@@ -179,6 +179,41 @@ MUTANTS = [
         "self._add(Signal.DELTA_SCORE, delta_score(A, B, g.abs(), contract) / norm)",
         "tests/test_probes.py",
     ),
+    Mutant(
+        "let gates forget Adam's averages in a resize",
+        "gates.py",
+        "state[key][entry] = self._along(key, t, lambda u, zeros=zeros: torch.cat([u, zeros]))",
+        "state[key][entry] = self._along(key, t, lambda u, zeros=zeros: 0 * torch.cat([u, zeros]))",
+        "tests/test_gates.py",
+    ),
+    Mutant(
+        "save raw factors under gates",
+        "gated.py",
+        "state |= {key: gated(module, name).detach() for key, module, name in found if key in state}",
+        "pass",
+        "tests/test_gates.py",
+    ),
+    Mutant(
+        "train outer gates on training batches",
+        "gates.py",
+        'wanted = self.gate.trained_on == ("outer" if outer else "inner")',
+        "wanted = True",
+        "tests/test_gates.py",
+    ),
+    Mutant(
+        "fold without the moments",
+        "moments.py",
+        "return self._map(lambda t: divide(t, 1, 0.0), lambda t: divide(t, 2, t.double()))",
+        "return self",
+        "tests/test_gates.py",
+    ),
+    Mutant(
+        "resume on folded factors",
+        "gates.py",
+        "                    p.copy_(raw)",
+        "                    pass",
+        "tests/test_gates.py",
+    ),
 ]
 
 

@@ -8,12 +8,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "rankflow"
-CORE = ["errors", "seeds", "patterns", "plan", "schedule", "limits", "budget", "policy", "linalg", "rsvd", "policies"]
+CORE = [
+    "errors",
+    "seeds",
+    "patterns",
+    "plan",
+    "schedule",
+    "limits",
+    "budget",
+    "gate",
+    "policy",
+    "linalg",
+    "rsvd",
+    "policies",
+]
 RUNTIME = [
     "journal",
     "sites",
     "moments",
     "staging",
+    "gated",
+    "gates",
+    "heldout",
     "adapters",
     "optim",
     "handlers",

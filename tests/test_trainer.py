@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from loops import GROW_THEN_SQUEEZE, same_weights, tiny_llama, weights
+from loops import GROW_THEN_SQUEEZE, same_weights, tiny_llama, token_batches, weights
 from peft import PeftModel
+from test_gates import Threshold, lifecycle
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import rankflow
@@ -18,6 +19,7 @@ from rankflow.ledger import Ledger
 from rankflow.trainer import RankFlowCallback
 
 STEPS = 20
+PROBE = token_batches(1, seed=5)[0]
 
 
 class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -424,3 +426,47 @@ def test_resume_is_bit_for_bit_on_a_real_encoder(tmp_path):
         resumed = run()
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
         assert same_weights(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("stop", [2, 8, 14])
+def test_resume_is_bit_for_bit_under_gates_and_checkpoints_are_plain_lora_of_the_gated_model(tmp_path, stop):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    policy = lifecycle(Threshold(xi=0.05))
+    whole = trainer(tmp_path, RankFlowCallback(policy), **options)
+    seen: dict[int, torch.Tensor] = {}
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            model = kwargs["model"]
+            with torch.no_grad():
+                seen[state.global_step] = model.eval()(**PROBE).logits
+            model.train()
+
+    whole.add_callback(Look())
+    whole.train()
+    loaded = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / f"checkpoint-{stop}").eval()
+    torch.testing.assert_close(loaded(**PROBE).logits, seen[stop])
+    resumed = trainer(tmp_path, RankFlowCallback(policy), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert same_weights(default_weights(whole.model), default_weights(resumed.model))
+
+
+@pytest.mark.parametrize("best_step", [6, 16])
+def test_the_best_checkpoint_comes_back_with_its_gates_folded(tmp_path, best_step):
+    """At step 6 the gates are live, at 16 they are folded already."""
+
+    class Best(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = 0.0 if state.global_step == best_step else 1.0
+
+    run = trainer(
+        tmp_path,
+        RankFlowCallback(lifecycle(Threshold(xi=0.05)), best="any"),
+        Best(),
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_global_step == best_step
+    loaded = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / f"checkpoint-{best_step}").eval()
+    torch.testing.assert_close(run.model.eval()(**PROBE).logits, loaded(**PROBE).logits)

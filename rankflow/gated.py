@@ -1,0 +1,132 @@
+"""LoRA factors that answer with what a gate makes of them, everywhere PEFT looks at them.
+
+The module that holds a factor gets a class of the same name whose `weight` is computed: forward, merging, DoRA's norm
+and every kind of layer then see the gated factor, while the Parameter stays where it was, so that `state_dict`,
+`named_parameters` and optimizers see the raw one. What is saved as an adapter is the gated one (`save_pretrained`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankflow.gate import Draw, Gate
+from rankflow.linalg import Factor
+from rankflow.sites import Site, canonical_a, canonical_b, stored_b
+
+_FITTED = "_rankflow_fitted"  # attribute of a module that holds factors: parameter name -> Fitted
+
+
+class Fitted:
+    """One factor under a gate. `draw` is shared by both factors of a module and filled anew before forwards."""
+
+    def __init__(self, gate: Gate, factor: Factor, experts: int, draw: dict[str, Tensor]):
+        self.gate = gate
+        self.factor = factor
+        self.experts = experts
+        self.draw: Draw = draw
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """The gated factor, in the stored shape of `raw`."""
+        if self.factor == "A":
+            return self.gate.a(self.draw, canonical_a(raw, self.experts)).reshape(raw.shape)
+        return stored_b(self.gate.b(self.draw, canonical_b(raw, self.experts)), self.experts).reshape(raw.shape)
+
+
+class _GatedWeight:
+    """For the Linear or convolution that `lora_A` or `lora_B` is."""
+
+    @property
+    def weight(self) -> Tensor:
+        at: Any = self
+        return at.__dict__[_FITTED]["weight"](at._parameters["weight"])
+
+
+class _GatedEntries:
+    """For the ParameterDict that holds an embedding's factors, of which some may be under a gate."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        at: Any = self
+        fitted = at.__dict__[_FITTED].get(key)
+        return at._parameters[key] if fitted is None else fitted(at._parameters[key])
+
+
+@cache
+def _gated(cls: type[nn.Module]) -> Any:
+    mixin = _GatedEntries if issubclass(cls, nn.ParameterDict) else _GatedWeight
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def fit(site: Site, gate: Gate, draw: dict[str, Tensor]) -> None:
+    """Put a site's factors under `gate`, which reads `draw`; a factor that the gate leaves alone stays as it is."""
+    for factor, (module, name) in site.holders.items():
+        if factor == "B" and type(gate).b is Gate.b:
+            continue
+        fitted = module.__dict__.setdefault(_FITTED, {})
+        if not fitted:
+            module.__class__ = _gated(type(module))
+        fitted[name] = Fitted(gate, factor, site.experts, draw)
+    _fold_when_saving()
+
+
+def unfit(module: nn.Module, name: str) -> None:
+    """Let a module that holds a factor be what it was."""
+    fitted = module.__dict__.get(_FITTED, {})
+    fitted.pop(name, None)
+    if not fitted and _FITTED in module.__dict__:
+        del module.__dict__[_FITTED]
+        module.__class__ = type(module).__mro__[2]
+
+
+def gated(module: nn.Module, name: str) -> Tensor:
+    """The factor that `module` holds under `name`, as its gate makes it; the Parameter itself where it has none."""
+    fitted: Mapping[str, Fitted] = module.__dict__.get(_FITTED, {})
+    raw = module._parameters[name]
+    assert raw is not None
+    return fitted[name](raw) if name in fitted else raw
+
+
+def shown(site: Site, factor: Factor) -> Tensor:
+    """A factor of `site` as forwards use it, canonical."""
+    return site.a(gated(*site.holders["A"])) if factor == "A" else site.b(gated(*site.holders["B"]))
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def _fitted_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for path, module in model.named_modules():
+        for name in module.__dict__.get(_FITTED, ()):
+            yield f"{path}.{name}", module, name
+
+
+@cache
+def _fold_when_saving() -> None:
+    """Let adapters be saved as plain LoRA that does what the gated model does.
+
+    `save_pretrained` is wrapped on the class, once: the Trainer saves through it before any callback runs, and people
+    call it by hand. Models without gates pass through.
+    """
+    for cls in (PeftModel, PreTrainedModel):
+        cls.save_pretrained = _folding(cls.save_pretrained)  # type: ignore[method-assign, assignment]
+
+
+def _folding(save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = list(_fitted_parameters(self))
+        if found:
+            state = dict(kwargs.get("state_dict") or self.state_dict())
+            with torch.no_grad():
+                state |= {key: gated(module, name).detach() for key, module, name in found if key in state}
+            kwargs["state_dict"] = state
+        return save(self, *args, **kwargs)
+
+    return save_pretrained

@@ -1,0 +1,399 @@
+"""Gates on a live adapter: installs them, trains them beside the factors, takes them through resizes, folds them.
+
+A forward pass uses *draws*: leaf tensors made from a gate's parameters (and noise) beforehand. Their gradients are
+handed on to the parameters when the micro-batches of a step are done, so that gradient checkpointing of either kind,
+several forwards before one backward and noise that differs between micro-batches all come out right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankflow.adapters import Adapter
+from rankflow.errors import OptimizerError, PlanError
+from rankflow.gate import Gate
+from rankflow.gated import fit, gated, unfit
+from rankflow.journal import Journal
+from rankflow.linalg import Factor
+from rankflow.optim import Carrier
+from rankflow.plan import Drop, Grow, Keep, Op, RankPlan, Refactor, Slot
+from rankflow.seeds import keyed_generator
+from rankflow.sites import Site
+
+Params = dict[str, nn.Parameter]
+Draws = dict[str, dict[str, Tensor]]
+_FACTORS: tuple[Factor, Factor] = ("A", "B")
+
+
+class Gates:
+    """The gates of one adapter; none until `install`, none again after `fold`.
+
+    The controller calls `collect` when gradients are ready and `step` after each real optimizer step.
+
+    Args:
+        adapter: whose modules are gated.
+        carrier: the optimizer of the factors, whose learning rates gates follow.
+        seed: of initial values and noise, together with step and module.
+    """
+
+    def __init__(self, adapter: Adapter, carrier: Carrier | None, seed: int = 0):
+        self.seed = seed
+        self.gate: Gate | None = None
+        self._adapter = adapter
+        self._carrier = carrier
+        self._theta: dict[str, Params] = {}
+        self._adam: torch.optim.Adam | None = None
+        self._rates: list[tuple[int, str]] = []  # of each of Adam's groups: which group it follows, and its key
+        self._live: Draws = {}  # what forwards read now; the dicts are those that the fitted factors hold
+        self._drawn: list[tuple[Draws | None, Draws]] = []  # (noise, leaves) of every draw since the last step
+        self._gradient: dict[str, Tensor] = {}
+        self._step = 0  # optimizer steps done
+        self._micro = 0  # noisy draws since the last step
+        self._noisy = False
+        self._hook: Any = None
+
+    def __bool__(self) -> bool:
+        return self.gate is not None
+
+    @property
+    def trained_on(self) -> str:
+        return self.gate.trained_on if self.gate is not None else "nothing"
+
+    # -- coming and going -------------------------------------------------------------------------------------------
+
+    def install(self, gate: Gate, step: int = 0) -> None:
+        """Put every module that is in the adapter under `gate`, with fresh parameters."""
+        if self._carrier is None:
+            raise OptimizerError("gates are trained beside the factors and need their optimizer")
+        self.gate, self._step = gate, step
+        theta = {}
+        for name, site in self._adapter.sites.items():
+            if site.present:
+                theta[name] = self._fresh(name, site, site.slot())
+        self._train(theta, {})
+        self._refit()
+        if type(gate).noise is not Gate.noise:
+            # Noise must be there before the forward that uses it, and not be drawn again when a checkpoint recomputes.
+            # A compiled forward must not take the hook into its graph
+            self._hook = self._adapter.model.register_forward_pre_hook(torch.compiler.disable(self._before_forward))
+
+    def fold(self) -> dict[str, dict[str, float]]:
+        """Write what the gates make of the factors into them, and take the gates off; what they report, by module.
+
+        The function stays. So does the direction of the optimizer's next step of each entry: with A' = diag(v) A the
+        gradient of A' is that of A over v, and moments follow it. What a gate closed has an A of 0 from then on.
+        """
+        if self.gate is None:
+            return {}
+        reports = {name: dict(self.gate.report(theta)) for name, theta in self._theta.items()}
+        with Journal() as journal, torch.no_grad():
+            for name in self._theta:
+                self._fold_site(journal, self._adapter.sites[name], self.gate.value(self._live[name]))
+        self.remove()
+        return {name: report for name, report in reports.items() if report}
+
+    def remove(self) -> None:
+        """Take the gates off; factors stay as they are without them."""
+        for site in self._adapter.sites.values():
+            if site.present or site.kind == "embedding":
+                for module, name in site.holders.values():
+                    unfit(module, name)
+        if self._hook is not None:
+            self._hook.remove()
+        self.gate, self._adam, self._hook = None, None, None
+        self._theta, self._live, self._drawn, self._gradient, self._rates = {}, {}, [], {}, []
+
+    def _fold_site(self, journal: Journal, site: Site, value: Tensor) -> None:
+        for factor, (module, name) in site.holders.items():
+            p = module._parameters[name]
+            assert p is not None
+            new, old = gated(module, name).detach().clone(), p.detach().clone()
+            if torch.equal(new, old):
+                continue
+            journal.write(lambda p=p, new=new: p.data.copy_(new), lambda p=p, old=old: p.data.copy_(old))
+            if factor == "A" and self._carrier is not None:
+                self._carrier.rescale(journal, site, value)
+
+    def _fresh(self, name: str, site: Site, slot: Slot) -> dict[str, Tensor]:
+        assert self.gate is not None
+        made = self.gate.init(slot, keyed_generator(self.seed, self._step, name, "gate"))
+        return {key: t.float().to(site.A.device) for key, t in made.items()}
+
+    # -- what forwards see ------------------------------------------------------------------------------------------
+
+    def _refit(self) -> None:
+        """Let exactly the modules that have a gate be under it, in deterministic state."""
+        self._live, self._drawn = {name: {} for name in self._theta}, []
+        for name, site in self._adapter.sites.items():
+            if self.gate is not None and name in self._theta:
+                fit(site, self.gate, self._live[name])
+            elif site.present or site.kind == "embedding":
+                for module, key in site.holders.values():
+                    unfit(module, key)
+        if self.gate is not None:
+            self._draw(None)
+
+    def _draw(self, noise: Draws | None, *, outer: bool = False) -> None:
+        assert self.gate is not None
+        wanted = self.gate.trained_on == ("outer" if outer else "inner")
+        with torch.no_grad():
+            made = self.gate.draw(self._theta, noise)
+        for name, draw in made.items():
+            trained = wanted and self._adapter.sites[name].trainable
+            leaves = {key: t.detach().clone().requires_grad_(trained) for key, t in draw.items()}
+            self._live[name].clear()
+            self._live[name].update(leaves)
+        if wanted:
+            self._drawn.append((noise, {name: dict(draw) for name, draw in self._live.items()}))
+        self._noisy = noise is not None
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        assert self.gate is not None
+        if module.training and torch.is_grad_enabled() and self.gate.noisy(self._step + 1):
+            noise = {}
+            for name, theta in self._theta.items():
+                random = keyed_generator(self.seed, self._step, self._micro, name, "noise")
+                made = self.gate.noise(theta, random)
+                noise[name] = {k: t.to(self._adapter.sites[name].A.device) for k, t in made.items()}
+            self._micro += 1
+            self._draw(noise)
+        elif self._noisy:
+            self._draw(None)
+
+    def values(self) -> dict[str, Tensor]:
+        """Deterministic v of every module, ``[r]`` or ``[1]``."""
+        if self.gate is None:
+            return {}
+        with torch.no_grad():
+            made = self.gate.draw(self._theta, None)
+            return {name: self.gate.value(draw).detach().clone() for name, draw in made.items()}
+
+    def opened(self) -> dict[str, Tensor]:
+        """Which of them are on, bool."""
+        if self.gate is None:
+            return {}
+        with torch.no_grad():
+            return {name: self.gate.open(theta) for name, theta in self._theta.items()}
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """dL/d value of the modules that the last collected step reached, loss scale undone."""
+        return self._gradient
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def collect(self, loss_scale: float = 1.0) -> None:
+        """Backward is done: make gradients of the parameters from those of the draws, and forget the draws."""
+        if self.gate is None:
+            return
+        drawn, self._drawn = self._drawn, []
+        everything = [p for theta in self._theta.values() for p in theta.values()]
+        for p in everything:
+            p.grad = None
+        reached = False
+        for noise, draws in drawn:
+            used = [(n, k) for n, draw in draws.items() for k, leaf in draw.items() if leaf.grad is not None]
+            if not used:
+                continue
+            with torch.enable_grad():
+                made = self.gate.draw(self._theta, noise)
+            outputs = [made[n][k] for n, k in used]
+            given = [draws[n][k].grad / loss_scale for n, k in used]  # type: ignore[operator]
+            found = torch.autograd.grad(outputs, everything, given, allow_unused=True)
+            for p, g in zip(everything, found, strict=True):
+                if g is not None:
+                    g = torch.where(g.isfinite(), g, 0.0)  # a step that the factors survive must not lose the gates
+                    p.grad = g if p.grad is None else p.grad + g
+            reached = True
+        self._gradient = {n: t["value"].grad for n, t in self._theta.items() if _graded(t.get("value"))}  # type: ignore[misc]
+        if reached:
+            self._add_penalty(everything)
+        self._draw(None)
+
+    def _add_penalty(self, everything: Sequence[nn.Parameter]) -> None:
+        assert self.gate is not None
+        with torch.enable_grad():
+            term = self.gate.penalty(self._theta, self._step + 1)
+        if term is None or not term.requires_grad:
+            return
+        for p, g in zip(everything, torch.autograd.grad(term, everything, allow_unused=True), strict=True):
+            if g is not None and p.grad is not None:  # modules that no gradient reached are not in training
+                p.grad = p.grad + g
+
+    def step(self) -> None:
+        """The factors' optimizer has stepped: so do gates that are trained with it, then their proximal step."""
+        self._step += 1
+        self._micro = 0
+        if self.gate is not None:
+            if self.gate.trained_on == "inner":
+                self._update(self._step)
+            self._draw(None)
+
+    def outer_step(self, loss: Callable[[], Tensor], step: int) -> Tensor:
+        """One update of gates that are trained on held-out data; of the factors nothing changes, not even `.grad`."""
+        assert self.gate is not None
+        self._drawn = []
+        self._draw(None, outer=True)
+        leaves = [leaf for draw in self._live.values() for leaf in draw.values() if leaf.requires_grad]
+        with torch.enable_grad():
+            value = loss()
+            for leaf, g in zip(leaves, torch.autograd.grad(value, leaves, allow_unused=True), strict=True):
+                leaf.grad = g
+        self.collect()
+        self._update(step)
+        self._draw(None)
+        return value.detach()
+
+    def _update(self, step: int) -> None:
+        assert self.gate is not None
+        assert self._adam is not None
+        for group, (followed, key) in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = self.gate.rate(key, self._lr(followed))
+        trained = {name: theta for name, theta in self._theta.items() if any(_graded(p) for p in theta.values())}
+        for theta in trained.values():
+            for key, p in theta.items():
+                if not self.gate.trains(key, step):
+                    p.grad = None
+        self._adam.step()
+        with torch.no_grad():
+            for name, theta in trained.items():
+                lr = self.gate.rate("value", self._lr(self._followed(name)))
+                for key, t in self.gate.prox(theta, lr, step).items():
+                    theta[key].copy_(t)
+        self._adam.zero_grad()
+
+    def _train(self, theta: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over parameters and, where given, Adam's state of them."""
+        assert self.gate is not None
+        self._theta = {name: {key: nn.Parameter(t) for key, t in of.items()} for name, of in theta.items()}
+        groups: dict[tuple[int, str], list[nn.Parameter]] = {}
+        for name, params in self._theta.items():
+            followed = self._followed(name)
+            for key, p in params.items():
+                groups.setdefault((followed, key), []).append(p)
+        gate = self.gate
+        settings: dict[str, Any] = {"betas": gate.betas, "eps": gate.eps, "weight_decay": gate.weight_decay}
+        self._adam = torch.optim.Adam([{"params": ps} for ps in groups.values()], lr=0.0, foreach=True, **settings)
+        self._rates = list(groups)
+        for name, params in self._theta.items():
+            for key, p in params.items():
+                if entries := state.get(name, {}).get(key):
+                    self._adam.state[p] = dict(entries)
+
+    def _followed(self, name: str) -> int:
+        """The place of the optimizer's group that holds the module's A; loading a state makes new group dicts."""
+        assert self._carrier is not None
+        group = self._carrier.group(self._adapter.sites[name].A)
+        return next(i for i, g in enumerate(self._carrier.optimizer.param_groups) if g is group)
+
+    def _lr(self, followed: int) -> float:
+        assert self._carrier is not None
+        return float(self._carrier.optimizer.param_groups[followed]["lr"])
+
+    # -- resizes ----------------------------------------------------------------------------------------------------
+
+    def check(self, plan: RankPlan) -> None:
+        """Raise PlanError if `plan` mixes directions that have gates of their own."""
+        for name, ops in plan.ops.items():
+            if name in self._theta and any(isinstance(op, Refactor) for op in ops):
+                raise PlanError(
+                    f"{name}: plan refactors a module under a gate; only Keep, Grow and Drop fit there. Let the phase "
+                    "that has the gate end first: its gates are folded then"
+                )
+
+    def write(self, journal: Journal, plan: RankPlan, slots: Mapping[str, Slot]) -> None:
+        """Let gates follow a plan whose factors are in place; `slots` are those after it."""
+        if self.gate is None:
+            return
+        journal.write(lambda: None, self._refit)  # undone last, when everything below is back
+        theta: dict[str, dict[str, Tensor]] = {
+            n: {k: p.detach() for k, p in of.items()} for n, of in self._theta.items()
+        }
+        state = {n: {k: self._adam.state.get(p, {}) for k, p in of.items()} for n, of in self._theta.items()}  # type: ignore[union-attr]
+        for name, ops in plan.ops.items():
+            theta[name], state[name] = self._follow(name, ops, theta.get(name), state.get(name, {}), slots[name])
+            if slots[name].rank == 0:
+                del theta[name], state[name]
+        for attr in ("_theta", "_adam", "_rates"):
+            journal.attr(self, attr, getattr(self, attr))  # `_train` makes new ones
+        self._train({name: theta[name] for name in self._adapter.sites if name in theta}, state)
+        self._refit()
+
+    def _follow(
+        self, name: str, ops: Sequence[Op], theta: dict[str, Tensor] | None, state: Mapping[str, Any], slot: Slot
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """Parameters of one module, and Adam's state of each, after `ops`."""
+        assert self.gate is not None
+        site = self._adapter.sites[name]
+        state = {key: dict(entries) for key, entries in state.items()}
+        for op in ops:
+            if isinstance(op, Drop):
+                theta, state = None, {}
+            elif isinstance(op, Keep) and theta is not None:
+                theta = {k: self._along(k, t, lambda u, op=op: u[list(op.idx)]) for k, t in theta.items()}
+                for key, entries in state.items():
+                    for entry, t in entries.items():
+                        entries[entry] = self._along(key, t, lambda u, op=op: u[list(op.idx)])
+            elif isinstance(op, Grow):
+                fresh = self._fresh(name, site, replace(slot, rank=op.n)) if site.present else {}
+                if theta is None:
+                    theta = fresh
+                    continue
+                for key, new in fresh.items():
+                    theta = {**theta, key: self._along(key, theta[key], lambda u, new=new: torch.cat([u, new]))}
+                    for entry, t in state.get(key, {}).items():
+                        zeros = torch.zeros_like(new)
+                        state[key][entry] = self._along(key, t, lambda u, zeros=zeros: torch.cat([u, zeros]))
+        return theta or {}, state
+
+    def _along(self, key: str, t: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """`t` with its directions changed, where it has any: not a module's own parameter, nor a step count."""
+        assert self.gate is not None
+        per_direction = self.gate.scope == "component" and key in self.gate.per_direction
+        return change(t) if per_direction and isinstance(t, Tensor) and t.dim() > 0 else t
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, Adam's state of them, and the raw factors: what is saved as an adapter is folded."""
+        if self.gate is None or self._adam is None:
+            return {}
+        adam = self._adam.state
+        return {
+            "theta": {n: {k: p.detach() for k, p in of.items()} for n, of in self._theta.items()},
+            "adam": {n: {k: dict(adam[p]) for k, p in of.items() if p in adam} for n, of in self._theta.items()},
+            "raw": {n: {f: getattr(self._adapter.sites[n], f).detach() for f in _FACTORS} for n in self._theta},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], gate: Gate | None, step: int) -> None:
+        """Go on from `state_dict` under `gate`, on an adapter that has the checkpoint's (folded) factors."""
+        self.remove()
+        self._step, self._micro = step, 0
+        if gate is None or not state:
+            return
+        self.install(gate, step)
+        with torch.no_grad():
+            for name, factors in state["raw"].items():
+                for factor, raw in factors.items():
+                    p = getattr(self._adapter.sites[name], factor)
+                    p.copy_(raw)
+        to = {name: self._adapter.sites[name].A.device for name in state["theta"]}
+        theta = {n: {k: t.to(to[n], copy=True) for k, t in of.items()} for n, of in state["theta"].items()}
+        adam = {
+            n: {
+                k: {e: t.clone() if e == "step" else t.to(to[n], copy=True) for e, t in entries.items()}
+                for k, entries in of.items()
+            }
+            for n, of in state["adam"].items()
+        }
+        self._train(theta, adam)
+        self._refit()
+
+
+def _graded(p: nn.Parameter | None) -> bool:
+    return p is not None and p.grad is not None
