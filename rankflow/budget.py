@@ -101,6 +101,16 @@ def check_reachable(layout: Layout, budget: Budget) -> None:
         )
 
 
+def check_lowers(policy: str, layout: Layout, budget: Budget) -> None:
+    """Raise ConfigError if `policy`, which only lowers ranks, cannot come down to the (resolved) budget."""
+    if budget.spent(layout) < budget.amount:
+        raise ConfigError(
+            f"{policy} only lowers ranks, but the adapter has {budget.unit(budget.spent(layout))} and its budget is "
+            f"{budget}; lower the budget, or put a policy that grows before it"
+        )
+    check_reachable(layout, budget)
+
+
 def _cost(unit: Unit, budget: Budget) -> int:
     return sum(budget.cost(slot) for slot in unit.slots)
 

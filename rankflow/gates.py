@@ -80,7 +80,8 @@ class Gates:
         if type(gate).noise is not Gate.noise:
             # Noise must be there before the forward that uses it, and not be drawn again when a checkpoint recomputes.
             # A compiled forward must not take the hook into its graph
-            self._hook = self._adapter.model.register_forward_pre_hook(torch.compiler.disable(self._before_forward))
+            before: Any = torch.compiler.disable(self._before_forward)
+            self._hook = self._adapter.model.register_forward_pre_hook(before)
 
     def fold(self) -> dict[str, dict[str, float]]:
         """Write what the gates make of the factors into them, and take the gates off; what they report, by module.

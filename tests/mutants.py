@@ -214,6 +214,20 @@ MUTANTS = [
         "                    pass",
         "tests/test_gates.py",
     ),
+    Mutant(
+        "shrink gates by a threshold that ignores the learning rate",
+        "policies/sora.py",
+        'xi *= lr if self.threshold == "lr_scaled" else 1.0',
+        "pass",
+        "tests/test_sora.py",
+    ),
+    Mutant(
+        "prune the directions of greatest score",
+        "pruning.py",
+        "key=lambda i: (closed[i], -of[i], i))",
+        "key=lambda i: (closed[i], of[i], i))",
+        "tests/test_sora.py",
+    ),
 ]
 
 

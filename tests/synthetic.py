@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rankflow.plan import Drop, Grow, Keep, Layout, RankPlan, Refactor, Slot
+from rankflow.gate import Gate
+from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Phase, Policy, Signal, State
 from rankflow.seeds import keyed_generator
 
@@ -28,6 +30,8 @@ class World:
         shapes = [(12, 10), (10, 12), (16, 8), (12, 12)]
         self.layout = Layout({f"m{i}": Slot(r, *shapes[i % 4], 0.5 + i % 3, **limits) for i, r in enumerate(ranks)})
         self.scores = scores
+        self.gate: Gate | None = None
+        self.theta: dict[str, dict[str, Tensor]] = {}
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, slot in self.layout.items():
             random = keyed_generator("factors", name)
@@ -35,6 +39,25 @@ class World:
             b = torch.randn(slot.out_features, slot.rank, generator=random, dtype=torch.float64)
             decay = 0.6 ** torch.arange(slot.rank, dtype=torch.float64)
             self.factors[name] = (a, torch.zeros_like(b) if zero_b else b * decay)
+
+    def install(self, gate: Gate | None) -> World:
+        """Put every module under the gate of a policy, as the controller does when its phase begins."""
+        self.fold()
+        self.gate = gate
+        for name, slot in self.layout.items():
+            if gate is not None and slot.rank > 0:
+                self.theta[name] = gate.init(slot, keyed_generator("gate", name))
+        return self
+
+    def fold(self) -> None:
+        for name in self.theta:
+            a, b = self.factors[name]
+            self.factors[name] = (self.value(name)[:, None].double() * a, b)
+        self.gate, self.theta = None, {}
+
+    def value(self, name: str) -> Tensor:
+        assert self.gate is not None
+        return self.gate.value(self.gate.draw(self.theta, None)[name])
 
     def delta(self, name: str) -> Tensor:
         a, b = self.factors[name]
@@ -48,7 +71,13 @@ class World:
         g = torch.randn(40, slot.out_features, generator=random, dtype=torch.float64)
         z, d = x @ a.T, slot.scaling * g @ b
         score = torch.tensor(self.scores(name, step), dtype=torch.float64)
+        gated: dict[Signal, Tensor] = {}
+        if self.gate is not None:
+            value = self.value(name)
+            gated = {Signal.GATE: value, Signal.GATE_OPEN: self.gate.open(self.theta[name])}
+            gated[Signal.GATE_GRAD] = torch.randn(value.shape, generator=random)
         return {
+            **gated,
             Signal.A: a.clone(),
             Signal.B: b.clone(),
             Signal.DELTA_SCORE: score,
@@ -79,12 +108,36 @@ class World:
                     a, b = torch.cat([a, new]), torch.cat([b, b.new_zeros(len(b), op.n)], 1)
                 elif isinstance(op, Drop):
                     a, b = a[:0], b[:, :0]
+                if self.gate is not None:
+                    self._follow(self.gate, name, op)
             self.factors[name] = (a, b)
             assert len(a) == b.shape[1] == after[name].rank
         self.layout = after
 
+    def _follow(self, gate: Gate, name: str, op: Op) -> None:
+        if isinstance(op, Drop):
+            self.theta.pop(name)
+        elif isinstance(op, Grow):
+            new = gate.init(replace(self.layout[name], rank=op.n), keyed_generator("gate", name))
+            old = self.theta.get(name)
+            if old is None:
+                self.theta[name] = new
+            elif gate.scope == "component":
+                self.theta[name] = {k: torch.cat([t, new[k]]) if k in gate.per_direction else t for k, t in old.items()}
+        elif isinstance(op, Keep) and gate.scope == "component":
+            kept = {k: t[list(op.idx)] for k, t in self.theta[name].items() if k in gate.per_direction}
+            self.theta[name] = {**self.theta[name], **kept}
+        assert not isinstance(op, Refactor), "under a gate only Keep, Grow and Drop fit"
+
     def train(self, step: int) -> None:
-        """Nothing is learnt here, but no direction stays at zero."""
+        """Nothing is learnt here, but no direction stays at zero, and gates wander."""
+        for name, theta in self.theta.items():
+            assert self.gate is not None
+            for key, t in theta.items():
+                noise = torch.randn(t.shape, generator=keyed_generator("gates", name, key, step))
+                if self.gate.trains(key, step):
+                    theta[key] = t + 0.1 * noise
+            theta.update(self.gate.prox(theta, 0.1, step))
         for name, (a, b) in self.factors.items():
             noise = torch.randn(b.shape, generator=keyed_generator("train", name, step), dtype=torch.float64)
             self.factors[name] = (a, b + 0.05 * noise)
@@ -92,6 +145,7 @@ class World:
 
 def run(world: World, policy: Policy, steps: range, *, through_disk: bool = False) -> list[RankPlan]:
     """What the controller does, in short; the plans that were made."""
+    world.install(policy.gate)
     state = policy.init(world.layout)
     plans = []
     for step in steps:

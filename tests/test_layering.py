@@ -18,6 +18,7 @@ CORE = [
     "budget",
     "gate",
     "policy",
+    "pruning",
     "linalg",
     "rsvd",
     "policies",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 import torch
 from synthetic import World, run, run_phases
+from test_config import START
 
 from rankflow.budget import Budget
 from rankflow.config import load_policy, shipped
@@ -22,6 +23,7 @@ from rankflow.schedule import When
 
 RANKS = (4, 4, 6, 4, 3, 4)  # total 25
 BUDGETS = (Budget("total_rank", 40), Budget("total_rank", 15), Budget("max_params", 300), None)
+CLOSING = ("sora",)  # their gates close by themselves, whatever a budget still has room for
 EXTRA = {"squeeze": [{"energy": 0.8}]}  # settings that are numbers and change what a policy does
 
 
@@ -75,7 +77,7 @@ def written(plans: list[RankPlan]) -> list[Any]:
 
 @every_policy
 def test_the_same_input_gives_the_same_plan_and_is_left_alone(policy):
-    world = World(RANKS)
+    world = World(RANKS).install(policy.gate)
     state = policy.init(world.layout)
     for step in range(1, 21):
         obs = world.observe(policy.listen(step), step)
@@ -110,7 +112,8 @@ def test_limits_hold_and_the_budget_is_met_by_the_last_event(policy):
     if policy.budget is not None:
         dearest = max(policy.budget.cost(slot) for slot in world.layout.values())
         left = policy.budget.amount - policy.budget.spent(world.layout)
-        assert left == 0 if dearest == 1 else 0 <= left < dearest
+        closing = type(policy).__module__.rpartition(".")[2] in CLOSING
+        assert left == 0 if dearest == 1 and not closing else left >= 0 and (closing or left < dearest)
 
 
 @every_policy
@@ -123,7 +126,7 @@ def test_nothing_is_heard_that_was_not_declared_nor_after_the_last_event(policy)
 @every_policy
 @pytest.mark.parametrize("score", [0.0, 1.0, math.nan, math.inf], ids=["zero", "equal", "nan", "inf"])
 def test_hostile_scores_and_factors_end_in_a_plan_or_in_a_reason(policy, score):
-    world = World(RANKS, scores=lambda name, step: score, zero_b=score == 0)
+    world = World(RANKS, scores=lambda name, step: score, zero_b=score == 0).install(policy.gate)
     state = policy.init(world.layout)
     for step in range(31, 61):  # 60 is the last event: none is due that does more
         obs = world.observe(policy.listen(step), step)
@@ -182,7 +185,7 @@ def test_buckets_hold_from_the_first_change_on(policy):
 @pytest.mark.parametrize("name", sorted(shipped()))
 @pytest.mark.parametrize("total_steps", [60, 100, 400])
 def test_a_shipped_file_meets_its_budgets_from_the_rank_it_is_meant_for(name, total_steps):
-    world = World((16 if name == "squeeze" else 2,) * 12, max_rank=32)
+    world = World((START.get(name, 2),) * 12, max_rank=32)
     world.layout, phases = load_policy(name).resolve(total_steps, world.layout)
     plans = run_phases(world, phases, total_steps)
     assert all(plan.reason for made in plans.values() for plan in made)

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from rankflow.adapters import Adapter
 from rankflow.errors import AdapterError, RankFlowError
-from rankflow.policy import Observation, Signal
+from rankflow.policy import GATE_SIGNALS, Observation, Signal
 from rankflow.probes import Probes
 from rankflow.signals import Draws, conv_contraction, delta_score, linear_contraction, touched_columns
 
-HOOKED = frozenset(Signal) - {Signal.A, Signal.B, Signal.SINGULAR_VALUES}
+HOOKED = frozenset(Signal) - {Signal.A, Signal.B, Signal.SINGULAR_VALUES} - GATE_SIGNALS
 LINEAR_IN_BATCH = HOOKED - {Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED}
 KINDS = ["linear", "conv1d_transformers", "embedding", "conv"]
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from rankflow.budget import Budget, allocate, check_reachable
+from rankflow.budget import Budget, allocate, check_lowers
 from rankflow.errors import ConfigError
 from rankflow.limits import units
 from rankflow.linalg import Gauge, Metric, Spectrum, spectrum
@@ -74,14 +74,8 @@ class Squeeze(Policy):
             raise ConfigError("squeeze needs a budget, e.g. budget: {mean_rank: 4}, or params.energy, and not both")
         if not self.when.events:
             raise ConfigError("squeeze has no due step in its phase; check when.start, when.every and when.stop")
-        if (budget := self.budget) is None:
-            return
-        if budget.spent(layout) < budget.amount:
-            raise ConfigError(
-                f"squeeze only lowers ranks, but the adapter has {budget.unit(budget.spent(layout))} and its budget is "
-                f"{budget}; lower the budget, or put a policy that grows before it"
-            )
-        check_reachable(layout, budget)
+        if self.budget is not None:
+            check_lowers("squeeze", layout, self.budget)
 
     # -- what it listens to -----------------------------------------------------------------------------------------
 

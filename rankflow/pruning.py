@@ -1,0 +1,82 @@
+"""Which directions stay where modules lose some: the best of each by score, as many as limits and a budget allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rankflow.budget import Budget, allocate, round_scores
+from rankflow.limits import units
+from rankflow.plan import Drop, Grow, Keep, Layout, Op
+
+
+def prune(
+    scores: Mapping[str, Tensor],
+    layout: Layout,
+    budget: Budget | None = None,
+    wanted: Mapping[str, Tensor] | None = None,
+) -> dict[str, list[Op]]:
+    """Ops that take directions out, none where nothing changes.
+
+    Args:
+        scores: ``[r]``, not negative, of every module that is there; comparable between modules. Rounded to 1e-5 of
+            themselves; of equal ones the lower direction stays.
+        budget: (resolved) what may be left; the directions of lowest score go first, over all modules.
+        wanted: ``[r]`` bool; the others go whatever the budget. A module of which none is wanted leaves the adapter
+            where limits allow rank 0, else it keeps its best, and so does the best module of all if every one would
+            leave. Limits, buckets and ties can keep more than are wanted.
+
+    Raises:
+        ConfigError: limits demand more than the budget. PlanError: a score is not finite.
+    """
+    values = {name: _rounded(name, t) for name, t in scores.items()}
+    order: dict[str, list[int]] = {}
+    for name, of in values.items():
+        closed = [False] * len(of) if wanted is None else [not w for w in wanted[name].tolist()]
+        order[name] = sorted(range(len(of)), key=lambda i: (closed[i], -of[i], i))
+    count = {name: len(of) if wanted is None else int(wanted[name].sum()) for name, of in values.items()}
+    ranks = _allowed(layout, count)
+    if not any(ranks.values()) and values:
+        ranks |= _allowed(layout, {max(values, key=lambda name: max(values[name])): 1})
+    if budget is not None and budget.spent(layout.with_ranks(ranks)) > budget.amount:
+        gains = {name: sorted((values[name][i] for i in order[name][: ranks[name]]), reverse=True) for name in values}
+        ranks = allocate(gains, layout, budget)
+    ops: dict[str, list[Op]] = {}
+    for name, slot in layout.items():
+        rank = ranks[name]
+        if rank == 0 < slot.rank:
+            ops[name] = [Drop()]
+        elif rank < slot.rank:
+            ops[name] = [Keep(tuple(sorted(order[name][:rank])))]
+        elif rank > slot.rank:
+            ops[name] = [Grow(rank - slot.rank)]
+    return ops
+
+
+def direction_sizes(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """scaling * |b_i| |a_i| ``[r]``, what each direction adds to DeltaW at most; over experts the root of the sum of
+    squares. A ``[*e, r, in]``, B ``[*e, out, r]``."""
+    sizes = A.double().square().sum(-1) * B.double().square().sum(-2)
+    return abs(scaling) * (sizes if sizes.dim() == 1 else sizes.sum(0)).sqrt()
+
+
+def _rounded(name: str, t: Tensor) -> list[float]:
+    return list(round_scores({f"{name}[{i}]": s for i, s in enumerate(t.double().tolist())}).values())
+
+
+def _allowed(layout: Layout, count: Mapping[str, int]) -> dict[str, int]:
+    """The smallest ranks that limits allow and that are no less than `count`, or else the greatest they allow."""
+    ranks: dict[str, int] = {}
+    for unit in units(layout):
+        low, high = unit.span
+        asked = max(count.get(name, 0) for name in unit.names)
+        rank = next(unit.ranks(asked, high), high) if asked > 0 else low
+        ranks |= dict.fromkeys(unit.names, rank)
+    return {name: ranks[name] for name in layout}
+
+
+def all_finite(values: Mapping[str, Tensor]) -> str | None:
+    """The first module whose tensor holds an infinity or a NaN, or None."""
+    return next((name for name, t in values.items() if not bool(torch.isfinite(t).all())), None)
