@@ -335,6 +335,15 @@ def rows_from_sketch(n: int, A: Tensor, sketch: Tensor, *, kind: str = "linear")
     return _like(rows * dominant_sign(rows)[..., None] * norm, A)
 
 
+def orthogonality(A: Tensor, B: Tensor) -> Tensor:
+    """|A A^T - 1|_F + |B^T B - 1|_F, mean over experts: 0 where A's rows and B's columns are orthonormal.
+
+    Differentiable. A ``[*e, r, in]``, B ``[*e, out, r]`` (AdaLoRA, arXiv 2303.10512, eq. 4)."""
+    A, B = A.float(), B.float()
+    one = torch.eye(A.shape[-2], device=A.device)
+    return (torch.linalg.matrix_norm(A @ A.mT - one) + torch.linalg.matrix_norm(B.mT @ B - one)).mean()
+
+
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 

@@ -32,10 +32,7 @@ def prune(
         ConfigError: limits demand more than the budget. PlanError: a score is not finite.
     """
     values = {name: _rounded(name, t) for name, t in scores.items()}
-    order: dict[str, list[int]] = {}
-    for name, of in values.items():
-        closed = [False] * len(of) if wanted is None else [not w for w in wanted[name].tolist()]
-        order[name] = sorted(range(len(of)), key=lambda i: (closed[i], -of[i], i))
+    order = {name: _order(of, None if wanted is None else wanted[name].tolist()) for name, of in values.items()}
     count = {name: len(of) if wanted is None else int(wanted[name].sum()) for name, of in values.items()}
     ranks = _allowed(layout, count)
     if not any(ranks.values()) and values:
@@ -55,11 +52,21 @@ def prune(
     return ops
 
 
+def best(name: str, scores: Tensor, rank: int) -> tuple[int, ...]:
+    """The `rank` directions of highest score ``[r]``, in their order."""
+    return tuple(sorted(_order(_rounded(name, scores), None)[:rank]))
+
+
 def direction_sizes(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """scaling * |b_i| |a_i| ``[r]``, what each direction adds to DeltaW at most; over experts the root of the sum of
     squares. A ``[*e, r, in]``, B ``[*e, out, r]``."""
     sizes = A.double().square().sum(-1) * B.double().square().sum(-2)
     return abs(scaling) * (sizes if sizes.dim() == 1 else sizes.sum(0)).sqrt()
+
+
+def _order(values: list[float], wanted: list[bool] | None) -> list[int]:
+    """Directions from the one that stays longest to the one that goes first."""
+    return sorted(range(len(values)), key=lambda i: (wanted is not None and not wanted[i], -values[i], i))
 
 
 def _rounded(name: str, t: Tensor) -> list[float]:

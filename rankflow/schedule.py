@@ -89,6 +89,11 @@ class When:
             return None
         return events[0] if step < events[0] else events[(step - events.start) // events.step + 1]
 
+    def within(self, step: int, window: int) -> bool:
+        """Whether `step` is one of the `window` steps up to the next due one, itself among them; 0: any before it."""
+        due = self.next(step - 1)
+        return due is not None and (window == 0 or due - step < window)
+
     def progress(self, step: int) -> float:
         """Share of the events done once the one at `step` is: 1.0 at the last. 0 before the first."""
         events = self.events

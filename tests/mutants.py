@@ -224,9 +224,16 @@ MUTANTS = [
     Mutant(
         "prune the directions of greatest score",
         "pruning.py",
-        "key=lambda i: (closed[i], -of[i], i))",
-        "key=lambda i: (closed[i], of[i], i))",
+        "not wanted[i], -values[i], i))",
+        "not wanted[i], values[i], i))",
         "tests/test_sora.py",
+    ),
+    Mutant(
+        "measure uncertainty against the old average",
+        "scores.py",
+        "    return i, beta2 * u + (1 - beta2) * abs(s - i)",
+        "    return i, beta2 * u + (1 - beta2) * abs(s - (i - (1 - beta1) * s) / beta1)",
+        "tests/test_adalora.py tests/test_increlora.py",
     ),
 ]
 

@@ -85,6 +85,8 @@ class World:
             Signal.S_A: z.T @ z,
             Signal.S_B: d.T @ d,
             Signal.TOKENS: torch.tensor(40.0),
+            Signal.GRAD_A: (b.T @ g.T @ x) * slot.scaling,
+            Signal.GRAD_B: (g.T @ x @ a.T) * slot.scaling,
             Signal.SKETCH: torch.randn(4, slot.in_features, generator=random, dtype=torch.float64),
         }
 

@@ -19,6 +19,7 @@ CORE = [
     "gate",
     "policy",
     "pruning",
+    "scores",
     "linalg",
     "rsvd",
     "policies",

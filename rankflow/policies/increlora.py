@@ -14,8 +14,10 @@ from torch import Tensor
 from rankflow.budget import Budget, check_reachable, grow_by_score
 from rankflow.errors import ConfigError
 from rankflow.limits import units
+from rankflow.linalg import orthogonality
 from rankflow.plan import Grow, Layout, Op, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Policy, Signal, State
+from rankflow.scores import smoothed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +76,7 @@ class IncreLora(Policy):
     @property
     def penalty(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """orth / 2 (|A A^T - 1|_F + |B^T B - 1|_F), which averaged over modules is the paper's regulariser."""
-        return self._orthogonality if self.orth > 0 else None
-
-    def _orthogonality(self, A: Tensor, B: Tensor) -> Tensor:
-        A, B = A.float(), B.float()
-        one = torch.eye(A.shape[-2], device=A.device)
-        norms = torch.linalg.matrix_norm(A @ A.mT - one) + torch.linalg.matrix_norm(B.mT @ B - one)
-        return self.orth / 2 * norms.mean()
+        return (lambda A, B: self.orth / 2 * orthogonality(A, B)) if self.orth > 0 else None
 
     @property
     def scored(self) -> int | None:
@@ -150,8 +146,7 @@ class IncreLora(Policy):
         for name, s in zip(seen, scores, strict=True):
             if math.isfinite(s):
                 i, u, _ = state[name].tolist()
-                i = self.beta1 * i + (1 - self.beta1) * s
-                u = self.beta2 * u + (1 - self.beta2) * abs(s - i)
+                i, u = smoothed(i, u, s, self.beta1, self.beta2)
                 state[name] = torch.tensor([i, u, step], dtype=torch.float64)
         return state
 
