@@ -480,6 +480,7 @@ class Controller:
             )
         argument = {"train": "batches", "outer": "outer_batches"}
         for study in phase.policy.studies:
+            self._probes.check(study.signals)
             if self._data[study.split] is None:
                 raise ConfigError(
                     f"policy {phase.name} studies {study.batches} batches ({study.name}); "

@@ -45,6 +45,9 @@ class Signal(str, Enum):
     GATE = "gate"  # [r] or [1], what the phase's gate multiplies directions or the module by; without noise
     GATE_OPEN = "gate_open"  # the same shape, bool: which are on
     GATE_GRAD = "gate_grad"  # the same shape, gradient of the gate's parameter `value`
+    WEIGHT_SCORE = "weight_score"  # [], mean |W0 * dL/dDeltaW| over a seeded subset of output rows
+    INPUTS = "inputs"  # [<= q, in], S V^T of the module's inputs about their mean, float64; no average
+    INPUT_ENERGY = "input_energy"  # [], sum of all squared singular values of those inputs, float64; no average
 
 
 GATE_SIGNALS = frozenset({Signal.GATE, Signal.GATE_OPEN, Signal.GATE_GRAD})
@@ -105,7 +108,8 @@ class Study:
     """Passes over data that a policy asks for and the controller runs, leaving adapter, optimizer and RNG as they were.
 
     Every batch is run once at each of `points`, a factor on the adapter's scaling; signals are averaged over all
-    passes and reach `Policy.observe` in an `Observation` whose `study` is this name.
+    passes (`inputs` and `input_energy` are those of all of them) and reach `Policy.observe` in an `Observation` whose
+    `study` is this name.
     """
 
     name: str
@@ -114,6 +118,8 @@ class Study:
     split: Literal["train", "outer"] = "train"
     points: tuple[float, ...] = (1.0,)
     when: Literal["start", "every"] = "start"  # before the first step, or before every decision
+    rows: int = 64  # output rows that sampled scores and `weight_score` look at
+    components: int = 16  # q of `sketch` and of `inputs`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rankflow.adapters import Adapter
+from rankflow.base_weight import check_base_weight
 from rankflow.errors import AdapterError, RankFlowError
 from rankflow.gates import Gates
 from rankflow.linalg import spectrum
 from rankflow.policy import GATE_SIGNALS, Lazy, Observation, Signal
-from rankflow.recorder import DELTA, GRAMS, Mask, Recorder
+from rankflow.recorder import DELTA, GRAMS, INPUT, Mask, Recorder
 from rankflow.signals import Draws
 from rankflow.sites import Site
 
@@ -29,7 +30,8 @@ _LAZY: dict[Signal, Callable[[Site], Tensor]] = {
     Signal.B: lambda site: site.b().detach().clone(),
     Signal.SINGULAR_VALUES: lambda site: spectrum(site.a().detach(), site.b().detach(), site.scaling).sigma,
 }
-_LOSS_POWER = {Signal.S_A: 0, Signal.TOKENS: 0, Signal.S_B: 2}  # the other hook signals are linear in the loss
+_TAPPED = GRAMS | DELTA | INPUT
+_LOSS_POWER = dict.fromkeys((Signal.S_A, Signal.TOKENS, *INPUT), 0) | {Signal.S_B: 2}  # the others are linear in it
 
 
 class Probes:
@@ -38,19 +40,21 @@ class Probes:
     Hook signals are taken in backward, at every call of a module, and added up as `.grad` is. For delta scores, which
     are not linear, each micro-batch counts by itself, and so does each call of a module that is called twice. A module
     that backward did not reach, or that is frozen with nothing trained below it, has no hook signals in the
-    Observation. `A`, `B`, `singular_values` and the values of gates are those at the time of reading.
+    Observation. `weight_score` is that of the gradients' sum, and `inputs` those of all calls. `A`, `B`,
+    `singular_values` and the values of gates are those at the time of reading.
 
-    Where the model's own forward gets a 2-D `attention_mask`, tokens it hides are left out of `S_A`, `S_B` and `tokens`
-    in every layer whose input has its leading shape; convolutions count every position. With reentrant checkpointing
-    and several forwards before one backward, the last mask stands for all. A factor common to all modules (loss divided
-    by tokens or by accumulation steps) stays in `S_B`.
+    Where the model's own forward gets a 2-D `attention_mask`, tokens it hides are left out of `S_A`, `S_B`, `tokens`
+    and `inputs` in every layer whose input has its leading shape; convolutions count every position. With reentrant
+    checkpointing and several forwards before one backward, the last mask stands for all. A factor common to all modules
+    (loss divided by tokens or by accumulation steps) stays in `S_B`.
 
     Args:
         adapter: what to listen to.
         gates: of the adapter, collected before the probes are; for signals of gates.
         seed: of sampled rows and sketches, together with step and module.
-        sample_rows: output rows that `delta_score_sampled` looks at.
-        sketch_rows: q of `sketch`; a few more than the directions wanted from it.
+        sample_rows: output rows that `delta_score_sampled` and `weight_score` look at; of the latter's the gradient is
+            kept, ``[sample_rows, in]`` for every module.
+        sketch_rows: q of `sketch` and of `inputs`; a few more than the directions wanted from them.
     """
 
     def __init__(
@@ -100,9 +104,9 @@ class Probes:
             draws = Draws((self._seed, step, name), *self._sizes)
             self._recorders[name] = recorder = Recorder(site, self._adapter.name, hooked, mask, draws)
             self._handles += recorder.install()
-        if hooked & GRAMS:
+        if hooked & (GRAMS | INPUT):
             self._handles.append(self._adapter.model.register_forward_pre_hook(mask.read, with_kwargs=True))
-        if hooked & (GRAMS | DELTA) and "torch._dynamo" in sys.modules:  # else nothing can be compiled
+        if hooked & _TAPPED and "torch._dynamo" in sys.modules:  # else nothing can be compiled
             self._stance = torch.compiler.set_stance("force_eager")
 
     def add_gradients(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
@@ -124,14 +128,15 @@ class Probes:
         if not self.armed:
             raise RankFlowError("probes are not armed for this step; call arm() before the forward pass")
         hooked = self._signals - _LAZY.keys() - GATE_SIGNALS
+        heard = {name: recorder.heard() for name, recorder in self._recorders.items()}
         for name, recorder in self._recorders.items():
-            silent = sorted(s.value for s in (hooked & (GRAMS | DELTA)) - recorder.sums.keys())
+            silent = sorted(s.value for s in (hooked & _TAPPED) - heard[name].keys())
             if recorder.trained and silent:
                 raise RankFlowError(
                     f"{name}: signal {silent[0]!r} heard no backward pass before step {self._step}, though the module "
                     "got gradients: the forward ran before arm(), or in a compiled graph that was made before it"
                 )
-        if hooked and not any(recorder.sums for recorder in self._recorders.values()):
+        if hooked and not any(heard.values()):
             raise RankFlowError(
                 f"{', '.join(sorted(s.value for s in hooked))}: no backward pass reached any of the adapter's modules "
                 f"before step {self._step}; the adapter must be active, and before_step() called after backward"
@@ -140,8 +145,8 @@ class Probes:
         for name, site in self._adapter.sites.items():
             if site.present:
                 values[name] = {s: partial(read, site) for s, read in _LAZY.items() if s in self._signals}
-        for name, recorder in self._recorders.items():
-            for signal, value in recorder.sums.items():
+        for name, found in heard.items():
+            for signal, value in found.items():
                 power = _LOSS_POWER.get(signal, 1)
                 values[name][signal] = value / loss_scale**power if power and loss_scale != 1 else value
         self._add_gates(values)
@@ -173,10 +178,17 @@ class Probes:
 
 
 def _refuse(site: Site, signals: frozenset[Signal]) -> None:
-    inner = sorted(s.value for s in signals & (GRAMS | DELTA))
+    inner = sorted(s.value for s in signals & _TAPPED)
     if inner and (site.dora or site.kind not in ("linear", "conv", "embedding")):
         raise AdapterError(
             f"{site.name}: signal {inner[0]!r} does not exist for {'DoRA' if site.dora else site.kind} layers, whose "
             "forward has no activation between A and B; use metric 'weights' or a policy that reads factors and their "
             "gradients only, or keep the module out of the adapter"
         )
+    if signals & INPUT and site.kind != "linear":
+        raise AdapterError(
+            f"{site.name}: signal 'inputs' does not exist for {site.kind} layers, only for linear ones; use a policy "
+            "that does not ask for it, such as gora, or keep the module out of the adapter"
+        )
+    if Signal.WEIGHT_SCORE in signals:
+        check_base_weight(site)

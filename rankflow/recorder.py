@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankflow.base_weight import base_weight
 from rankflow.gated import shown
+from rankflow.pca import Principal
 from rankflow.policy import Signal
 from rankflow.signals import (
     Contract,
@@ -28,12 +30,17 @@ from rankflow.signals import (
 from rankflow.sites import Site
 
 GRAMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})
-DELTA = frozenset({Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH})
+DELTA = frozenset({Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH, Signal.WEIGHT_SCORE})
+INPUT = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})
 _GRADIENT = {"A": Signal.GRAD_A, "B": Signal.GRAD_B}
 
 
 class Recorder:
-    """The hooks of one module, and the sums of what they heard."""
+    """The hooks of one module, and the sums of what they heard.
+
+    The sum of `WEIGHT_SCORE` is that of the gradient itself, rows of it: it becomes a score in `heard`, when all of it
+    is there, since |W0 * mean G| is not the mean of |W0 * G|.
+    """
 
     def __init__(self, site: Site, adapter: str, signals: frozenset[Signal], mask: Mask, draws: Draws):
         self.site = site
@@ -45,6 +52,8 @@ class Recorder:
         self._draws = draws
         self._raw: Tensor | None = None  # lora_dropout's input, on its way to lora_A
         self._x: Tensor | None = None  # lora_A's input, on its way to lora_B
+        self._given: Tensor | None = None  # the module's input before dropout, likewise
+        self._inputs: Principal | None = None
         self._channels = 1 if site.kind == "conv" else -1
 
     def install(self) -> list[Any]:
@@ -58,11 +67,11 @@ class Recorder:
             if self._signals & (GRAMS | DELTA):
                 handles.append(layer.register_forward_hook(self._on_embedding))
             return handles
-        if self._signals & GRAMS:
+        if self._signals & (GRAMS | INPUT):
             handles.append(layer.lora_dropout[self._adapter].register_forward_pre_hook(self._on_dropout))
-        if self._signals & (GRAMS | DELTA):
+        if self._signals & (GRAMS | DELTA | INPUT):
             handles.append(layer.lora_A[self._adapter].register_forward_hook(self._on_down))
-        if self._signals & DELTA:
+        if self._signals & (DELTA | INPUT):
             handles.append(layer.lora_B[self._adapter].register_forward_hook(self._on_up))
         return handles
 
@@ -84,6 +93,18 @@ class Recorder:
     def _add(self, signal: Signal, value: Tensor) -> None:
         self.sums[signal] = self.sums[signal] + value if signal in self.sums else value
 
+    def heard(self) -> dict[Signal, Tensor]:
+        """All signals that there was anything of."""
+        found = dict(self.sums)
+        if Signal.WEIGHT_SCORE in found:
+            gradient = found[Signal.WEIGHT_SCORE]
+            weight = base_weight(self.site)
+            rows = self._draws.rows(len(weight), gradient.device).to(weight.device)
+            found[Signal.WEIGHT_SCORE] = (_working(weight[rows]).to(gradient.device) * gradient).abs().mean()
+        if self._inputs is not None:
+            found |= {Signal.INPUTS: self._inputs.rows, Signal.INPUT_ENERGY: self._inputs.energy}
+        return {signal: value for signal, value in found.items() if signal in self._signals}
+
     # -- in forward: put records on the tape ------------------------------------------------------------------------
 
     def _on_dropout(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -92,11 +113,13 @@ class Recorder:
     def _on_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
+        raw, self._raw = self._raw, None
         if self._signals & DELTA:
             self._x = args[0]
+        if self._signals & INPUT:
+            self._given = args[0] if raw is None else raw
         if not self._signals & GRAMS:
             return None
-        raw, self._raw = self._raw, None
         z = output
         if raw is not None and raw is not args[0]:
             with torch.no_grad():
@@ -104,8 +127,13 @@ class Recorder:
         return _Tap.apply(output, partial(self._take_grams, self._mask.tokens), z)
 
     def _on_up(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        x, self._x = self._x, None
-        return None if x is None else _Tap.apply(output, self._take_delta, x)
+        x, given = self._x, self._given
+        self._x = self._given = None
+        if x is not None:
+            output = _Tap.apply(output, self._take_delta, x)
+        if given is not None:
+            output = _Tap.apply(output, partial(self._take_inputs, self._mask.tokens), given)
+        return output
 
     def _on_embedding(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
         applied = self._adapter in layer.active_adapters and not layer.disable_adapters and not layer.merged
@@ -133,6 +161,9 @@ class Recorder:
             if Signal.SKETCH in self._signals:
                 mixed = torch.tensordot(self._draws.omega(g), g, dims=1)
                 self._add(Signal.SKETCH, contract(mixed) / self.site.scaling)
+            if Signal.WEIGHT_SCORE in self._signals:
+                rows = self._draws.rows(len(B), g.device)
+                self._add(Signal.WEIGHT_SCORE, contract(g[rows]) / self.site.scaling)
             norm = math.sqrt(B.shape[0] * A.shape[1])
             if self.site.kind == "embedding":
                 A, contract = touched_columns(x, A)
@@ -149,6 +180,13 @@ class Recorder:
         if self.site.kind == "conv":
             return conv_contraction(self.site.layer.lora_A[self._adapter], _working(x))
         return linear_contraction(_working(x))
+
+    def _take_inputs(self, mask: Tensor | None, g: Tensor, x: Tensor) -> None:
+        with _aside(g):
+            seen = None if mask is None or mask.shape != x.shape[:-1] else mask.to(x.device).flatten()
+            if self._inputs is None:
+                self._inputs = Principal.empty(self._draws.sketch_rows, x.shape[-1], x.device)
+            self._inputs = self._inputs.add(x.reshape(-1, x.shape[-1]), seen)
 
     def _take_grams(self, mask: Tensor | None, d: Tensor, z: Tensor) -> None:
         with _aside(d):

@@ -97,7 +97,7 @@ class Draws:
     def __init__(self, key: tuple[object, ...], sample_rows: int, sketch_rows: int):
         self._key = key
         self._sample_rows = sample_rows
-        self._sketch_rows = sketch_rows
+        self.sketch_rows = sketch_rows
         self._made: dict[str, Tensor] = {}
 
     def rows(self, out: int, device: torch.device) -> Tensor:
@@ -110,6 +110,6 @@ class Draws:
     def omega(self, like: Tensor) -> Tensor:
         """Gaussian ``[sketch_rows, out]`` with E[Omega^T Omega] = I, for g `like` ``[out, ...]``."""
         if "omega" not in self._made:
-            omega = torch.randn(self._sketch_rows, len(like), generator=keyed_generator(*self._key, "sketch"))
-            self._made["omega"] = (omega / math.sqrt(self._sketch_rows)).to(like.device, like.dtype, non_blocking=True)
+            omega = torch.randn(self.sketch_rows, len(like), generator=keyed_generator(*self._key, "sketch"))
+            self._made["omega"] = (omega / math.sqrt(self.sketch_rows)).to(like.device, like.dtype, non_blocking=True)
         return self._made["omega"]

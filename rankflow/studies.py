@@ -33,7 +33,7 @@ def run_study(
     seed: int = 0,
     step: int = 0,
 ) -> Observation:
-    """Run every batch at every point of `study` and average the signals over all passes.
+    """Run every batch at every point of `study` and average the signals over all passes (but for those of inputs).
 
     The model is in eval mode and its random numbers are the study's own, keyed by (seed, step, name). Gradients are
     taken with `torch.autograd.grad` into sums of the study's, so no `.grad` is touched and no hook on one is called.
@@ -50,7 +50,7 @@ def run_study(
         RankFlowError: a batch without a loss.
     """
     _check(study)
-    probes = Probes(adapter, seed=seed)
+    probes = Probes(adapter, seed=seed, sample_rows=study.rows, sketch_rows=study.components)
     factors = [p for s in adapter.sites.values() if s.present for p in (s.A, s.B) if p.requires_grad]
     if not factors:
         raise RankFlowError(f"study {study.name!r}: none of the adapter's factors trains, so there is no gradient")
@@ -103,10 +103,10 @@ def check_loss(loss: Any, what: str) -> None:
 
 
 def _averaged(total: Observation, passes: int, study: Study) -> Observation:
-    lazy = {Signal.A, Signal.B, Signal.SINGULAR_VALUES}
+    as_is = {Signal.A, Signal.B, Signal.SINGULAR_VALUES, Signal.INPUTS, Signal.INPUT_ENERGY}
     values = {}
     for name, record in total.items():
-        values[name] = {s: (lambda r=record, s=s: r[s]) if s in lazy else record[s] / passes for s in record}
+        values[name] = {s: (lambda r=record, s=s: r[s]) if s in as_is else record[s] / passes for s in record}
     return Observation(total.step, values, study.name)
 
 

@@ -18,15 +18,18 @@ CORE = [
     "budget",
     "gate",
     "policy",
+    "opening",
     "pruning",
     "scores",
     "linalg",
+    "pca",
     "rsvd",
     "policies",
 ]
 RUNTIME = [
     "journal",
     "sites",
+    "base_weight",
     "moments",
     "staging",
     "gated",

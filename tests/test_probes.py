@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankflow.adapters import Adapter
+from rankflow.base_weight import base_weight
 from rankflow.errors import AdapterError, RankFlowError
 from rankflow.policy import GATE_SIGNALS, Observation, Signal
 from rankflow.probes import Probes
 from rankflow.signals import Draws, conv_contraction, delta_score, linear_contraction, touched_columns
 
-HOOKED = frozenset(Signal) - {Signal.A, Signal.B, Signal.SINGULAR_VALUES} - GATE_SIGNALS
+INPUT = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})  # of linear layers only
+HOOKED = frozenset(Signal) - {Signal.A, Signal.B, Signal.SINGULAR_VALUES} - GATE_SIGNALS - INPUT
 LINEAR_IN_BATCH = HOOKED - {Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED}
 KINDS = ["linear", "conv1d_transformers", "embedding", "conv"]
 
@@ -55,11 +57,12 @@ class Dense:
     def __init__(self, kind: str, model: nn.Module):
         self.base = base_of(kind)
         self.adapter = Adapter(model)
-        self.delta, self.x, self.dy, parameters = {}, {}, {}, {}
+        self.delta, self.x, self.dy, self.weight, parameters = {}, {}, {}, {}, {}
         for name, site in self.adapter.sites.items():
             self.delta[name] = (site.scaling * site.b() @ site.a()).detach().requires_grad_()
             module = self.base.get_submodule(name)
             transposed = kind == "conv1d_transformers" or site.kind == "embedding"
+            self.weight[name] = module.weight.detach().T if transposed else module.weight.detach().flatten(1)
             delta = self.delta[name].T if transposed else self.delta[name]
             parameters[f"{name}.weight"] = module.weight.detach() + delta.reshape(module.weight.shape)
             module.register_forward_hook(partial(self._keep, name))
@@ -105,6 +108,7 @@ def test_signals_are_those_of_a_dense_delta(kind: str):
             Signal.S_B: d.T @ d,
             Signal.TOKENS: torch.tensor(float(len(z))),
             Signal.SKETCH: Draws((5, 1, name), 64, 16).omega(delta) @ G,
+            Signal.WEIGHT_SCORE: (dense.weight[name] * G).abs().mean(),
         }
         assert score > 0
         for signal in HOOKED:
@@ -133,6 +137,56 @@ def test_the_sampled_score_is_unbiased():
     ])  # fmt: skip
     assert abs(samples.mean() - exact) < 4 * samples.std() / math.sqrt(400)
     assert samples.std() > 0
+
+
+def test_the_weight_score_of_a_sample_of_rows_is_unbiased():
+    model = lora("conv")
+    exact = hear(model, lambda: loss_of(model, "conv").backward(), {Signal.WEIGHT_SCORE}, sample_rows=7)
+    samples = torch.stack([
+        hear(model, lambda: loss_of(model, "conv").backward(), {Signal.WEIGHT_SCORE}, sample_rows=3, seed=seed)["c2"][
+            Signal.WEIGHT_SCORE
+        ]
+        for seed in range(150)
+    ])  # fmt: skip
+    assert abs(samples.mean() - exact["c2"][Signal.WEIGHT_SCORE]) < 4 * samples.std() / math.sqrt(150)
+    assert samples.std() > 0
+
+
+def test_modules_that_share_a_weight_are_scored_by_their_own_use_of_it():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.Linear(6, 6, bias=False, dtype=torch.float64) for _ in range(2))
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.tanh(self.one(x)))
+
+    torch.manual_seed(0)
+    base = Twice()
+    x, W = torch.randn(5, 6, dtype=torch.float64), base.one.weight.detach()
+    first, second = W.clone().requires_grad_(), W.clone().requires_grad_()
+    (torch.tanh(x @ first.T) @ second.T).square().sum().backward()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["one", "two"]), autocast_adapter_dtype=False)
+    heard = hear(model, lambda: model(x).square().sum().backward(), {Signal.WEIGHT_SCORE})
+    for name, weight in (("one", first), ("two", second)):
+        torch.testing.assert_close(heard[name][Signal.WEIGHT_SCORE], (W * weight.grad).abs().mean())
+
+
+def test_quantised_weights_are_read_through_peft_or_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    class Params4bit(nn.Parameter):
+        pass
+
+    model = lora("linear")
+    site = Adapter(model).sites["model.layers.0.self_attn.q_proj"]
+    whole, base = base_weight(site), site.layer.get_base_layer()
+    packed = torch.zeros(whole.numel() // 2, 1, dtype=torch.uint8)
+    base.weight = Params4bit(packed, requires_grad=False)
+    monkeypatch.setattr("rankflow.base_weight.dequantize_module_weight", lambda module: whole)
+    assert torch.equal(base_weight(site), whole)
+    base.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj: .*Linear.* cannot be read.*quantised"):
+        Probes(Adapter(model)).arm(frozenset({Signal.WEIGHT_SCORE}), 1)
 
 
 def test_the_sketch_keeps_the_size_of_the_gradient():
@@ -195,6 +249,66 @@ def test_grams_are_taken_before_dropout_and_scores_after_it():
     torch.testing.assert_close(heard[Signal.S_A], (z.T @ z).detach())
     score = (site.scaling * site.B @ site.A * G).abs().sum() / math.sqrt(G.numel())
     torch.testing.assert_close(heard[Signal.DELTA_SCORE], score.detach())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d_transformers"])
+def test_inputs_are_those_of_the_module_before_dropout_about_their_mean(kind: str):
+    model = lora(kind, lora_dropout=0.5).train()
+    seen: dict[str, list[Tensor]] = {}
+    for name, site in Adapter(model).sites.items():
+        keep = seen.setdefault(name, [])
+        site.layer.register_forward_pre_hook(lambda m, args, keep=keep: keep.append(args[0].detach().flatten(0, -2)))
+    run = lambda: [loss_of(model, kind, seed=seed).backward() for seed in (3, 4)]  # noqa: E731
+    heard = hear(model, run, INPUT, sketch_rows=100)
+    for name, batches in seen.items():
+        x = torch.cat(batches)
+        x = x - x.mean(0)
+        rows = heard[name][Signal.INPUTS]
+        torch.testing.assert_close(rows.T @ rows, x.T @ x, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(heard[name][Signal.INPUT_ENERGY], x.square().sum())
+        torch.testing.assert_close(rows.norm(dim=1)[:9], torch.linalg.svdvals(x)[:9], rtol=1e-6, atol=1e-9)
+    assert hooks_on(model) == len(seen)
+
+
+def test_inputs_leave_hidden_tokens_out():
+    model = encoder().double()
+    batch = reviews()
+    alone = [
+        {"input_ids": ids[None, : mask.sum()], "attention_mask": mask[None, : mask.sum()]}
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+    def inputs(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        probes = Probes(linear_part(model), sketch_rows=400)
+        probes.arm(INPUT, 1)
+        for one in batches:
+            sentence_loss(model, one).backward()
+        return probes.collect().gather(Signal.INPUTS)
+
+    padded, unpadded = inputs([batch]), inputs(alone)
+    for name, rows in padded.items():
+        torch.testing.assert_close(rows.T @ rows, unpadded[name].T @ unpadded[name], rtol=1e-6, atol=1e-9)
+
+
+def linear_part(model: nn.Module) -> Adapter:
+    """The adapter without its embeddings, which have no inputs to speak of."""
+    adapter = Adapter(model)
+    adapter.sites = {name: site for name, site in adapter.sites.items() if site.kind == "linear"}
+    return adapter
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv"])
+def test_inputs_of_other_layers_are_refused_by_name(kind: str):
+    with pytest.raises(AdapterError, match=f"'inputs' does not exist for {kind} layers.*gora"):
+        Probes(Adapter(lora(kind))).arm(frozenset({Signal.INPUTS}), 1)
+
+
+def test_an_input_that_is_not_finite_shows():
+    model = lora("linear")
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight[int(inputs_of("linear")[0, 0])] = math.inf
+    heard = hear(model, lambda: outputs(model, "linear").square().sum().backward(), INPUT)
+    assert all(bool(record[Signal.INPUT_ENERGY].isnan()) for record in heard.values())
 
 
 def encoder(*, dropout: float = 0.0) -> nn.Module:
@@ -368,6 +482,19 @@ def test_checkpointing_changes_nothing(name: str, reentrant: bool):
         return hear(model, run)
 
     close(observe(reentrant), observe(None))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_does_not_show_inputs_twice(reentrant: bool):
+    def observe(checkpointing: bool | None) -> dict[str, Tensor]:
+        model = checkpointed(lora("linear", lora_dropout=0.1, dtype=torch.float32).train(), checkpointing)
+        torch.manual_seed(3)
+        heard = hear(model, lambda: loss_of(model, "linear", dtype=torch.float32).backward(), INPUT)
+        return {name: rows.T @ rows for name, rows in heard.gather(Signal.INPUTS).items()}
+
+    plain = observe(None)
+    for name, covariance in observe(reentrant).items():
+        torch.testing.assert_close(covariance, plain[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
