@@ -134,6 +134,7 @@ class Policy:
 
     needs: ClassVar[frozenset[Signal]] = frozenset()  # all it may ever ask for; `listen` says what and when
     source: ClassVar[str] = ""  # the paper or rule, one line, for `rankflow policies`
+    first_only: ClassVar[bool] = False  # decides before the first step, so no phase may come before it
 
     @property
     def studies(self) -> tuple[Study, ...]:
@@ -213,6 +214,8 @@ class Lifecycle:
             end = total_steps + 1 if until is None else resolve_step(until, total_steps, what=f"phases[{i}].until")
             if until is None and not last:
                 raise ConfigError(f"phases[{i}] ({name}): only the last phase may leave out `until`")
+            if policy.first_only and i > 0:
+                raise ConfigError(f"phases[{i}] ({name}): decides before the first step; put it first, or leave it out")
             if end <= begin:
                 raise ConfigError(f"phases[{i}] ({name}): ends at step {end} but begins at step {begin}")
             policy = replace(

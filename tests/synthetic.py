@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankflow.gate import Gate
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Refactor, Slot
-from rankflow.policy import Observation, Phase, Policy, Signal, State
+from rankflow.policy import Observation, Phase, Policy, Signal, State, Study
 from rankflow.seeds import keyed_generator
 
 Scores = Callable[[str, int], float]
@@ -24,7 +24,7 @@ def random_score(name: str, step: int) -> float:
 
 
 class World:
-    """Modules ``m0, m1, ...`` of some shapes, each with A ``[r, in]`` and B ``[out, r]``."""
+    """Modules ``m0, m1, ...`` of some shapes, each with A ``[r, in]``, B ``[out, r]`` and a weight ``[out, in]``."""
 
     def __init__(self, ranks: Iterable[int], *, scores: Scores = random_score, zero_b: bool = False, **limits):
         shapes = [(12, 10), (10, 12), (16, 8), (12, 12)]
@@ -33,12 +33,14 @@ class World:
         self.gate: Gate | None = None
         self.theta: dict[str, dict[str, Tensor]] = {}
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.weights: dict[str, Tensor] = {}
         for name, slot in self.layout.items():
             random = keyed_generator("factors", name)
             a = torch.randn(slot.rank, slot.in_features, generator=random, dtype=torch.float64)
             b = torch.randn(slot.out_features, slot.rank, generator=random, dtype=torch.float64)
             decay = 0.6 ** torch.arange(slot.rank, dtype=torch.float64)
             self.factors[name] = (a, torch.zeros_like(b) if zero_b else b * decay)
+            self.weights[name] = torch.randn(len(b), a.shape[1], generator=random, dtype=torch.float64)
 
     def install(self, gate: Gate | None) -> World:
         """Put every module under the gate of a policy, as the controller does when its phase begins."""
@@ -76,6 +78,7 @@ class World:
             value = self.value(name)
             gated = {Signal.GATE: value, Signal.GATE_OPEN: self.gate.open(self.theta[name])}
             gated[Signal.GATE_GRAD] = torch.randn(value.shape, generator=random)
+        _, sigma, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         return {
             **gated,
             Signal.A: a.clone(),
@@ -88,13 +91,18 @@ class World:
             Signal.GRAD_A: (b.T @ g.T @ x) * slot.scaling,
             Signal.GRAD_B: (g.T @ x @ a.T) * slot.scaling,
             Signal.SKETCH: torch.randn(4, slot.in_features, generator=random, dtype=torch.float64),
+            Signal.WEIGHT_SCORE: score * (self.weights[name] * (g.T @ x)).abs().mean(),
+            Signal.INPUTS: score * sigma[:, None] * directions,
+            Signal.INPUT_ENERGY: (score * sigma).square().sum(),
         }
 
-    def observe(self, wanted: frozenset[Signal], step: int) -> Observation:
+    def observe(self, wanted: frozenset[Signal], step: int, study: str | None = None) -> Observation:
         present = [name for name, slot in self.layout.items() if slot.rank > 0]
-        return Observation(
-            step, {name: {s: v for s, v in self.signals(name, step).items() if s in wanted} for name in present}
-        )
+        seen = {name: {s: v for s, v in self.signals(name, step).items() if s in wanted} for name in present}
+        return Observation(step, seen, study)
+
+    def study(self, study: Study, step: int) -> Observation:
+        return self.observe(study.signals, step, study.name)
 
     def apply(self, plan: RankPlan) -> None:
         after = plan.apply_to(self.layout)
@@ -145,23 +153,39 @@ class World:
             self.factors[name] = (a, b + 0.05 * noise)
 
 
+def occasions(
+    world: World, policy: Policy, steps: range, *, learns: bool = True
+) -> Iterator[tuple[int, Observation, bool]]:
+    """Step, what the controller shows the policy then (nothing where it does not listen), and whether it asks for a
+    plan next, in the order of a phase that takes these steps. After each the world learns."""
+    start, every = ([s for s in policy.studies if s.when == when] for when in ("start", "every"))
+    for study in start:
+        yield steps.start - 1, world.study(study, steps.start - 1), study is start[-1]
+    for step in steps:
+        due = policy.when.due(step)
+        heard = world.observe(policy.listen(step), step) if policy.listen(step) else Observation(step)
+        if heard or due:
+            yield step, heard, due and not every
+        for study in every if due else ():
+            yield step, world.study(study, step), study is every[-1]
+        if learns:
+            world.train(step)
+
+
 def run(world: World, policy: Policy, steps: range, *, through_disk: bool = False) -> list[RankPlan]:
     """What the controller does, in short; the plans that were made."""
     world.install(policy.gate)
     state = policy.init(world.layout)
     plans = []
-    for step in steps:
-        obs = world.observe(policy.listen(step), step)
-        if policy.listen(step):
-            state = policy.observe(state, obs, step)
-        if policy.when.due(step):
+    for step, obs, asked in occasions(world, policy, steps):
+        state = policy.observe(state, obs, step) if obs else state
+        if asked:
             plan = policy.decide(state, obs, world.layout, step)
             world.apply(plan)
             state = policy.decided(state, plan, world.layout, step)
             plans.append(plan)
         if through_disk:
             state = reloaded(state)
-        world.train(step)
     return plans
 
 
