@@ -178,6 +178,18 @@ def even(layout: Layout, budget: Budget) -> dict[str, int]:
     return allocate({name: [0.0] * slot.max_rank for name, slot in layout.items()}, layout, budget)
 
 
+def proportional(weights: Mapping[str, float], layout: Layout, budget: Budget) -> dict[str, list[float]]:
+    """Gains for `allocate` under which ranks come out in proportion to `weights`: w / (i + 1/2) for direction i.
+
+    This is Webster's method of apportionment: rank = round(c w) in every module that limits leave alone, with the one c
+    that spends the budget (resolved). A module without a weight has 0.
+    """
+    return {
+        name: [weights.get(name, 0.0) * budget.cost(slot) / (i + 0.5) for i in range(slot.max_rank)]
+        for name, slot in layout.items()
+    }
+
+
 def grow_by_score(
     scores: Mapping[str, float], layout: Layout, budget: Budget, top_k: int | None, grow_by: int
 ) -> dict[str, int]:

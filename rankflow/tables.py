@@ -179,7 +179,8 @@ def phases_table(phases: Sequence[Phase], layout: Layout, title: str) -> Table:
         caption=f"{len(layout)} modules, total rank {layout.total_rank:,}, {layout.params:,} parameters at the start",
     )
     for phase in phases:
-        events = list(phase.policy.when.events)
+        studied = any(study.when == "start" for study in phase.policy.studies)  # which ends in a decision
+        events = [*([phase.begin] if studied else []), *phase.policy.when.events]
         shown = events if len(events) <= 8 else [*events[:5], "...", events[-1]]
         budget = phase.policy.budget
         mean = f" (mean rank {budget.amount / len(layout):.2f})" if budget and budget.kind == "total_rank" else ""

@@ -229,11 +229,68 @@ MUTANTS = [
         "tests/test_sora.py",
     ),
     Mutant(
+<<<<<<< HEAD
         "measure uncertainty against the old average",
         "scores.py",
         "    return i, beta2 * u + (1 - beta2) * abs(s - i)",
         "    return i, beta2 * u + (1 - beta2) * abs(s - (i - (1 - beta1) * s) / beta1)",
         "tests/test_adalora.py tests/test_increlora.py",
+=======
+        "take the absolute value of gradients before their mean",
+        "recorder.py",
+        "self._add(Signal.WEIGHT_SCORE, contract(g[rows]) / self.site.scaling)",
+        "self._add(Signal.WEIGHT_SCORE, (contract(g[rows]) / self.site.scaling).abs())",
+        "tests/test_gora.py tests/test_probes.py",
+    ),
+    Mutant(
+        "read a Conv1D's weight as a Linear's",
+        "base_weight.py",
+        'turned = site.kind == "embedding" or getattr(site.layer, "fan_in_fan_out", False)',
+        'turned = site.kind == "embedding"',
+        "tests/test_probes.py",
+    ),
+    Mutant(
+        "round ranks down instead of to the nearest",
+        "budget.py",
+        "budget.cost(slot) / (i + 0.5)",
+        "budget.cost(slot) / (i + 1)",
+        "tests/test_gora.py",
+    ),
+    Mutant(
+        "forget that the means of two batches differ",
+        "pca.py",
+        "stacked = torch.cat([self.rows, spread, shift[None]])",
+        "stacked = torch.cat([self.rows, spread])",
+        "tests/test_pca.py",
+    ),
+    Mutant(
+        "count hidden tokens as inputs",
+        "recorder.py",
+        "seen = None if mask is None or mask.shape != x.shape[:-1] else mask.to(x.device).flatten()",
+        "seen = None",
+        "tests/test_probes.py tests/test_eva.py",
+    ),
+    Mutant(
+        "find first directions beside the old rows",
+        "opening.py",
+        'grown = [*leave, Grow(rank, "grad", sketch)]',
+        'grown = [Grow(rank, "grad", sketch), Keep(tuple(range(slot.rank, slot.rank + rank)))]',
+        "tests/test_eva.py",
+    ),
+    Mutant(
+        "start a trained adapter anew",
+        "opening.py",
+        "if bool(record[Signal.A].any()) and bool(record[Signal.B].any()):",
+        "if False:",
+        "tests/test_gora.py tests/test_eva.py",
+    ),
+    Mutant(
+        "let one module have all the rank",
+        "policies/eva.py",
+        "max(rank, round(self.rho * mean), 1)",
+        "layout[name].max_rank",
+        "tests/test_eva.py",
+>>>>>>> f7be7a7 (Add GoRA and EVA: ranks given out before the first step)
     ),
 ]
 

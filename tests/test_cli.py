@@ -180,6 +180,9 @@ def test_check_against_an_adapter(adapter: Path, tmp_path: Path):
     assert "total rank 12" in result
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 3}\nlimits: {'*.z_proj': {max: 2}}\n")
     assert "z_proj" in refused("check", policy, "--model", adapter)
+    policy.write_text("policy: eva")
+    result = " ".join(run("check", policy, "--model", adapter, "--total-steps", 200).stdout.split())
+    assert "eva 0 to 200 1 0 as it is" in result, "one decision, before the first step"
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 30}\n")
     assert "squeeze only lowers ranks" in refused("check", policy, "--model", adapter)
     assert "well formed" in run("check", "increlora").stdout
