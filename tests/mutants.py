@@ -229,13 +229,13 @@ MUTANTS = [
         "tests/test_sora.py",
     ),
     Mutant(
-<<<<<<< HEAD
         "measure uncertainty against the old average",
         "scores.py",
         "    return i, beta2 * u + (1 - beta2) * abs(s - i)",
         "    return i, beta2 * u + (1 - beta2) * abs(s - (i - (1 - beta1) * s) / beta1)",
         "tests/test_adalora.py tests/test_increlora.py",
-=======
+    ),
+    Mutant(
         "take the absolute value of gradients before their mean",
         "recorder.py",
         "self._add(Signal.WEIGHT_SCORE, contract(g[rows]) / self.site.scaling)",
@@ -290,7 +290,6 @@ MUTANTS = [
         "max(rank, round(self.rho * mean), 1)",
         "layout[name].max_rank",
         "tests/test_eva.py",
->>>>>>> f7be7a7 (Add GoRA and EVA: ranks given out before the first step)
     ),
 ]
 

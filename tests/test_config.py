@@ -227,19 +227,17 @@ def layout(rank: int) -> Layout:
     return Layout({f"layers.{i}.{m}": Slot(rank, 384, 384, 2.0) for i in range(6) for m in "qkvo"})
 
 
-<<<<<<< HEAD
 START = {
     "adalora": 6,
     "adalora_then_squeeze": 12,
     "elalora": 4,
+    "eva": 8,
+    "gora": 8,
     "hold": 8,
     "sora": 8,
     "sora_then_hold": 8,
     "squeeze": 16,
-}  # the rank a shipped file starts from, where it is not 2
-=======
-START = {"eva": 8, "gora": 8, "hold": 8, "sora": 8, "squeeze": 16}  # the rank a shipped file starts from, if not 2
->>>>>>> f7be7a7 (Add GoRA and EVA: ranks given out before the first step)
+}  # the rank a shipped file starts from, if not 2
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
