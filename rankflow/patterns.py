@@ -82,3 +82,9 @@ def _strip(pattern: str, ours: Collection[str]) -> str:
     if stripped and pattern.startswith("(?:") and pattern.endswith(")"):
         return pattern[3:-1]
     return pattern
+
+
+def layer_of(name: str) -> str:
+    """The layer that a module belongs to: its name up to the last part that is a number; its own name without one."""
+    parts = name.split(".")
+    return ".".join(parts[: max((i for i, part in enumerate(parts, 1) if part.isdecimal()), default=len(parts))])

@@ -133,6 +133,7 @@ class Policy:
     when: When = field(default_factory=When)
 
     needs: ClassVar[frozenset[Signal]] = frozenset()  # all it may ever ask for; `listen` says what and when
+    held_out: ClassVar[bool] = False  # whether it learns from a part of the training data that the factors never see
     source: ClassVar[str] = ""  # the paper or rule, one line, for `rankflow policies`
     first_only: ClassVar[bool] = False  # decides before the first step, so no phase may come before it
 

@@ -9,11 +9,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 
@@ -23,6 +25,9 @@ from rankflow.controller import Controller
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.ledger import Ledger
 from rankflow.resume import checkpoint_of, load_state, match_layout, save_state, saved_layout
+from rankflow.seeds import keyed_generator
+
+T = TypeVar("T")
 
 
 class RankFlowCallback(TrainerCallback):
@@ -41,6 +46,8 @@ class RankFlowCallback(TrainerCallback):
         seed: of new directions; the Trainer's seed when left out.
         ledger: path of the JSONL record, or a Ledger; `<output_dir>/rankflow.jsonl` when left out.
         batches, outer_batches, loss_fn: for policies that study data.
+        holdout: share of the Trainer's training data that is set aside for a policy that learns from held-out batches,
+            where no `outer_batches` are given. The Trainer then trains on the rest.
         on_unknown_state: `error` or `reset`, for optimizer state nobody knows how to resize.
         best: which checkpoints may be the best one. `at_budget`: only those within the lifecycle's final budget, and
             early stopping counts its patience from there (with `save_strategy="best"`, evaluations before that all
@@ -60,12 +67,16 @@ class RankFlowCallback(TrainerCallback):
         batches: Iterable[Any] | None = None,
         outer_batches: Iterable[Any] | None = None,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        holdout: float = 0.2,
         on_unknown_state: Literal["error", "reset"] = "error",
         best: Literal["at_budget", "any"] = "at_budget",
     ):
         if best not in ("at_budget", "any"):
             raise ConfigError(f"best: {best!r} is neither 'at_budget' nor 'any'")
+        if not 0 < holdout < 1:
+            raise ConfigError(f"holdout: {holdout} is not a share between 0 and 1")
         self.lifecycle = load_policy(policy)
+        self.holdout = holdout
         self.adapter_name = adapter_name
         self.seed = seed
         self.ledger = ledger
@@ -87,6 +98,27 @@ class RankFlowCallback(TrainerCallback):
         model = kwargs.get("model")
         if model is not None:
             Adapter(model, self.adapter_name)  # a model without LoRA is refused here, not an epoch later
+        if self._options["outer_batches"] is None and any(p.held_out for _, p, _ in self.lifecycle.policies):
+            self._hold_out(args)
+
+    def _hold_out(self, args: TrainingArguments) -> None:
+        """Set a part of the training data aside, before any DataLoader is made of it."""
+        trainer = _caller(Trainer)
+        data: Any = trainer.train_dataset if trainer is not None else None
+        if trainer is None or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise ConfigError(
+                "this policy learns from held-out batches, and the training data cannot be split by index; give a part "
+                "of them with outer_batches=..."
+            )
+        seed = args.seed if self.seed is None else self.seed
+        order = torch.randperm(len(data), generator=keyed_generator(seed, "held out")).tolist()
+        size = max(1, round(self.holdout * len(order)))
+        outer, rest = order[:size], sorted(order[size:])
+        if not rest:
+            raise ConfigError(f"{len(order)} training examples cannot be split; give outer_batches=...")
+        pick: Any = data.select if hasattr(data, "select") else functools.partial(Subset, data)
+        self._options["outer_batches"] = trainer.get_eval_dataloader(pick(outer))
+        trainer.train_dataset = pick(rest)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
@@ -241,11 +273,18 @@ def _log_first(callback: RankFlowCallback) -> None:
 
     The Trainer hands its callbacks everything but the list they are in; the handler that is calling us holds it.
     """
+    handler = _caller(CallbackHandler)
+    if handler is not None:
+        others = [c for c in handler.callbacks if c is not callback]
+        handler.callbacks = [callback, *others]  # a new list: the handler is walking the old one
+
+
+def _caller(kind: type[T]) -> T | None:
+    """The nearest object of that kind of which a method is calling us."""
     frame = sys._getframe(1)
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            others = [c for c in handler.callbacks if c is not callback]
-            handler.callbacks = [callback, *others]  # a new list: the handler is walking the old one
-            return
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
         frame = frame.f_back
+    return None

@@ -291,6 +291,13 @@ MUTANTS = [
         "layout[name].max_rank",
         "tests/test_eva.py",
     ),
+    Mutant(
+        "let the least modules stay",
+        "policies/diffora.py",
+        "key=lambda i: (-means[i], i))",
+        "key=lambda i: (means[i], i))",
+        "tests/test_diffora.py",
+    ),
 ]
 
 

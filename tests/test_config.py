@@ -230,6 +230,7 @@ def layout(rank: int) -> Layout:
 START = {
     "adalora": 6,
     "adalora_then_squeeze": 12,
+    "diffora": 4,
     "elalora": 4,
     "eva": 8,
     "gora": 8,

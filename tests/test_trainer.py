@@ -470,3 +470,27 @@ def test_the_best_checkpoint_comes_back_with_its_gates_folded(tmp_path, best_ste
     assert run.state.best_global_step == best_step
     loaded = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / f"checkpoint-{best_step}").eval()
     torch.testing.assert_close(run.model.eval()(**PROBE).logits, loaded(**PROBE).logits)
+
+
+def test_a_held_out_part_of_the_training_data_is_set_aside(tmp_path):
+    policy = {
+        "phases": [
+            {"policy": "diffora", "until": 8, "when": {"start": 4, "every": 3}, "params": {"warmup": 2}},
+            {"policy": "hold"},
+        ],
+        "limits": {"*": {"min": 0}},
+    }
+    flow = RankFlowCallback(policy, holdout=0.25)
+    run = trainer(tmp_path, flow, save_strategy="steps", save_steps=2)
+    held = [ids for batch in flow._options["outer_batches"] for ids in batch["input_ids"].tolist()]
+    rest = [item["input_ids"].tolist() for item in run.train_dataset]
+    assert (len(held), len(rest)) == (16, 48)
+    assert not any(ids in held for ids in rest)
+    run.train()
+    assert flow.flow is not None
+    assert sum(rank > 0 for rank in flow.flow.layout.ranks.values()) == 6
+    resumed = trainer(tmp_path, RankFlowCallback(policy, holdout=0.25), save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_weights(default_weights(run.model), default_weights(resumed.model))
+    with pytest.raises(ConfigError, match="holdout"):
+        RankFlowCallback(policy, holdout=1.0)

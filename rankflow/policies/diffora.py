@@ -1,0 +1,182 @@
+"""DiffoRA: a relaxed choice of modules, learnt on held-out batches, then made binary: the others leave the adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rankflow.budget import allocate, check_reachable, round_scores
+from rankflow.errors import ConfigError
+from rankflow.gate import Draw, Gate, Theta
+from rankflow.limits import Unit, units
+from rankflow.linalg import spectrum
+from rankflow.patterns import layer_of
+from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Slot
+from rankflow.policy import Observation, Policy, Signal, State
+from rankflow.pruning import all_finite, best, direction_sizes
+from rankflow.schedule import StepLike, resolve_step
+
+Relax = Literal["sigmoid", "softmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifforaGate(Gate):
+    """m of DeltaW = m * scaling * B A: sigmoid of a logit, or N times its softmax over the N modules of the layer."""
+
+    relax: Relax = "sigmoid"
+    first: int = 1  # held-out updates from this optimizer step on ...
+    last: int = 0  # ... to this one
+
+    per_direction: ClassVar[frozenset[str]] = frozenset()
+
+    def init(self, slot: Slot, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"logit": torch.zeros(1)}
+
+    def draw(self, theta: Mapping[str, Theta], noise: Mapping[str, Draw] | None) -> dict[str, dict[str, Tensor]]:
+        if self.relax == "sigmoid":
+            return {name: {"value": t["logit"].sigmoid()} for name, t in theta.items()}
+        layers: dict[str, list[str]] = {}
+        for name in theta:
+            layers.setdefault(layer_of(name), []).append(name)
+        values: dict[str, Tensor] = {}
+        for names in layers.values():
+            home = theta[names[0]]["logit"].device
+            shares = torch.cat([theta[name]["logit"].to(home) for name in names]).softmax(0) * len(names)
+            values |= {name: shares[i : i + 1].to(theta[name]["logit"].device) for i, name in enumerate(names)}
+        return {name: {"value": values[name]} for name in theta}
+
+    def draw_one(self, theta: Theta, noise: Draw | None) -> dict[str, Tensor]:
+        return {"value": theta["logit"].sigmoid()}
+
+    def open(self, theta: Theta) -> Tensor:
+        return torch.ones(1, dtype=torch.bool)  # which modules leave is decided over all of them
+
+    def outer(self, step: int) -> bool:
+        return self.first <= step <= self.last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffora(Policy):
+    """Reconstruction of DiffoRA (arXiv 2502.08905): which modules get an adapter is searched by gradient descent.
+
+    Every module's update is multiplied by m, whose logit is trained on held-out batches of the training data while A
+    and B are trained on the rest, one update of each in turn (first-order DARTS). At the phase's last due step the
+    modules of greatest m stay, `ratio` of them in every layer or of all; the others leave the adapter. The earlier due
+    steps only note how far the choice has come.
+
+    Differs: neither the paper's equations nor code were at hand; the relaxation, the alternation and the choice are
+    those of DARTS, and every default is ours,
+    - selected modules go on with what they have learnt (m becomes part of A when the phase ends), where the paper
+      trains anew; `restart: true` starts them afresh, on the training data without the held-out part;
+    - unselected modules get nothing (`drop`): the paper shares weights among them, which a plain LoRA cannot say;
+    - with a budget the selected modules share it evenly; else they keep their rank.
+    """
+
+    relax: Annotated[
+        Relax, Field(description="m: sigmoid of each logit, or softmax over the modules of a layer times their number")
+    ] = "sigmoid"
+    keep: Annotated[
+        Literal["per_layer", "global"], Field(description="choose in every layer, or among all modules together")
+    ] = "per_layer"
+    ratio: Annotated[float, Field(gt=0, le=1, description="share of the modules that stay, rounded up")] = 0.5
+    compare: Annotated[
+        Literal["gate", "update"], Field(description="modules by m, or by m times the norm of their update")
+    ] = "gate"
+    warmup: Annotated[
+        StepLike, Field(description="step from which logits are trained; before it they have no gradient to speak of")
+    ] = "10%"
+    gate_lr: Annotated[float, Field(gt=0, description="learning rate of the logits")] = 1e-2
+    restart: Annotated[bool, Field(description="whether selected modules start afresh after the choice")] = False
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.GATE})
+    held_out: ClassVar[bool] = True
+    source: ClassVar[str] = "DiffoRA, arXiv 2502.08905 (reconstruction)"
+
+    @property
+    def gate(self) -> Gate:
+        events = self.when.events
+        warm = resolve_step(self.warmup, self.when.run or 0, what="diffora.warmup")
+        return DifforaGate(
+            scope="module",
+            trained_on="outer",
+            lr=self.gate_lr,
+            betas=(0.5, 0.999),
+            weight_decay=1e-3,
+            relax=self.relax,
+            first=warm + 1,
+            last=events[-1] if events else 0,
+        )
+
+    def check(self, layout: Layout) -> None:
+        if not self.when.events:
+            raise ConfigError("diffora has no due step in its phase; check when.start, when.every and when.stop")
+        if resolve_step(self.warmup, self.when.run or 0, what="diffora.warmup") >= self.when.events[-1]:
+            raise ConfigError(
+                "diffora: warmup lasts until the choice is made; lower it, or let the last event be later"
+            )
+        if self.budget is not None:
+            check_reachable(layout, self.budget)
+
+    def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
+        values = {name: float(m) for name, m in obs.gather(Signal.GATE).items()}
+        sizes = {
+            name: direction_sizes(obs[name][Signal.A], obs[name][Signal.B], layout[name].scaling) for name in values
+        }
+        bad = all_finite(sizes) or next((name for name, m in values.items() if not math.isfinite(m)), None)
+        if bad is not None:
+            return RankPlan(reason=f"{bad}: factors or gates are not finite; nothing is chosen")
+        spread = f"m from {min(values.values()):.3f} to {max(values.values()):.3f}, entropy {_entropy(values):.3f}"
+        if step < self.when.events[-1]:
+            return RankPlan(reason=f"still searching: {spread}")
+        chosen = self._choose(self._scores(values, obs, layout), layout)
+        ranks = self._ranks(chosen, layout)
+        ops = {name: self._ops(name, slot, ranks[name], sizes) for name, slot in layout.items()}
+        return RankPlan(ops, f"{len(chosen)} of {len(layout)} modules stay ({self.keep}); {spread}")
+
+    def _scores(self, values: Mapping[str, float], obs: Observation, layout: Layout) -> dict[str, float]:
+        if self.compare == "gate":
+            return round_scores(values)
+        norms = {
+            name: float(spectrum(obs[name][Signal.A], obs[name][Signal.B], layout[name].scaling).sigma.norm())
+            for name in values
+        }
+        return round_scores({name: values[name] * norms[name] for name in values})
+
+    def _choose(self, scores: Mapping[str, float], layout: Layout) -> set[str]:
+        """Modules that stay; of equal scores the earlier. Tied ones are one choice, those that may not leave stay."""
+        groups: dict[str, list[Unit]] = {}
+        for unit in units(layout):
+            if unit.rank > 0:
+                groups.setdefault(layer_of(unit.names[0]) if self.keep == "per_layer" else "", []).append(unit)
+        chosen: set[str] = set()
+        for members in groups.values():
+            means = [sum(scores[name] for name in unit.names) / len(unit.names) for unit in members]
+            order = sorted(range(len(members)), key=lambda i: (-means[i], i))
+            for place, i in enumerate(order):
+                if place < math.ceil(self.ratio * len(members)) or members[i].span[0] > 0:
+                    chosen |= set(members[i].names)
+        return chosen
+
+    def _ranks(self, chosen: set[str], layout: Layout) -> dict[str, int]:
+        if self.budget is None:
+            return {name: slot.rank if name in chosen else 0 for name, slot in layout.items()}
+        return allocate({name: [0.0] * layout[name].max_rank for name in chosen}, layout, self.budget)
+
+    def _ops(self, name: str, slot: Slot, rank: int, sizes: Mapping[str, Tensor]) -> list[Op]:
+        if rank == 0 or (self.restart and slot.rank > 0 and slot.min_rank == 0):
+            return [*([Drop()] if slot.rank else []), *([Grow(rank)] if rank else [])]
+        if rank < slot.rank:
+            return [Keep(best(name, sizes[name], rank))]
+        return [Grow(rank - slot.rank)] if rank > slot.rank else []
+
+
+def _entropy(values: Mapping[str, float]) -> float:
+    """Mean binary entropy in bits: 1 while every m is a half, 0 once all are 0 or 1."""
+    inside = [min(max(m, 1e-12), 1 - 1e-12) for m in values.values()]
+    return math.fsum(-m * math.log2(m) - (1 - m) * math.log2(1 - m) for m in inside) / len(inside)
