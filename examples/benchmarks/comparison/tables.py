@@ -1,0 +1,209 @@
+"""Markdown tables and the plot, from the results alone. What was not run says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.stats import t as student
+
+from comparison.arms import ARMS
+from comparison.jobs import Job, Line, Results
+from comparison.plan import STAGES, Protocol, Sweep, halving, lengths, post, seeds, stage, sweep, tier
+
+NOT_RUN = "not run"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and 95 % interval (Student's t over seeds); one value stands alone."""
+    if len(values) < 2:
+        return f"{100 * values[0]:.1f}"
+    half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return f"{100 * mean(values):.1f} ± {100 * half:.1f}"
+
+
+def done(results: Results, jobs: Iterable[Job] | None) -> list[Line]:
+    return [line for job in jobs or () if (line := results.of(job)) is not None]
+
+
+def accuracies(lines: Iterable[Line]) -> list[float]:
+    return [line["test"]["accuracy"] for line in lines]
+
+
+def rate(found: Sweep, value: float | None = None) -> str:
+    """The rate chosen, with a mark where it is the last one tried and a better one may lie beyond."""
+    best = found.best if value is None else value
+    return "" if best is None else f"{best:g}" + ("*" if found.edge else "")
+
+
+def main_table(results: Results, protocol: Protocol, task: str, rank: int) -> str:
+    rows = []
+    for arm in tier(1):
+        tuned = sweep(results, task, arm, rank if arm == "lora" else protocol.rank, protocol.steps)
+        lines = done(results, seeds(results, protocol, task, arm, rank))
+        title = ARMS[arm].title
+        if not lines:
+            tried = sum(results.of(job) is not None for job in tuned.jobs)
+            state = f"rates tried: {tried} of {len(tuned.jobs)}" if tried and tuned.best is None else NOT_RUN
+            rows.append((title, state, "", "", "", "", "", "", ""))
+            continue
+        errors = [line["test"]["se"] for line in lines]
+        rows.append(
+            (
+                title,
+                spread(accuracies(lines)),
+                str(len(lines)),
+                f"{100 * mean(errors):.1f}",
+                rate(tuned),
+                f"{mean(line['params'] for line in lines) / 1e3:.0f}",
+                f"{mean(line['cpu_seconds'] for line in lines):.0f}",
+                f"{mean(line['seconds'] for line in lines):.0f}",
+                f"{max(line['peak_mb'] for line in lines)}",
+            )
+        )
+    columns = ("arm", "accuracy", "seeds", "se", "rate", "params, k", "CPU s", "wall s", "peak MB")
+    return markdown(columns, rows)
+
+
+def born_table(results: Results, protocol: Protocol) -> str:
+    """Plain LoRA born at each rank: seed 0 of its sweep, rates and all."""
+    rows = []
+    for rank in protocol.born:
+        found = sweep(results, protocol.main, "lora", rank, protocol.steps)
+        tried = done(results, found.jobs)
+        if not tried:
+            rows.append((str(rank), NOT_RUN, "", "", ""))
+            continue
+        best = min(tried, key=lambda line: line["validation"]["loss"])
+        others = ", ".join(f"{line['rate']:g}: {100 * line['validation']['accuracy']:.1f}" for line in tried)
+        accuracy = f"{100 * best['test']['accuracy']:.1f} ± {100 * best['test']['se']:.1f}"
+        state = "" if found.best is not None else " (sweep unfinished)"
+        rows.append((str(rank), accuracy + state, f"{best['test']['loss']:.3f}", rate(found, best["rate"]), others))
+    return markdown(("rank", "test accuracy ± se", "test loss", "rate", "validation accuracy at each rate"), rows)
+
+
+def lengths_table(results: Results, protocol: Protocol) -> str:
+    jobs = lengths(results, protocol)
+    rows = [(f"{round(protocol.steps * times)}", NOT_RUN, "", "") for times in protocol.lengths]
+    for i, job in enumerate(jobs or ()):
+        if (line := results.of(job)) is not None:
+            rows[i] = (
+                str(job.steps),
+                f"{100 * line['test']['accuracy']:.1f} ± {100 * line['test']['se']:.1f}",
+                f"{line['test']['loss']:.3f}",
+                ", ".join(f"{loss:.2f}" for loss in line["losses"][::4]),
+            )
+    return markdown(("steps", "test accuracy ± se", "test loss", "training loss along the run"), rows)
+
+
+def squeeze_table(results: Results, protocol: Protocol) -> str:
+    """At each rank: born there, annealed to it, and one high-rank run squeezed to it with each metric."""
+    runs = done(results, post(results, protocol))
+    rows = []
+    for rank in protocol.born[:-1]:
+        cells = [str(rank)]
+        for arm in ("lora", "squeeze"):
+            lines = done(results, seeds(results, protocol, protocol.main, arm, rank))
+            cells.append(f"{spread(accuracies(lines))} ({len(lines)})" if lines else NOT_RUN)
+        for metric in ("weights", "outputs", "loss"):
+            values = [line["post"][metric][str(rank)]["accuracy"] for line in runs if "post" in line]
+            cells.append(f"{spread(values)} ({len(values)})" if values else NOT_RUN)
+        rows.append(cells)
+    high = f"from {protocol.high}, after the end: "
+    columns = ("rank", "born at it", "annealed to it", high + "weights", "outputs", "loss")
+    return markdown(columns, rows)
+
+
+def exploratory_table(results: Results, protocol: Protocol) -> str:
+    rows = []
+    for arm in tier(2):
+        found = halving(results, protocol.main, arm, protocol.rank, protocol.steps)
+        line = None
+        if found.best is not None:
+            line = results.of(Job(protocol.main, arm, protocol.rank, found.best, 0, protocol.steps))
+        if line is None:
+            rows.append((ARMS[arm].title, NOT_RUN, "", "", ""))
+            continue
+        test = line["test"]
+        rows.append(
+            (
+                ARMS[arm].title,
+                f"{100 * test['accuracy']:.1f} ± {100 * test['se']:.1f}",
+                rate(found),
+                f"{line['params'] / 1e3:.0f}",
+                f"{line['cpu_seconds']:.0f}",
+            )
+        )
+    return markdown(("arm", "accuracy ± se, one seed", "rate", "params, k", "CPU s"), rows)
+
+
+def tables(results: Results, protocol: Protocol) -> dict[str, str]:
+    """Every table by its title."""
+    main, rank = protocol.main, protocol.rank
+    made: dict[str, Callable[[], str]] = {
+        f"LoRA born at each rank, {main}, {protocol.steps} steps, seed 0": lambda: born_table(results, protocol),
+        f"LoRA of rank {rank}, {main}, for shorter and longer, seed 0": lambda: lengths_table(results, protocol),
+        f"{main}, mean rank {rank} at the end, {protocol.steps} steps": lambda: main_table(
+            results, protocol, main, rank
+        ),
+        f"{protocol.side}, mean rank {rank} at the end, {protocol.steps} steps": lambda: main_table(
+            results, protocol, protocol.side, rank
+        ),
+    }
+    for other in protocol.other_ranks:
+        made[f"{main}, mean rank {other} at the end, rates of rank {rank}"] = lambda other=other: main_table(
+            results, protocol, main, other
+        )
+    made[f"High rank first, {main}: accuracy (seeds)"] = lambda: squeeze_table(results, protocol)
+    made[f"Exploratory, {main}: rates by successive halving"] = lambda: exploratory_table(results, protocol)
+    return {title: make() for title, make in made.items()}
+
+
+def foreign(results: Results, protocol: Protocol) -> int:
+    """Lines of configurations that are no longer (or not yet) part of the plan; no table uses them."""
+    known = {job.digest for name in STAGES for job in stage(name, results, protocol)}
+    return len(results.lines.keys() - known)
+
+
+def plot(results: Results, protocol: Protocol, path: Path) -> None:
+    """Accuracy against adapter size: born at each rank, annealed to it, squeezed to it after the end."""
+    from matplotlib.figure import Figure
+
+    from comparison.jobs import PARAMS_PER_RANK
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    curves: dict[str, dict[int, list[float]]] = {"born at the rank": {}, "annealed to it": {}}
+    for rank in protocol.born:
+        found = sweep(results, protocol.main, "lora", rank, protocol.steps)
+        if found.best is not None:
+            lines = done(results, seeds(results, protocol, protocol.main, "lora", rank))
+            curves["born at the rank"][rank] = accuracies(lines)
+        lines = done(results, seeds(results, protocol, protocol.main, "squeeze", rank))
+        curves["annealed to it"][rank] = accuracies(lines)
+    for line in done(results, post(results, protocol)):
+        for metric, by_rank in line.get("post", {}).items():
+            curve = curves.setdefault(f"from {protocol.high} after the end, {metric}", {})
+            for rank, scored in by_rank.items():
+                curve.setdefault(int(rank), []).append(scored["accuracy"])
+    for name, curve in curves.items():
+        known = sorted((rank, values) for rank, values in curve.items() if values)
+        if not known:
+            continue
+        x = [rank * PARAMS_PER_RANK / 1e3 for rank, _ in known]
+        y = [100 * mean(values) for _, values in known]
+        bars = [100 * stdev(values) if len(values) > 1 else 0 for _, values in known]
+        axes.errorbar(x, y, bars, marker="o", capsize=3, label=name)
+    axes.set(xscale="log", xlabel="adapter parameters, thousands", ylabel="test accuracy, %", title=protocol.main)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

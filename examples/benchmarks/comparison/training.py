@@ -1,0 +1,223 @@
+"""Trains and scores one job. The same loop for every arm."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import platform
+import resource
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch.optim import Optimizer
+
+import rankflow
+from comparison.arms import ARMS, PROTOCOL
+from comparison.jobs import PARAMS_PER_RANK, Job
+from comparison.tasks import IGNORED, Batch, Split, Task, load
+from data import LINEARS
+
+POST_RANKS = (1, 2, 4, 8, 16)
+METRICS = ("weights", "outputs", "loss")
+POINTS = 20  # of the loss curve
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The fields of the job's line."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    task = load(job.task)
+    _forget_peak()
+    began, cpu = time.perf_counter(), time.process_time()
+    model, losses, events = train(job, task)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    peak = _peak_mb()
+    fields: dict[str, Any] = {
+        **{split: score(model, task, split) for split in ("validation", "test")},
+        **sizes(model),
+        "losses": losses,
+        "events": events,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "peak_mb": peak,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
+        "cpu": cpu_model(),
+    }
+    if ARMS[job.arm].kind == "post":
+        fields["post"] = squeezed(model, task, job)
+    return fields
+
+
+def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
+    """The trained model, the mean loss of every twentieth of the run, and how often ranks changed."""
+    arm = ARMS[job.arm]
+    model = adapted(job, task).train()
+    factors = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    groups = [{"params": factors, "lr": job.rate}, {"params": head, "lr": PROTOCOL["head_lr"]}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    warm = max(1, round(PROTOCOL["warmup"] * job.steps))
+
+    def factor(step: int) -> float:
+        return (step + 1) / warm if step < warm else (job.steps - step) / (job.steps - warm)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    batches = task.batches(job.seed, PROTOCOL["batch"])
+    flow = attach(model, optimizer, job, task) if arm.kind == "policy" else None
+    torch.manual_seed(job.seed)
+    losses = []
+    for step, batch in enumerate(itertools.islice(batches, job.steps)):
+        loss = model(**batch).loss
+        loss.backward()
+        if flow is not None:
+            flow.before_step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), PROTOCOL["clip"])
+        optimizer.step()
+        if flow is not None:
+            flow.after_step()
+        if arm.kind == "adalora":
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    if flow is not None:
+        flow.finish()
+    events = sum(e["event"] == "resize" for e in flow.ledger.events) if flow is not None else 0
+    return model, [round(float(np.mean(part)), 4) for part in np.array_split(losses, POINTS) if len(part)], events
+
+
+def adapted(job: Job, task: Task) -> PeftModel:
+    arm = ARMS[job.arm]
+    rank = arm.start_rank(job.rank)
+    common: dict[str, Any] = {"task_type": task.task_type, "target_modules": LINEARS}
+    if arm.kind == "adalora":  # the paper's thirds: a tenth of warm-up, three tenths at the final ranks
+        config = AdaLoraConfig(
+            init_r=rank,
+            target_r=job.rank,
+            lora_alpha=PROTOCOL["scale"] * rank,
+            tinit=job.steps // 10,
+            tfinal=3 * job.steps // 10,
+            deltaT=max(1, job.steps // 50),
+            total_step=job.steps,
+            **common,
+        )
+    else:
+        config = LoraConfig(r=rank, lora_alpha=PROTOCOL["scale"] * rank, **common)
+    base = task.model(job.seed)
+    torch.manual_seed(job.seed)
+    return get_peft_model(base, config)
+
+
+def attach(model: PeftModel, optimizer: Optimizer, job: Job, task: Task) -> rankflow.Controller:
+    return rankflow.attach(
+        model,
+        optimizer,
+        job.settings,
+        total_steps=job.steps,
+        batches=_some(task, "train", job.seed),
+        outer_batches=_some(task, "outer", job.seed),
+        seed=job.seed,
+    )
+
+
+def _some(task: Task, split: Split, seed: int, n: int = 64) -> list[Batch]:
+    """Batches for studies: other training batches than the run's, or the held-out ones."""
+    if split == "train":
+        return list(itertools.islice(task.batches(seed + 1_000, PROTOCOL["batch"]), n))
+    return task.held_out(split, PROTOCOL["batch"])
+
+
+@torch.inference_mode()
+def score(model: PeftModel, task: Task, split: Split) -> dict[str, float]:
+    """Accuracy over all labels of a split, its standard error (texts being independent, words of one not), and loss."""
+    model.eval()
+    hits, counts, loss = [], [], 0.0
+    for batch in task.held_out(split):
+        out = model(**batch)
+        labels = batch["labels"].reshape(len(batch["labels"]), -1)
+        right = (out.logits.argmax(-1).reshape(labels.shape) == labels) & (labels != IGNORED)
+        hits += right.sum(1).tolist()
+        counts += (labels != IGNORED).sum(1).tolist()
+        loss += float(out.loss) * int((labels != IGNORED).sum())
+    model.train()
+    h, n = np.asarray(hits, float), np.asarray(counts, float)
+    p = h.sum() / n.sum()
+    error = math.sqrt(((h - p * n) ** 2).sum()) / n.sum()
+    found = {"accuracy": p, "se": error, "loss": loss / n.sum(), "labels": int(n.sum())}
+    return {key: round(float(value), 5) for key, value in found.items()}
+
+
+def sizes(model: PeftModel) -> dict[str, Any]:
+    """Total rank and adapter parameters as served: directions that PEFT's AdaLoRA has masked do not count."""
+    ranks: dict[str, int] = {}
+    params = 0
+    for name, layer in model.named_modules():
+        if "default" not in getattr(layer, "lora_A", {}):
+            continue
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        if hasattr(layer, "lora_E"):
+            rank = int((layer.lora_E["default"] != 0).sum())
+            each = a.shape[1] + b.shape[0] + 1
+        else:
+            rank, each = a.weight.shape[0], a.weight.shape[1] + b.weight.shape[0]
+        ranks[name.partition("encoder.")[2]] = rank
+        params += rank * each
+    return {"total_rank": sum(ranks.values()), "params": params, "ranks": ranks}
+
+
+def squeezed(model: PeftModel, task: Task, job: Job) -> dict[str, dict[str, Any]]:
+    """Scores of the trained adapter squeezed to each rank with each metric: one event, no training after it.
+
+    The statistics come from training batches with the optimizer standing still.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    batches = _some(task, "train", job.seed, 20)
+    for metric, rank in itertools.product(METRICS, POST_RANKS):
+        if rank >= job.rank:
+            continue
+        small = copy.deepcopy(model).train()
+        still = torch.optim.SGD([p for p in small.parameters() if p.requires_grad], lr=0.0)
+        policy = {
+            "policy": "squeeze",
+            "budget": {"max_params": rank * PARAMS_PER_RANK},
+            "when": {"start": len(batches), "every": 1},
+            "params": {"metric": metric, "window": len(batches)},
+        }
+        with rankflow.attach(small, still, policy, total_steps=len(batches), seed=job.seed) as flow:
+            for batch in batches:
+                small(**batch).loss.backward()
+                flow.before_step()
+                still.step()
+                flow.after_step()
+                still.zero_grad()
+        out.setdefault(metric, {})[str(rank)] = {**score(small, task, "test"), "params": sizes(small)["params"]}
+    return out
+
+
+def _forget_peak() -> None:
+    """Peak memory counts from here: reading the texts took some for a moment."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return round(next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM")) / 1024)
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

