@@ -18,7 +18,7 @@ from comparison.jobs import Job, Results, append_line
 from comparison.plan import Protocol, Sweep, halving, plan, seeds, sweep
 from comparison.tables import NOT_RUN, foreign, main_table, spread, tables
 
-PROTOCOL = Protocol(main="common_words", side="rotten_tomatoes")
+PROTOCOL = Protocol(main="newsgroups", side="rotten_tomatoes")
 STEPS = PROTOCOL.steps
 
 
@@ -56,49 +56,49 @@ def test_at_first_the_sweep_of_plain_lora_is_missing_and_no_seed_can_be_planned(
     assert {job.seed for job in missing} == {0}
     assert len(missing) == len(set(missing))
     assert all(ARMS[job.arm].available for job in missing)
-    assert seeds(results, PROTOCOL, "common_words", "lora", 4) is None
+    assert seeds(results, PROTOCOL, "newsgroups", "lora", 4) is None
 
 
 def test_seeds_follow_at_the_best_rate_and_are_not_planned_twice(results):
-    fill(results, sweep(results, "common_words", "lora", 4, STEPS), best=2e-3)
+    fill(results, sweep(results, "newsgroups", "lora", 4, STEPS), best=2e-3)
     rows = [job for job in plan(results, PROTOCOL, ("seeds",)) if job.arm == "lora"]
     assert [(job.rate, job.seed) for job in rows] == [(2e-3, 1), (2e-3, 2)]  # seed 0 is the sweep's
     results.append(rows[0], **fields(0.3, 1.0))
     assert [job.seed for job in plan(results, PROTOCOL, ("seeds",)) if job.arm == "lora"] == [2]
 
 
-@pytest.mark.parametrize(("best", "added"), [(1e-2, 8e-3), (1e-4, 2.5e-4)])
+@pytest.mark.parametrize(("best", "added"), [(1e-1, 1.6e-2), (1e-4, 5e-4)])
 def test_a_best_rate_at_an_edge_of_the_grid_adds_one_beyond_it(results, best, added):
     for _ in range(2):
-        fill(results, sweep(results, "common_words", "lora", 4, STEPS), best)
-    assert added in sweep(results, "common_words", "lora", 4, STEPS).rates
+        fill(results, sweep(results, "newsgroups", "lora", 4, STEPS), best)
+    assert added in sweep(results, "newsgroups", "lora", 4, STEPS).rates
 
 
 def test_a_sweep_ends_even_when_the_best_stays_at_the_edge_and_says_so(results):
     for _ in range(10):
-        fill(results, sweep(results, "common_words", "lora", 4, STEPS), best=100.0)
-    found = sweep(results, "common_words", "lora", 4, STEPS)
+        fill(results, sweep(results, "newsgroups", "lora", 4, STEPS), best=100.0)
+    found = sweep(results, "newsgroups", "lora", 4, STEPS)
     assert found.best == max(found.rates)
     assert found.edge
-    assert "*" in main_table(results, PROTOCOL, "common_words", 4)
+    assert "*" in main_table(results, PROTOCOL, "newsgroups", 4)
 
 
 def test_halving_tries_all_rates_at_half_the_steps_and_the_better_half_at_all(results, monkeypatch):
     monkeypatch.setitem(ARMS, "rigl", replace(ARMS["rigl"], policy="hold"))
-    first = halving(results, "common_words", "rigl", 4, STEPS)
+    first = halving(results, "newsgroups", "rigl", 4, STEPS)
     assert [job.steps for job in first.missing] == [STEPS // 2] * 4
     fill(results, first, best=2e-3)
-    second = halving(results, "common_words", "rigl", 4, STEPS)
+    second = halving(results, "newsgroups", "rigl", 4, STEPS)
     assert sorted((job.rate, job.steps) for job in second.missing) == [(1e-3, STEPS), (2e-3, STEPS)]
     fill(results, second, best=2e-3)
-    assert halving(results, "common_words", "rigl", 4, STEPS).best == 2e-3
+    assert halving(results, "newsgroups", "rigl", 4, STEPS).best == 2e-3
 
 
 def test_a_torn_line_costs_its_own_run_only(results, tmp_path):
-    first, second, third = sweep(results, "common_words", "lora", 4, STEPS).jobs[:3]
+    first, second, third = sweep(results, "newsgroups", "lora", 4, STEPS).jobs[:3]
     results.append(first, **fields(0.2, 1.0))
     results.append(second, **fields(0.3, 1.0))
-    path = tmp_path / "common_words.jsonl"
+    path = tmp_path / "newsgroups.jsonl"
     path.write_bytes(path.read_bytes()[:-40])  # killed while writing
     again = Results(tmp_path)
     assert again.of(first) is not None
@@ -119,8 +119,8 @@ def test_writers_side_by_side_leave_whole_lines(tmp_path):
 @pytest.mark.parametrize("change", ["protocol", "version", "task", "policy"])
 def test_a_line_of_another_configuration_is_not_used(results, monkeypatch, change):
     arm = "squeeze" if change == "policy" else "lora"
-    fill(results, sweep(results, "common_words", arm, 4, STEPS), best=2e-3)
-    assert "30.0" in main_table(results, PROTOCOL, "common_words", 4)
+    fill(results, sweep(results, "newsgroups", arm, 4, STEPS), best=2e-3)
+    assert "30.0" in main_table(results, PROTOCOL, "newsgroups", 4)
     assert foreign(results, PROTOCOL) == 0
     match change:
         case "protocol":
@@ -131,7 +131,7 @@ def test_a_line_of_another_configuration_is_not_used(results, monkeypatch, chang
             monkeypatch.setattr(jobs, "TASK_VERSION", 99)
         case "policy":
             monkeypatch.setitem(ARMS, arm, replace(ARMS[arm], params={"metric": "loss"}))
-    table = main_table(results, PROTOCOL, "common_words", 4)
+    table = main_table(results, PROTOCOL, "newsgroups", 4)
     assert "30.0" not in table
     assert foreign(results, PROTOCOL) == 4
 
@@ -139,17 +139,17 @@ def test_a_line_of_another_configuration_is_not_used(results, monkeypatch, chang
 def test_arms_without_a_policy_are_not_run(results, monkeypatch):
     monkeypatch.setitem(ARMS, "sora", replace(ARMS["sora"], title="Absent", policy="no_such_policy"))
     assert "sora" not in {job.arm for job in plan(results, PROTOCOL)}
-    assert f"| Absent | {NOT_RUN} |" in main_table(results, PROTOCOL, "common_words", 4)
+    assert f"| Absent | {NOT_RUN} |" in main_table(results, PROTOCOL, "newsgroups", 4)
 
 
 def test_every_table_says_not_run_before_anything_ran_and_shows_the_mean_after(results):
     for text in tables(results, PROTOCOL).values():
         assert all(NOT_RUN in row for row in text.splitlines()[2:])
-    fill(results, sweep(results, "common_words", "lora", 4, STEPS), best=2e-3)
-    for job, accuracy in zip(seeds(results, PROTOCOL, "common_words", "lora", 4), (0.2, 0.3, 0.4), strict=True):
+    fill(results, sweep(results, "newsgroups", "lora", 4, STEPS), best=2e-3)
+    for job, accuracy in zip(seeds(results, PROTOCOL, "newsgroups", "lora", 4), (0.2, 0.3, 0.4), strict=True):
         results.append(job, **fields(accuracy, 1.0))
     # mean 0.3, standard deviation 0.1, Student's t of 2 degrees of freedom 4.303: 4.303 * 0.1 / sqrt(3)
-    assert "| LoRA, fixed rank | 30.0 ± 24.8 | 3 |" in main_table(results, PROTOCOL, "common_words", 4)
+    assert "| LoRA, fixed rank | 30.0 ± 24.8 | 3 |" in main_table(results, PROTOCOL, "newsgroups", 4)
     assert spread([0.25]) == "25.0"
 
 
@@ -159,8 +159,8 @@ def test_arms_end_at_the_same_size_and_scale(arm):
     from comparison.tasks import load
     from comparison.training import score, sizes, train
 
-    job = Job("common_words", arm, 2, 1e-3, 0, 20)
-    model, losses, _ = train(job, load("common_words"))
+    job = Job("newsgroups", arm, 2, 1e-3, 0, 20)
+    model, losses, _ = train(job, load("newsgroups"))
     assert sizes(model)["total_rank"] <= 2 * 36
     assert sizes(model)["params"] <= 1.05 * job.params
     assert sizes(model)["params"] >= 0.9 * job.params
@@ -171,4 +171,4 @@ def test_arms_end_at_the_same_size_and_scale(arm):
             ranknum = float(module.ranknum["default"]) if hasattr(module, "ranknum") else 1.0
             scales.add(round(module.scaling["default"] / ranknum, 6))
     assert scales == {2.0}
-    assert score(model, load("common_words"), "validation") == score(model, load("common_words"), "validation")
+    assert score(model, load("newsgroups"), "validation") == score(model, load("newsgroups"), "validation")

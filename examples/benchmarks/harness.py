@@ -19,14 +19,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' data.py
 console = Console(width=120)
 
 
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}{gpu}, {torch.get_num_threads()} torch thread(s), torch {torch.__version__}"
+    return f"{processor()}{gpu}, {torch.get_num_threads()} torch thread(s), torch {torch.__version__}"
+
+
+def resident(field: str) -> int:
+    """Kilobytes of a line of /proc/self/status: VmRSS is now, VmHWM the most since `forget_peak`."""
+    return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+
+
+def forget_peak() -> None:
+    """VmHWM starts again from VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def interval(

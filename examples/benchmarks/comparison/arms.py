@@ -16,9 +16,9 @@ from rankflow.config import shipped
 
 PROTOCOL: dict[str, Any] = {
     "modules": "all linears of the encoder",
-    "batch": 16,
+    "batch": 8,
     "scale": 2.0,  # alpha / r
-    "head_lr": 1e-3,
+    "head_lr": 5e-3,
     "warmup": 0.05,  # of the steps, then linearly down to 0
     "clip": 1.0,
     "optimizer": "AdamW, no weight decay",
@@ -31,8 +31,9 @@ Kind = Literal["lora", "adalora", "policy", "post"]
 class Arm:
     """`start`: rank at the first step, as a multiple of the final mean rank, at least 1.
 
-    A policy is its shipped file with `when` and `params` changed where given; its budget, where it takes one, is the
-    parameters of LoRA at the final rank. `version` goes up when the code behind an arm changes what it computes.
+    A policy is its shipped file with `when` and `params` changed where given; its budget, where it has one, is the
+    parameters of LoRA at the final rank, and `limits` are multiples of that rank. `version` goes up when the code
+    behind an arm changes what it computes.
     """
 
     title: str
@@ -40,10 +41,10 @@ class Arm:
     kind: Kind = "policy"
     policy: str = ""
     start: float = 1.0
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     when: dict[str, Any] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
-    budget: bool = True
+    limits: tuple[float, float] | None = None
     version: int = 1
 
     @property
@@ -53,15 +54,18 @@ class Arm:
     def start_rank(self, rank: int) -> int:
         return max(1, round(self.start * rank))
 
-    def settings(self, params: int) -> dict[str, Any]:
-        """The policy mapping for an adapter of `params` parameters at the end; {} where there is none."""
+    def settings(self, rank: int, params: int) -> dict[str, Any]:
+        """The policy mapping for a final mean rank of `rank`, which is `params` parameters; {} where there is none."""
         if self.kind != "policy" or not self.available:
             return {}
         mapping = dict(_files()[self.policy])
-        mapping["when"] = {**mapping.get("when", {}), **self.when}
-        mapping["params"] = {**mapping.get("params", {}), **self.params}
-        mapping.pop("budget", None)
-        if self.budget:
+        for key, changes in (("when", self.when), ("params", self.params)):
+            if changes:
+                mapping[key] = {**mapping.get(key, {}), **changes}
+        if self.limits is not None:
+            low, high = (max(1, round(times * rank)) for times in self.limits)
+            mapping["limits"] = {"*": {"min": low, "max": high}}
+        if "budget" in mapping:
             mapping["budget"] = {"max_params": params}
         return mapping
 
@@ -74,7 +78,7 @@ def _files() -> dict[str, dict[str, Any]]:
 
 ARMS: dict[str, Arm] = {
     "lora": Arm("LoRA, fixed rank", 1, "lora"),
-    "peft_adalora": Arm("PEFT AdaLoRA, from 1.5 x", 1, "adalora", start=1.5, rates=(2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "peft_adalora": Arm("PEFT AdaLoRA, from 1.5 x", 1, "adalora", start=1.5, rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "increlora": Arm("IncreLoRA, from 1/4", 1, policy="increlora", start=0.25),
     "squeeze": Arm("LoRA-Squeeze, from 4 x", 1, policy="squeeze", start=4),
     "sora": Arm("SoRA, from 2 x", 1, policy="sora", start=2),
@@ -83,7 +87,7 @@ ARMS: dict[str, Arm] = {
     "adalora": Arm("AdaLoRA, from 1.5 x", 2, policy="adalora", start=1.5),
     "elalora": Arm("ElaLoRA", 2, policy="elalora"),
     "rigl": Arm("RigL", 2, policy="rigl"),
-    "gora": Arm("GoRA", 2, policy="gora"),
+    "gora": Arm("GoRA", 2, policy="gora", limits=(0.5, 4)),
     "eva": Arm("EVA", 2, policy="eva"),
     "lisa": Arm("LISA", 2, policy="lisa"),
     "bayesian_lora": Arm("Bayesian-LoRA, from 2 x", 2, policy="bayesian_lora", start=2),

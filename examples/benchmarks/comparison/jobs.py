@@ -36,7 +36,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return ARMS[self.arm].settings(self.params)
+        return ARMS[self.arm].settings(self.rank, self.params)
 
     @property
     def digest(self) -> str:
