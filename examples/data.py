@@ -18,10 +18,10 @@ LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dens
 MAX_LENGTH = 48
 
 
-def package(name: str) -> Path:
+def package(name: str, install: str = "'rankflow-lora[demo]'") -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{name} is not installed; run: pip install 'rankflow-lora[demo]'")
+        raise SystemExit(f"{name} is not installed; run: pip install {install}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -51,8 +51,8 @@ def results(tmp_path):
 
 def test_at_first_the_sweep_of_plain_lora_is_missing_and_no_seed_can_be_planned(results):
     missing = plan(results, PROTOCOL)
-    assert [job.rate for job in missing[:4]] == sorted(ARMS["lora"].rates)
-    assert {job.arm for job in missing[:4]} == {"lora"}
+    assert {job.arm for job in missing[:20]} == {"lora"}  # born at each rank, the middle of the grid first
+    assert {job.rate for job in missing[:10]} == set(sorted(ARMS["lora"].rates)[1:3])
     assert {job.seed for job in missing} == {0}
     assert len(missing) == len(set(missing))
     assert all(ARMS[job.arm].available for job in missing)
@@ -159,11 +159,12 @@ def test_arms_end_at_the_same_size_and_scale(arm):
     from comparison.tasks import load
     from comparison.training import score, sizes, train
 
-    job = Job("newsgroups", arm, 2, 1e-3, 0, 20)
-    model, losses, _ = train(job, load("newsgroups"))
+    job = Job("rotten_tomatoes", arm, 2, 1e-3, 0, 20)
+    model, losses, _ = train(job, load("rotten_tomatoes"))
     assert sizes(model)["total_rank"] <= 2 * 36
-    assert sizes(model)["params"] <= 1.05 * job.params
-    assert sizes(model)["params"] >= 0.9 * job.params
+    assert sizes(model)["params"] <= 1.01 * job.params
+    if arm != "peft_adalora":  # which counts ranks, and keeps fewer of the large modules
+        assert sizes(model)["params"] >= 0.97 * job.params
     assert all(loss > 0 for loss in losses)
     scales = set()
     for module in model.modules():
@@ -171,4 +172,4 @@ def test_arms_end_at_the_same_size_and_scale(arm):
             ranknum = float(module.ranknum["default"]) if hasattr(module, "ranknum") else 1.0
             scales.add(round(module.scaling["default"] / ranknum, 6))
     assert scales == {2.0}
-    assert score(model, load("newsgroups"), "validation") == score(model, load("newsgroups"), "validation")
+    assert score(model, load("rotten_tomatoes"), "validation") == score(model, load("rotten_tomatoes"), "validation")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -123,11 +124,10 @@ def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
     main, side, rank, steps = protocol.main, protocol.side, protocol.rank, protocol.steps
     match name:
         case "sweep":
-            for arm in tier(1):
-                yield from sweep(results, main, arm, rank, steps).jobs
+            yield from _middle_first(job for arm in tier(1) for job in sweep(results, main, arm, rank, steps).jobs)
         case "born":
-            for r in dict.fromkeys((rank, protocol.born[0], protocol.born[-1], *protocol.born)):  # does rank matter?
-                yield from sweep(results, main, "lora", r, steps).jobs
+            ranks = dict.fromkeys((rank, protocol.born[0], protocol.born[-1], *protocol.born))  # does rank matter?
+            yield from _middle_first(job for r in ranks for job in sweep(results, main, "lora", r, steps).jobs)
         case "seeds":
             for arm in tier(1):
                 yield from seeds(results, protocol, main, arm, rank) or ()
@@ -152,6 +152,16 @@ def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
                 yield from halving(results, main, arm, rank, steps).jobs
         case _:
             raise ValueError(f"no stage is called {name!r}; known: {', '.join(STAGES)}")
+
+
+def _middle_first(jobs: Iterable[Job]) -> list[Job]:
+    """Rates in the middle of an arm's grid before those at its edges, so that unfinished sweeps say something."""
+
+    def distance(job: Job) -> float:
+        rates = ARMS[job.arm].rates
+        return abs(math.log2(job.rate**2 / (rates[0] * rates[-1])))
+
+    return sorted(jobs, key=distance)
 
 
 def plan(results: Results, protocol: Protocol, stages: tuple[str, ...] = STAGES) -> list[Job]:

