@@ -27,10 +27,6 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2)
     lengths: tuple[float, ...] = (0.5, 1, 2, 4)  # of the run, to see whether it has flattened out
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return self.main, self.side
-
 
 def tier(n: int) -> list[str]:
     return [name for name, arm in ARMS.items() if arm.tier == n]
