@@ -31,9 +31,9 @@ Kind = Literal["lora", "adalora", "policy", "post"]
 class Arm:
     """`start`: rank at the first step, as a multiple of the final mean rank, at least 1.
 
-    A policy is its shipped file with `when` and `params` changed where given; its budget, where it has one, is the
-    parameters of LoRA at the final rank, and `limits` are multiples of that rank. `version` goes up when the code
-    behind an arm changes what it computes.
+    A policy is its shipped file with `when` and `params` changed where given; its budget, where the file has one or
+    `budget` says so, is the parameters of LoRA at the final rank, and `limits` are multiples of that rank. `version`
+    goes up when the code behind an arm changes what it computes.
     """
 
     title: str
@@ -45,6 +45,7 @@ class Arm:
     when: dict[str, Any] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
+    budget: bool = False
     version: int = 1
 
     @property
@@ -65,7 +66,7 @@ class Arm:
         if self.limits is not None:
             low, high = (max(1, round(times * rank)) for times in self.limits)
             mapping["limits"] = {"*": {"min": low, "max": high}}
-        if "budget" in mapping:
+        if self.budget or "budget" in mapping:
             mapping["budget"] = {"max_params": params}
         return mapping
 
@@ -81,7 +82,7 @@ ARMS: dict[str, Arm] = {
     "peft_adalora": Arm("PEFT AdaLoRA, from 1.5 x", 1, "adalora", start=1.5, rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "increlora": Arm("IncreLoRA, from 1/4", 1, policy="increlora", start=0.25),
     "squeeze": Arm("LoRA-Squeeze, from 4 x", 1, policy="squeeze", start=4),
-    "sora": Arm("SoRA, from 2 x", 1, policy="sora", start=2),
+    "sora": Arm("SoRA, from 2 x", 1, policy="sora", start=2, budget=True),
     "diffora": Arm("DiffoRA, from 2 x", 1, policy="diffora", start=2),
     "colora": Arm("CoLoRA", 1, policy="colora"),
     "adalora": Arm("AdaLoRA, from 1.5 x", 2, policy="adalora", start=1.5),

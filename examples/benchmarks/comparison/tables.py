@@ -21,12 +21,12 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean and 95 % interval (Student's t over seeds); one value stands alone."""
     if len(values) < 2:
-        return f"{100 * values[0]:.1f}"
+        return f"{values[0]:.{digits}f}"
     half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return f"{100 * mean(values):.1f} ± {100 * half:.1f}"
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def done(results: Results, jobs: Iterable[Job] | None) -> list[Line]:
@@ -34,7 +34,8 @@ def done(results: Results, jobs: Iterable[Job] | None) -> list[Line]:
 
 
 def accuracies(lines: Iterable[Line]) -> list[float]:
-    return [line["test"]["accuracy"] for line in lines]
+    """In percent."""
+    return [100 * line["test"]["accuracy"] for line in lines]
 
 
 def rate(found: Sweep, value: float | None = None) -> str:
@@ -52,15 +53,16 @@ def main_table(results: Results, protocol: Protocol, task: str, rank: int) -> st
         if not lines:
             tried = sum(results.of(job) is not None for job in tuned.jobs)
             state = f"rates tried: {tried} of {len(tuned.jobs)}" if tried and tuned.best is None else NOT_RUN
-            rows.append((title, state, "", "", "", "", "", "", ""))
+            rows.append((title, state, *[""] * 8))
             continue
         errors = [line["test"]["se"] for line in lines]
         rows.append(
             (
                 title,
                 spread(accuracies(lines)),
-                str(len(lines)),
                 f"{100 * mean(errors):.1f}",
+                spread([line["test"]["loss"] for line in lines], 3),
+                str(len(lines)),
                 rate(tuned),
                 f"{mean(line['params'] for line in lines) / 1e3:.0f}",
                 f"{mean(line['cpu_seconds'] for line in lines):.0f}",
@@ -68,7 +70,7 @@ def main_table(results: Results, protocol: Protocol, task: str, rank: int) -> st
                 f"{max(line['peak_mb'] for line in lines)}",
             )
         )
-    columns = ("arm", "accuracy", "seeds", "se", "rate", "params, k", "CPU s", "wall s", "peak MB")
+    columns = ("arm", "accuracy", "se", "test loss", "seeds", "rate", "params, k", "CPU s", "wall s", "peak MB")
     return markdown(columns, rows)
 
 
@@ -113,7 +115,7 @@ def squeeze_table(results: Results, protocol: Protocol) -> str:
             lines = done(results, seeds(results, protocol, protocol.main, arm, rank))
             cells.append(f"{spread(accuracies(lines))} ({len(lines)})" if lines else NOT_RUN)
         for metric in ("weights", "outputs", "loss"):
-            values = [line["post"][metric][str(rank)]["accuracy"] for line in runs if "post" in line]
+            values = [100 * line["post"][metric][str(rank)]["accuracy"] for line in runs if "post" in line]
             cells.append(f"{spread(values)} ({len(values)})" if values else NOT_RUN)
         rows.append(cells)
     high = f"from {protocol.high}, after the end: "
@@ -192,14 +194,14 @@ def plot(results: Results, protocol: Protocol, path: Path) -> None:
         for metric, by_rank in line.get("post", {}).items():
             curve = curves.setdefault(f"from {protocol.high} after the end, {metric}", {})
             for rank, scored in by_rank.items():
-                curve.setdefault(int(rank), []).append(scored["accuracy"])
+                curve.setdefault(int(rank), []).append(100 * scored["accuracy"])
     for name, curve in curves.items():
         known = sorted((rank, values) for rank, values in curve.items() if values)
         if not known:
             continue
         x = [rank * PARAMS_PER_RANK / 1e3 for rank, _ in known]
-        y = [100 * mean(values) for _, values in known]
-        bars = [100 * stdev(values) if len(values) > 1 else 0 for _, values in known]
+        y = [mean(values) for _, values in known]
+        bars = [stdev(values) if len(values) > 1 else 0 for _, values in known]
         axes.errorbar(x, y, bars, marker="o", capsize=3, label=name)
     axes.set(xscale="log", xlabel="adapter parameters, thousands", ylabel="test accuracy, %", title=protocol.main)
     axes.grid(alpha=0.3)
