@@ -136,6 +136,13 @@ def test_a_line_of_another_configuration_is_not_used(results, monkeypatch, chang
     assert foreign(results, PROTOCOL) == 4
 
 
+def test_an_unfinished_sweep_shows_its_best_run_and_says_so(results):
+    job = sweep(results, "newsgroups", "lora", 4, STEPS).jobs[0]
+    results.append(job, **fields(0.3, 1.0))
+    assert "| LoRA, fixed rank | 30.0 (1 of 4 rates) |" in main_table(results, PROTOCOL, "newsgroups", 4)
+    assert "30.0" not in main_table(results, PROTOCOL, "newsgroups", 2)
+
+
 def test_arms_without_a_policy_are_not_run(results, monkeypatch):
     monkeypatch.setitem(ARMS, "sora", replace(ARMS["sora"], title="Absent", policy="no_such_policy"))
     assert "sora" not in {job.arm for job in plan(results, PROTOCOL)}

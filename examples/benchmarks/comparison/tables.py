@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from comparison.arms import ARMS
 from comparison.jobs import Job, Line, Results
-from comparison.plan import STAGES, Protocol, Sweep, halving, lengths, post, seeds, stage, sweep, tier
+from comparison.plan import STAGES, Protocol, halving, lengths, post, seeds, stage, sweep, tier
 
 NOT_RUN = "not run"
 
@@ -38,40 +38,41 @@ def accuracies(lines: Iterable[Line]) -> list[float]:
     return [100 * line["test"]["accuracy"] for line in lines]
 
 
-def rate(found: Sweep, value: float | None = None) -> str:
-    """The rate chosen, with a mark where it is the last one tried and a better one may lie beyond."""
-    best = found.best if value is None else value
-    return "" if best is None else f"{best:g}" + ("*" if found.edge else "")
-
-
 def main_table(results: Results, protocol: Protocol, task: str, rank: int) -> str:
+    """Every arm of tier 1 at its best rate; while its sweep is unfinished, the best run so far, and marked so."""
     rows = []
     for arm in tier(1):
         tuned = sweep(results, task, arm, rank if arm == "lora" else protocol.rank, protocol.steps)
         lines = done(results, seeds(results, protocol, task, arm, rank))
-        title = ARMS[arm].title
-        if not lines:
-            tried = sum(results.of(job) is not None for job in tuned.jobs)
-            state = f"rates tried: {tried} of {len(tuned.jobs)}" if tried and tuned.best is None else NOT_RUN
-            rows.append((title, state, *[""] * 8))
-            continue
-        errors = [line["test"]["se"] for line in lines]
-        rows.append(
-            (
-                title,
-                spread(accuracies(lines)),
-                f"{100 * mean(errors):.1f}",
-                spread([line["test"]["loss"] for line in lines], 3),
-                str(len(lines)),
-                rate(tuned),
-                f"{mean(line['params'] for line in lines) / 1e3:.0f}",
-                f"{mean(line['cpu_seconds'] for line in lines):.0f}",
-                f"{mean(line['seconds'] for line in lines):.0f}",
-                f"{max(line['peak_mb'] for line in lines)}",
-            )
-        )
+        state = ""
+        if not lines and rank == protocol.rank and (tried := done(results, tuned.jobs)):
+            lines = [min(tried, key=lambda line: line["validation"]["loss"])]
+            state = f" ({len(tried)} of {len(tuned.jobs)} rates)"
+        rows.append(_row(ARMS[arm].title, lines, state, "*" if tuned.edge else ""))
     columns = ("arm", "accuracy", "se", "test loss", "seeds", "rate", "params, k", "CPU s", "wall s", "peak MB")
     return markdown(columns, rows)
+
+
+def _row(title: str, lines: Sequence[Line], state: str, edge: str) -> Sequence[str]:
+    """`edge` marks a rate that is the last one tried: a better one may lie beyond."""
+    if not lines:
+        return title, NOT_RUN, *[""] * 8
+
+    def average(key: str) -> str:
+        return f"{mean(line[key] for line in lines):.0f}"
+
+    return (
+        title,
+        spread(accuracies(lines)) + state,
+        f"{100 * mean(line['test']['se'] for line in lines):.1f}",
+        spread([line["test"]["loss"] for line in lines], 3),
+        str(len(lines)),
+        f"{lines[0]['rate']:g}{edge}",
+        f"{mean(line['params'] for line in lines) / 1e3:.0f}",
+        average("cpu_seconds"),
+        average("seconds"),
+        f"{max(line['peak_mb'] for line in lines)}",
+    )
 
 
 def born_table(results: Results, protocol: Protocol) -> str:
@@ -87,7 +88,15 @@ def born_table(results: Results, protocol: Protocol) -> str:
         others = ", ".join(f"{line['rate']:g}: {100 * line['validation']['accuracy']:.1f}" for line in tried)
         accuracy = f"{100 * best['test']['accuracy']:.1f} ± {100 * best['test']['se']:.1f}"
         state = "" if found.best is not None else " (sweep unfinished)"
-        rows.append((str(rank), accuracy + state, f"{best['test']['loss']:.3f}", rate(found, best["rate"]), others))
+        rows.append(
+            (
+                str(rank),
+                accuracy + state,
+                f"{best['test']['loss']:.3f}",
+                f"{best['rate']:g}" + ("*" if found.edge else ""),
+                others,
+            )
+        )
     return markdown(("rank", "test accuracy ± se", "test loss", "rate", "validation accuracy at each rate"), rows)
 
 
@@ -138,7 +147,7 @@ def exploratory_table(results: Results, protocol: Protocol) -> str:
             (
                 ARMS[arm].title,
                 f"{100 * test['accuracy']:.1f} ± {100 * test['se']:.1f}",
-                rate(found),
+                f"{line['rate']:g}" + ("*" if found.edge else ""),
                 f"{line['params'] / 1e3:.0f}",
                 f"{line['cpu_seconds']:.0f}",
             )
