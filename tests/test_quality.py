@@ -170,10 +170,10 @@ def test_arms_end_at_the_same_size_and_scale(arm):
 
     job = Job("rotten_tomatoes", arm, 2, 1e-3, 0, 20)
     model, losses, _ = train(job, load("rotten_tomatoes"))
-    assert sizes(model)["total_rank"] <= 2 * 36
-    assert sizes(model)["params"] <= 1.01 * job.params
-    if arm != "peft_adalora":  # which counts ranks, and keeps fewer of the large modules
-        assert sizes(model)["params"] >= 0.97 * job.params
+    if arm == "peft_adalora":  # it counts ranks, not parameters
+        assert sizes(model)["total_rank"] == 2 * 36
+    else:
+        assert 0.97 * job.params <= sizes(model)["params"] <= job.params
     assert all(loss > 0 for loss in losses)
     scales = set()
     for module in model.modules():

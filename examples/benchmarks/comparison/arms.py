@@ -1,4 +1,5 @@
-"""What is compared. Every arm ends at the same number of adapter parameters; only the way there differs.
+"""What is compared. Every arm ends at the same number of adapter parameters, or where its method counts ranks at the
+same total rank; only the way there differs.
 
 All arms share the model, its modules, batches, steps, head and schedule (`PROTOCOL`), and alpha / r = 2. PEFT's AdaLoRA
 divides by the rank it began with, whatever it prunes, so its alpha is 2 x that rank: the same effective scale.
