@@ -301,7 +301,7 @@ class Controller:
         _, self._phases = self.lifecycle.resolve(self.total_steps, self._first_layout)
         self._rewound = int(state["step"]) < self.step
         self.step = self._counted = int(state["step"])
-        self.seed = int(state["seed"])
+        self.seed = self._surgeon.seed = self._probes.seed = int(state["seed"])
         self._phase = int(state["phase"])
         self._state = dict(state["policy"])
         self._surgeon.layout = layout

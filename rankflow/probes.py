@@ -68,8 +68,8 @@ class Probes:
     ):
         self.armed = False
         self._gates = gates
+        self.seed = seed
         self._adapter = adapter
-        self._seed = seed
         self._sizes = (sample_rows, sketch_rows)
         self._step = 0
         self._signals: frozenset[Signal] = frozenset()
@@ -101,7 +101,7 @@ class Probes:
             return
         mask = Mask()
         for name, site in sites.items():
-            draws = Draws((self._seed, step, name), *self._sizes)
+            draws = Draws((self.seed, step, name), *self._sizes)
             self._recorders[name] = recorder = Recorder(site, self._adapter.name, hooked, mask, draws)
             self._handles += recorder.install()
         if hooked & (GRAMS | INPUT):

@@ -136,6 +136,20 @@ MUTANTS = [
         "tests/test_surgeon.py tests/test_controller.py",
     ),
     Mutant(
+        "sample with the seed of the process instead of the run's",
+        "controller.py",
+        "self.seed = self._surgeon.seed = self._probes.seed =",
+        "self.seed = self._surgeon.seed =",
+        "tests/test_controller.py",
+    ),
+    Mutant(
+        "grow with the seed of the process instead of the run's",
+        "controller.py",
+        "self.seed = self._surgeon.seed = self._probes.seed =",
+        "self.seed = self._probes.seed =",
+        "tests/test_controller.py",
+    ),
+    Mutant(
         "let a non-finite score decide",
         "controller.py",
         '            if bad := _non_finite(observed):\n                self._skip(f"{bad} is not finite", warn=due)',

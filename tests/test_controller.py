@@ -95,33 +95,53 @@ def test_same_seed_same_bits_and_global_rng_untouched():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("stop", [1, 5, 9, 12, 13, 16, 19])
-def test_resume_is_bit_for_bit_the_run_that_was_not_stopped(tmp_path, stop):
-    whole = Run(GROW_THEN_SQUEEZE, STEPS).until(STEPS)
-
-    first = Run(GROW_THEN_SQUEEZE, STEPS).until(stop)
-    first.model.save_pretrained(tmp_path)
-    save_state(first.flow, tmp_path)
-    torch.save([first.optimizer.state_dict(), first.scheduler.state_dict()], tmp_path / "optimizer.pt")
+def resumed(first: Run, policy, folder, **options) -> Run:
+    """A run made anew, as in another process, that goes on from where `first` is."""
+    first.model.save_pretrained(folder)
+    save_state(first.flow, folder)
+    torch.save([first.optimizer.state_dict(), first.scheduler.state_dict()], folder / "optimizer.pt")
 
     model = tiny_llama(seed=7)
     for name, p in model.named_parameters():
         if "lora_" not in name:
             p.data.copy_(dict(first.model.named_parameters())[name])
-    rankflow.restore(model, tmp_path)
-    second = Run(GROW_THEN_SQUEEZE, STEPS, model=model)
-    optimizer, scheduler = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    rankflow.restore(model, folder)
+    second = Run(policy, STEPS, model=model, **options)
+    optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
     second.optimizer.load_state_dict(optimizer)
     second.scheduler.load_state_dict(scheduler)
-    second.flow.load_state_dict(load_state(tmp_path))
-    second.until(STEPS)
+    second.flow.load_state_dict(load_state(folder))
+    return second
 
+
+def assert_one_run(whole: Run, second: Run, stop: int) -> None:
+    """That `second`, resumed after `stop` steps, is bit for bit the run that was not stopped."""
     assert second.flow.layout == whole.flow.layout
     assert second.flow.ledger.layout() == whole.flow.layout
     a = {n: t for n, t in weights(whole.model).items() if ".default." in n}
     b = {n: t for n, t in weights(second.model).items() if ".default." in n}
     assert same_weights(a, b)
     assert second.losses == whole.losses[2 * stop :]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9, 12, 13, 16, 19])
+def test_resume_is_bit_for_bit_the_run_that_was_not_stopped(tmp_path, stop):
+    whole = Run(GROW_THEN_SQUEEZE, STEPS).until(STEPS)
+    first = Run(GROW_THEN_SQUEEZE, STEPS).until(stop)
+    assert_one_run(whole, resumed(first, GROW_THEN_SQUEEZE, tmp_path).until(STEPS), stop)
+
+
+@pytest.mark.parametrize("init", ["zero_b", "grad"])  # what the surgeon draws, and what the probes do
+def test_a_resumed_run_keeps_its_seed_whatever_it_is_attached_with(tmp_path, init):
+    params = {"window": 2, "score_fraction": 1.0, "grow_init": init, "top_k": 2}
+    policy = {"policy": "increlora", "budget": {"mean_rank": 4}, "when": {"start": 3, "every": 3}, "params": params}
+    whole = Run(policy, STEPS, seed=3).until(8)
+    other = Run(policy, STEPS, seed=4).until(8)
+    assert not same_weights(weights(whole.model), weights(other.model)), "the seed is of no consequence here"
+    first = Run(policy, STEPS, seed=3).until(4)
+    second = resumed(first, policy, tmp_path, seed=4)
+    assert second.flow.seed == 3
+    assert_one_run(whole, second.until(8), 4)
 
 
 def test_state_is_refused_where_ranks_or_format_differ(tmp_path):
