@@ -24,6 +24,7 @@ CORE = [
     "linalg",
     "pca",
     "rsvd",
+    "statistics",
     "policies",
 ]
 RUNTIME = [
@@ -43,6 +44,7 @@ RUNTIME = [
     "recorder",
     "signals",
     "studies",
+    "averages",
     "surgeon",
     "ledger",
     "penalties",
