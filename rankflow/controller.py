@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.adapters import Adapter
+from rankflow.averages import AVERAGED, sources
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.heldout import HeldOut
 from rankflow.ledger import Ledger
@@ -88,7 +89,7 @@ class Controller:
         for phase in self._phases:
             self._require_data(phase)
             for due in phase.policy.when.events[:1]:
-                self._probes.check(phase.policy.listen(due))
+                self._probes.check(sources(phase.policy.listen(due)))
         if state is None:
             self._surgeon.layout = layout
 
@@ -268,6 +269,7 @@ class Controller:
             "first_layout": self._first_layout.to_json(),
             "ledger": self.ledger.events,
             "ramps": self._surgeon.ramps.state_dict(),
+            "averages": self._surgeon.averages.state_dict(),
             "policy": dict(self._state),
             "gates": self._gates.state_dict(),
             "held_out": self._held_out.position if self._held_out is not None else None,
@@ -310,6 +312,7 @@ class Controller:
         self._gates.load_state_dict(state["gates"], self._policy.gate, self.step)
         if self._held_out is not None and state["held_out"] is not None:
             self._held_out.position = state["held_out"]
+        self._surgeon.averages.load_state_dict(state.get("averages", {}))
         self._pending = None
         self.ledger.restore(state["ledger"], self.step)
         self._listen()
@@ -382,7 +385,7 @@ class Controller:
         upcoming = self.step + 1
         phase = self._phases[self._phase_of(upcoming)]
         if signals := phase.policy.listen(upcoming):
-            self._probes.arm(signals, upcoming)
+            self._probes.arm(sources(signals), upcoming)
         else:
             self._probes.disarm()
 
@@ -408,6 +411,7 @@ class Controller:
                 )
             return
         if observed is not None:
+            observed = self._surgeon.averages.take(observed, expected, self._policy.decay)
             if bad := _non_finite(observed):
                 self._skip(f"{bad} is not finite", warn=due)
                 return
@@ -489,8 +493,12 @@ class Controller:
 
 
 def _non_finite(observed: Observation) -> str | None:
-    """The first signal that holds an infinity or a NaN, as "module: signal"; one sync, on scored steps only."""
-    named = [(f"{m}: {s.value}", r[s]) for m, r in observed.items() for s in r if s is not Signal.SINGULAR_VALUES]
+    """The first signal that holds an infinity or a NaN, as "module: signal"; one sync, on scored steps only.
+
+    Averages never do, and singular values do where A or B does.
+    """
+    unasked = {Signal.SINGULAR_VALUES, *AVERAGED}
+    named = [(f"{m}: {s.value}", r[s]) for m, r in observed.items() for s in r if s not in unasked]
     if not named:
         return None
     finite = torch.stack([torch.isfinite(t).all() for _, t in named]).tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -48,6 +49,10 @@ class Signal(str, Enum):
     WEIGHT_SCORE = "weight_score"  # [], mean |W0 * dL/dDeltaW| over a seeded subset of output rows
     INPUTS = "inputs"  # [<= q, in], S V^T of the module's inputs about their mean, float64; no average
     INPUT_ENERGY = "input_energy"  # [], sum of all squared singular values of those inputs, float64; no average
+    # Exponential averages over the steps that listen to one of them (see `Policy.decay`), carried through every resize:
+    MEAN_ZZ = "mean_zz"  # [r, r], of z z^T over tokens, float64
+    MEAN_DD = "mean_dd"  # [r, r], of d d^T over tokens, of the loss summed over tokens, float64
+    MEASURED = "measured"  # [r], tokens that the averages of each direction rest on, 0 for a new one, float64
 
 
 GATE_SIGNALS = frozenset({Signal.GATE, Signal.GATE_OPEN, Signal.GATE_GRAD})
@@ -71,6 +76,14 @@ class Observation(Mapping[str, Mapping[Signal, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def only(self, wanted: frozenset[Signal], more: Mapping[str, Mapping[Signal, Tensor]]) -> Observation:
+        """The `wanted` signals of this one and of `more`; callables stay uncalled."""
+        values: dict[str, dict[Signal, Lazy]] = {}
+        for name, record in self._values.items():
+            values[name] = {s: partial(record.__getitem__, s) for s in record if s in wanted}
+            values[name] |= {s: value for s, value in more.get(name, {}).items() if s in wanted}
+        return Observation(self.step, values, self.study)
 
     def gather(self, signal: Signal) -> dict[str, Tensor]:
         """One signal of every module that has it."""
@@ -145,6 +158,11 @@ class Policy:
     def gate(self) -> Gate | None:
         """What sits between A and B of every module while this policy is in charge; folded into them afterwards."""
         return None
+
+    @property
+    def decay(self) -> float:
+        """What earlier steps count for in the averaged signals with every step that listens to them, in [0, 1]."""
+        return 1.0
 
     @property
     def penalty(self) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankflow.adapters import Adapter
+from rankflow.averages import Averages
 from rankflow.errors import ConfigError, PlanError, RankFlowError
 from rankflow.gates import Gates
 from rankflow.journal import Journal
@@ -63,6 +64,7 @@ class Surgeon:
         self._layout = adapter.layout()
         self.ramps = Ramps(adapter, self._carrier)
         self.gates = Gates(adapter, self._carrier, seed)
+        self.averages = Averages(adapter)
 
     @property
     def layout(self) -> Layout:
@@ -114,6 +116,7 @@ class Surgeon:
                 self._carrier.write(journal, [s.swap for s in resized])
             self.ramps.write(journal, youths, layout.ranks)
             self.gates.write(journal, plan, target)
+            self.averages.carry(journal, plan.ops)
             self._verify(staged, target)
         self._layout = target
         self.version += bool(resized)
