@@ -13,7 +13,9 @@ from rankflow.gate import Gate
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Phase, Policy, Signal, State, Study
 from rankflow.seeds import keyed_generator
+from rankflow.statistics import Running
 
+AVERAGED = {Signal.MEAN_ZZ, Signal.MEAN_DD, Signal.MEASURED}
 Scores = Callable[[str, int], float]
 
 
@@ -32,6 +34,8 @@ class World:
         self.scores = scores
         self.gate: Gate | None = None
         self.theta: dict[str, dict[str, Tensor]] = {}
+        self.running: dict[str, Running] = {}
+        self.decay = 0.95  # of the averages
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.weights: dict[str, Tensor] = {}
         for name, slot in self.layout.items():
@@ -96,13 +100,31 @@ class World:
             Signal.INPUT_ENERGY: (score * sigma).square().sum(),
         }
 
+    def hear(self, step: int) -> None:
+        """Let a step count in the averages, as the controller does once on each that listens to them."""
+        for name, slot in self.layout.items():
+            if slot.rank > 0:
+                sums = self.signals(name, step)
+                running = self.running.get(name, Running.empty(slot.rank))
+                self.running[name] = running.add(sums[Signal.S_A], sums[Signal.S_B], sums[Signal.TOKENS], self.decay)
+
     def observe(self, wanted: frozenset[Signal], step: int, study: str | None = None) -> Observation:
-        present = [name for name, slot in self.layout.items() if slot.rank > 0]
-        seen = {name: {s: v for s, v in self.signals(name, step).items() if s in wanted} for name in present}
-        return Observation(step, seen, study)
+        if wanted & AVERAGED:
+            self.hear(step)
+        return self.offer(wanted, step, study)
 
     def study(self, study: Study, step: int) -> Observation:
         return self.observe(study.signals, step, study.name)
+
+    def offer(self, wanted: frozenset[Signal], step: int, study: str | None = None) -> Observation:
+        """What there is to see, without another step in the averages."""
+        values = {}
+        for name, slot in self.layout.items():
+            if slot.rank > 0:
+                averages = self.running[name].tensors() if name in self.running else {}
+                all_of_it = self.signals(name, step) | {Signal(key): t for key, t in averages.items()}
+                values[name] = {s: v for s, v in all_of_it.items() if s in wanted}
+        return Observation(step, values, study)
 
     def apply(self, plan: RankPlan) -> None:
         after = plan.apply_to(self.layout)
@@ -121,6 +143,8 @@ class World:
                 if self.gate is not None:
                     self._follow(self.gate, name, op)
             self.factors[name] = (a, b)
+            if name in self.running:
+                self.running[name] = self.running[name].after(ops)
             assert len(a) == b.shape[1] == after[name].rank
         self.layout = after
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankflow.adapters import Adapter
-from rankflow.base_weight import base_weight
 from rankflow.averages import AVERAGED
+from rankflow.base_weight import base_weight
 from rankflow.errors import AdapterError, RankFlowError
 from rankflow.policy import GATE_SIGNALS, Observation, Signal
 from rankflow.probes import Probes

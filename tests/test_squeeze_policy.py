@@ -17,6 +17,7 @@ from rankflow.plan import Drop, Grow, RankPlan, Refactor
 from rankflow.policies.squeeze import Squeeze
 from rankflow.policy import Observation, Signal
 from rankflow.schedule import When
+from rankflow.statistics import Running
 
 ONCE = When(20, 100).resolve(60)  # one event, at step 20
 EVENTS = When(10, 10).resolve(60)
@@ -212,47 +213,75 @@ def test_energy_leaves_alone_what_has_learnt_nothing_yet():
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 
-def averages(world: World, steps: range, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    grams = [world.signals(name, step) for step in steps]
-    return sum(g[Signal.S_A] for g in grams) / (40 * len(steps)), sum(g[Signal.S_B] for g in grams) / (40 * len(steps))
+def averages(world: World, weights: dict[int, float], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of z z^T and d d^T over the 40 tokens of each step, for the factors as they are."""
+    grams = {step: world.signals(name, step) for step in weights}
+    tokens = 40 * sum(weights.values())
+    s_a, s_b = (sum(w * grams[step][s] for step, w in weights.items()) / tokens for s in (Signal.S_A, Signal.S_B))
+    return s_a, s_b
+
+
+def assert_best_cut(world: World, refactor, name: str, rank: int, s_a: torch.Tensor, s_b: torch.Tensor) -> None:
+    """With roots of the two averages, what is lost is the tail of the core's singular values, and no less can be."""
+    root_a, root_b = (torch.linalg.cholesky(s).T for s in (s_a, s_b))
+    sigma = torch.linalg.svdvals(root_b @ root_a.T)
+    assert isinstance(refactor, Refactor)
+    kept = root_b @ refactor.M @ refactor.N @ root_a.T
+    error = torch.linalg.matrix_norm(root_b @ root_a.T - kept)
+    assert float(error) == pytest.approx(float(sigma[rank:].norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("metric", ["outputs", "loss"])
 def test_data_metrics_keep_most_of_the_averages_over_their_window(metric):
-    """With roots of the two averages, what is lost is the tail of the core's singular values, and no less can be."""
     world = World((4, 4))
-    policy = squeeze(4, metric=metric, window=5, allocate="uniform")
+    policy = squeeze(4, metric=metric, window=5, memory=4, allocate="uniform")
+    world.decay = policy.decay
     plan = decided(policy, world)
     assert not policy.listen(15)
-    assert policy.listen(16) >= {Signal.S_A, Signal.TOKENS}
-    assert (Signal.S_B in policy.listen(16)) == (metric == "loss")
+    assert policy.listen(16) >= {Signal.MEAN_ZZ, Signal.MEASURED}
+    assert (Signal.MEAN_DD in policy.listen(16)) == (metric == "loss")
     for name in world.layout:
-        s_a, s_b = averages(world, range(16, 21), name)
-        _, b = world.factors[name]
+        s_a, s_b = averages(world, {step: 0.75 ** (20 - step) for step in range(16, 21)}, name)
         if metric == "outputs":
+            _, b = world.factors[name]
             s_b = world.layout[name].scaling ** 2 * b.T @ b
-        root_a, root_b = (torch.linalg.cholesky(s).T for s in (s_a, s_b))
-        sigma = torch.linalg.svdvals(root_b @ root_a.T)
         (refactor,) = plan.ops[name]
-        assert isinstance(refactor, Refactor)
         assert refactor.metric == metric
-        kept = root_b @ refactor.M @ refactor.N @ root_a.T
-        error = torch.linalg.matrix_norm(root_b @ root_a.T - kept)
-        assert float(error) == pytest.approx(float(sigma[2:].norm()), rel=1e-6)
+        assert_best_cut(world, refactor, name, 2, s_a, s_b)
+
+
+def test_what_was_measured_before_an_earlier_event_counts_on_for_what_came_of_it():
+    """Nothing is trained here: it is as if both windows had been heard with the factors that the first event left."""
+    when = When(10, 10).resolve(20)
+    world, policy = World((6, 6)), squeeze(4, when, metric="loss", window=3, memory=5, shape="linear")
+    world.decay = policy.decay
+    state = policy.init(world.layout)
+    for step in (8, 9, 10, 18, 19, 20):
+        obs = world.observe(policy.listen(step), step)
+        if step == 10:
+            world.apply(policy.decide(state, obs, world.layout, step))
+            assert world.layout.total_rank == 8
+    weights = {step: 0.8**age for age, step in enumerate((20, 19, 18, 10, 9, 8))}
+    plan = policy.decide(state, obs, world.layout, 20)
+    assert plan.ops
+    for name, ops in plan.ops.items():
+        s_a, s_b = averages(world, weights, name)
+        assert torch.allclose(obs[name][Signal.MEAN_ZZ], s_a, rtol=1e-10)
+        assert torch.allclose(obs[name][Signal.MEAN_DD], s_b, rtol=1e-10)
+        assert_best_cut(world, ops[0], name, plan.apply_to(world.layout)[name].rank, s_a, s_b)
 
 
 @pytest.mark.parametrize("metric", ["outputs", "loss"])
 def test_a_module_that_saw_more_tokens_does_not_weigh_more(metric):
-    world, policy = World((4, 4, 4)), squeeze(6, metric=metric)
-    once = twice = policy.init(world.layout)
-    for step in range(1, 21):
-        obs = world.observe(policy.listen(step), step)
-        once, twice = policy.observe(once, obs, step), policy.observe(twice, obs, step)
-        again = Observation(step, {"m0": {s: v for s, v in obs["m0"].items() if s not in (Signal.A, Signal.B)}})
-        for _ in range(9):
-            twice = policy.observe(twice, again, step)
-    assert float(twice["tokens/m0"]) == 10 * float(once["tokens/m0"])
-    plans = [policy.decide(state, obs, world.layout, 20) for state in (once, twice)]
+    policy = squeeze(6, metric=metric)
+    plans = []
+    for more in (1, 10):
+        world = World((4, 4, 4))
+        for step in range(1, 21):
+            world.observe(policy.listen(step), step)
+        sums = world.running["m0"]
+        world.running["m0"] = Running(sums.mean_zz, sums.mean_dd, more * sums.measured)
+        plans.append(policy.decide(policy.init(world.layout), world.offer(policy.listen(20), 20), world.layout, 20))
     assert plans[0].apply_to(world.layout) == plans[1].apply_to(world.layout)
 
 
@@ -273,7 +302,7 @@ def test_a_module_that_was_not_measured_falls_back_to_weights_and_the_reason_say
     world, policy = World((4, 4, 4)), squeeze(6, metric="outputs", allocate=allocate)
     state = policy.init(world.layout)
     for step in range(1, 21):
-        obs = without(world.observe(policy.listen(step), step), "m1", Signal.S_A, Signal.TOKENS)
+        obs = without(world.observe(policy.listen(step), step), "m1", Signal.MEAN_ZZ, Signal.MEASURED)
         state = policy.observe(state, obs, step)
     plan = policy.decide(state, obs, world.layout, 20)
     assert f"{by_weights} modules by weights, as m1 was not measured" in plan.reason
@@ -281,36 +310,17 @@ def test_a_module_that_was_not_measured_falls_back_to_weights_and_the_reason_say
     assert sum(metric == "weights" for metric in metrics.values()) == len(metrics) - (2 if allocate == "uniform" else 0)
 
 
-def test_a_direction_that_appeared_within_the_window_makes_its_module_unmeasured():
+@pytest.mark.parametrize(("tokens", "enough"), [(0, False), (4, False), (5, True)])
+def test_a_direction_with_fewer_tokens_than_its_module_has_directions_makes_it_unmeasured(tokens, enough):
     world, policy = World((4, 4)), squeeze(4, metric="outputs", allocate="uniform")
-    state = policy.init(world.layout)
     for step in range(1, 21):
-        state = policy.observe(state, world.observe(policy.listen(step), step), step)
+        world.observe(policy.listen(step), step)
     world.apply(RankPlan({"m0": (Grow(1),)}))
-    plan = policy.decide(state, world.observe(policy.listen(20), 20), world.layout, 20)
-    assert "m0 was not measured" in plan.reason
-
-
-def test_micro_windows_do_not_leak_into_the_next_event():
-    world, policy = World((6, 6)), squeeze(4, EVENTS, metric="loss", window=3, shape="linear")
-    state = policy.init(world.layout)
-    for step in range(1, 11):
-        state = policy.observe(state, world.observe(policy.listen(step), step), step)
-    assert float(state["tokens/m0"]) == 3 * 40
-    assert policy.decided(state, RankPlan(), world.layout, 10).keys() == {"total"}
-    state = policy.observe(state, world.observe(policy.listen(18), 18), 18)  # even where `decided` was never called
-    assert float(state["tokens/m0"]) == 40
-
-
-def test_statistics_that_are_not_finite_count_for_nothing():
-    world, policy = World((4, 4)), squeeze(4, metric="loss")
-    clean = hit = policy.init(world.layout)
-    for step in range(10, 21):
-        obs = world.observe(policy.listen(step), step)
-        clean, hit = policy.observe(clean, obs, step), policy.observe(hit, obs, step)
-        bad = Observation(step, {n: {s: v * math.nan for s, v in r.items()} for n, r in obs.items()})
-        hit = policy.observe(hit, bad, step)
-    assert all(torch.equal(clean[key], hit[key]) for key in clean)
+    young = world.running["m0"]
+    assert young.measured[-1] == 0
+    world.running["m0"] = Running(young.mean_zz + torch.eye(5), young.mean_dd, young.measured.clamp(min=tokens))
+    plan = policy.decide(policy.init(world.layout), world.offer(policy.listen(20), 20), world.layout, 20)
+    assert ("m0 was not measured enough" in plan.reason) != enough
 
 
 def test_factors_that_are_not_finite_stop_the_decision():

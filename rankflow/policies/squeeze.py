@@ -34,7 +34,10 @@ class Squeeze(Policy):
     - `allocate: global` gives a rank where it keeps most energy of all modules together; the paper has one rank for
       all, which is `uniform`: ranks as equal as the budget and the present ranks allow;
     - besides the norm of DeltaW (`weights`) it can keep what the data make of it: the layer's output (`outputs`) or,
-      to first order, the loss (`loss`), from averages over the `window` steps before each event;
+      to first order, the loss (`loss`), from running averages over the `window` steps before each event. What was
+      measured before an earlier event counts on, for the directions that came of it, and fades with `memory`. A module
+      with a direction measured over fewer tokens than it has directions is cut by its weights, and with a global
+      budget all are then, as energies in different metrics have different units;
     - the SVD is that of the r x r core, exact, not a randomised one of DeltaW;
     - optimizer state is carried through the cut; the paper leaves open what becomes of it;
     - cut factors keep the balance of the old ones (`gauge: keep`), for an optimizer that steps entry by entry.
@@ -65,8 +68,13 @@ class Squeeze(Policy):
     window: Annotated[
         PositiveInt, Field(description="steps before each event over which outputs and loss are measured")
     ] = 20
+    memory: Annotated[
+        PositiveInt, Field(description="measured steps that outputs and loss are averaged over, older ones fading away")
+    ] = 20
 
-    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.S_A, Signal.S_B, Signal.TOKENS})
+    needs: ClassVar[frozenset[Signal]] = frozenset(
+        {Signal.A, Signal.B, Signal.MEAN_ZZ, Signal.MEAN_DD, Signal.MEASURED}
+    )
     source: ClassVar[str] = "LoRA-Squeeze, arXiv 2602.10993"
 
     def check(self, layout: Layout) -> None:
@@ -80,41 +88,25 @@ class Squeeze(Policy):
     # -- what it listens to -----------------------------------------------------------------------------------------
 
     @property
+    def decay(self) -> float:
+        return 1 - 1 / self.memory
+
+    @property
     def _statistics(self) -> tuple[Signal, ...]:
-        return {"weights": (), "outputs": (Signal.S_A,), "loss": (Signal.S_A, Signal.S_B)}[self.metric]
+        zz, dd = Signal.MEAN_ZZ, Signal.MEAN_DD
+        return {"weights": (), "outputs": (zz,), "loss": (zz, dd)}[self.metric]
 
     def listen(self, step: int) -> frozenset[Signal]:
         due = self.when.next(step - 1)
         signals: set[Signal] = set()
         if due is not None and self._statistics and due - step < self.window:
-            signals = {*self._statistics, Signal.TOKENS}
+            signals = {*self._statistics, Signal.MEASURED}
         return frozenset(signals | {Signal.A, Signal.B} if step == due else signals)
 
     def init(self, layout: Layout) -> State:
-        """`total`: what the adapter cost when the phase began; then sums ``[r, r]`` and tokens per module."""
+        """`total`: what the adapter cost when the phase began."""
         spent = self.budget.spent(layout) if self.budget is not None else 0
         return {"total": torch.tensor(spent, dtype=torch.int64)}
-
-    def observe(self, state: State, obs: Observation, step: int) -> State:
-        due = self.when.next(step - 1)
-        if due is None or not self._statistics:
-            return state
-        if int(state.get("due", torch.tensor(-1))) != due:  # the window of another event: not of these directions
-            state = {"total": state["total"], "due": torch.tensor(due)}
-        state = dict(state)
-        for name, signals in obs.items():
-            if not all(signal in signals for signal in (*self._statistics, Signal.TOKENS)):
-                continue
-            grams = [signals[signal] for signal in self._statistics]
-            finite = torch.stack([gram.isfinite().all() for gram in grams]).all()  # stays on the device: no waiting
-            for key, value in zip((*self._statistics, Signal.TOKENS), (*grams, signals[Signal.TOKENS]), strict=True):
-                value = torch.where(finite, value, 0).double()
-                at = f"{key.value}/{name}"
-                state[at] = value + state[at].to(value.device) if at in state else value
-        return state
-
-    def decided(self, state: State, plan: RankPlan, layout: Layout, step: int) -> State:
-        return {"total": state["total"]}
 
     # -- what it does -----------------------------------------------------------------------------------------------
 
@@ -128,7 +120,7 @@ class Squeeze(Policy):
             for signal in (Signal.A, Signal.B):
                 if not bool(obs[name][signal].isfinite().all()):
                     return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing is squeezed")
-        statistics = {name: self._measured(state, layout[name], name, step) for name in present}
+        statistics = {name: self._measured(obs[name], layout[name]) for name in present}
         unmeasured = [name for name in present if self._statistics and not statistics[name]]
         if unmeasured and target is not None and self.allocate == "global":
             # Energies in different metrics are in different units: they cannot share a budget
@@ -139,8 +131,8 @@ class Squeeze(Policy):
                 obs[name][Signal.B],
                 layout[name].scaling,
                 metric=self.metric if statistics[name] else "weights",
-                S_A=statistics[name].get(Signal.S_A),
-                S_B=statistics[name].get(Signal.S_B),
+                S_A=statistics[name].get(Signal.MEAN_ZZ),
+                S_B=statistics[name].get(Signal.MEAN_DD),
             )
             for name in present
         }
@@ -157,19 +149,15 @@ class Squeeze(Policy):
             reason.append(f"{1 - lost / total:.3%} of the energy stays")
         if unmeasured:
             fallen = sum(not measured for measured in statistics.values())
-            reason.append(f"{fallen} modules by weights, as {unmeasured[0]} was not measured")
+            reason.append(f"{fallen} modules by weights, as {unmeasured[0]} was not measured enough")
         rewarm = self.rewarm if self.optimizer == "reset" else 0
         return RankPlan(ops, "; ".join(reason), state=self.optimizer, rewarm=rewarm)
 
-    def _measured(self, state: State, slot: Slot, name: str, step: int) -> dict[Signal, Tensor]:
-        """The averages ``[r, r]`` that the metric asks for, of this window and these directions; else nothing."""
-        tokens = state.get(f"{Signal.TOKENS.value}/{name}")
-        if int(state.get("due", torch.tensor(-1))) != step or tokens is None or not float(tokens) > 0:
+    def _measured(self, signals: Mapping[Signal, Tensor], slot: Slot) -> dict[Signal, Tensor]:
+        """The averages ``[r, r]`` that the metric asks for; nothing where they rest on too few tokens."""
+        if Signal.MEASURED not in signals or float(signals[Signal.MEASURED].min()) < slot.rank:
             return {}
-        sums = {signal: state[f"{signal.value}/{name}"] for signal in self._statistics}
-        if any(s.shape[-1] != slot.rank for s in sums.values()):
-            return {}
-        return {signal: s / tokens for signal, s in sums.items()}
+        return {signal: signals[signal] for signal in self._statistics}
 
     def _target(self, budget: Budget, state: State, step: int) -> Budget:
         """What may be left after the event at `step`."""
