@@ -303,7 +303,9 @@ class Controller:
         _, self._phases = self.lifecycle.resolve(self.total_steps, self._first_layout)
         self._rewound = int(state["step"]) < self.step
         self.step = self._counted = int(state["step"])
-        self.seed = self._surgeon.seed = self._probes.seed = int(state["seed"])
+        self.seed = self._surgeon.seed = self._gates.seed = self._probes.seed = int(state["seed"])
+        if self._held_out is not None:
+            self._held_out.seed = self.seed
         self._phase = int(state["phase"])
         self._state = dict(state["policy"])
         self._surgeon.layout = layout
