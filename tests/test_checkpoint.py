@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -12,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import minilm_base
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from loops import tiny_llama, token_batches
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import rankflow
 from rankflow import AdapterError, ConfigError, inspect, squeeze, squeeze_model
 from rankflow.adapters import Adapter
 from rankflow.formats import tensors as tensor_files
@@ -498,6 +502,66 @@ def test_a_model_in_memory_and_its_file_are_squeezed_alike(tmp_path: Path, targe
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert ranks_of(loaded(tmp_path / "model")) == ranks_of(loaded(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("which", ["llama", "minilm"])
+def test_a_squeeze_is_the_same_live_and_from_the_file(tmp_path: Path, which: str):
+    """A trained adapter (rsLoRA, mixed alphas, dropout, a second adapter beside it): one plan has the same bits both
+    ways, and the plan that the policy makes while training has the same DeltaW."""
+    model = tiny_llama(r=6) if which == "llama" else encoder()
+    train(model, 4)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    before = updates(model)
+    live, trained = copy.deepcopy(model), copy.deepcopy(model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        report = squeeze(tmp_path, tmp_path / "file", target_rank=2, gauge="keep")
+        assert squeeze_model(live, target_rank=2).ranks == report.ranks
+    finally:
+        torch.set_num_threads(threads)
+    live.save_pretrained(tmp_path / "live", selected_adapters=["default"])
+    one, other = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("live", "file"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], weight_decay=0.0)
+    policy = {"policy": "squeeze", "budget": {"mean_rank": 2}, "when": {"start": 1, "every": 1}}
+    with rankflow.attach(trained, optimizer, policy | {"params": {"allocate": "uniform"}}, total_steps=1) as flow:
+        flow.before_step()
+        optimizer.step()  # without gradients: the weights stay
+        flow.after_step()
+        assert set(flow.layout.ranks.values()) == {2}
+    wanted = updates(live)
+    for name, found in updates(trained).items():
+        size = torch.linalg.matrix_norm(before[name])
+        assert torch.linalg.matrix_norm(found - wanted[name]) <= 1e-6 * size, name
+        assert 1e-3 * size < torch.linalg.matrix_norm(wanted[name] - before[name]) < size, name
+
+
+def encoder() -> PeftModel:
+    """The real MiniLM with two adapters, the first to be trained."""
+    targets = ["query", "value", "intermediate.dense"]
+    options = {"use_rslora": True, "lora_alpha": 8, "lora_dropout": 0.1, "alpha_pattern": {"query": 5, "value": 3.5}}
+    model = get_peft_model(minilm_base(), LoraConfig(r=6, target_modules=targets, **options))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=targets[:2]))
+    return model
+
+
+def train(model: PeftModel, steps: int) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    torch.manual_seed(0)
+    for batch in token_batches(steps):
+        out = model(input_ids=batch["input_ids"])
+        (out.logits if "logits" in out else out.last_hidden_state).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def updates(model: PeftModel) -> dict[str, Tensor]:
+    """Name -> scaling B A ``[out, in]`` in float64, the model left as it is."""
+    return {n: s.scaling * s.b().detach().double() @ s.a().detach().double() for n, s in Adapter(model).sites.items()}
 
 
 def test_squeezing_a_fresh_model_leaves_one_that_learns():
