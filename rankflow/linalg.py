@@ -203,7 +203,7 @@ def spectrum(
     A64, B64 = _f64(A), _f64(B)
     gram_A, gram_B = A64 @ A64.mT, B64.mT @ B64
     for name, gram, factor in (("A", gram_A, A), ("B", gram_B, B)):
-        if not bool(gram.isfinite().all()):
+        if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):
             raise AdapterError(f"{name} {list(factor.shape)} holds NaN or infinity; restore it from a good checkpoint")
 
     root_A, root_B = _root(gram_A), _root(gram_B)
@@ -222,7 +222,7 @@ def spectrum(
     inverse = torch.where(live, 1 / sigma, 0.0)
 
     def exact(k: int) -> tuple[Tensor, Tensor]:
-        return inverse[..., :k, None] * (U.mT @ R_B)[..., :k, :], (R_A.mT @ Vh.mT)[..., :k]
+        return inverse[..., :k, None] * (U[..., :k].mT @ R_B), R_A.mT @ Vh[..., :k, :].mT
 
     def randomised(k: int) -> tuple[Tensor, Tensor]:
         pairs = [
@@ -237,7 +237,9 @@ def spectrum(
 
 def refactor(A: Tensor, B: Tensor, N: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     """A' = N A ``[*e, k, in]`` and B' = B M ``[*e, out, k]``, in float64 and then rounded to the factor's dtype."""
-    return _like(_f64(N).to(_f64(A).device) @ _f64(A), A), _like(_f64(B) @ _f64(M).to(_f64(B).device), B)
+    A64, B64 = _f64(A), _f64(B)
+    # B M as (M^T B^T)^T: a product with its short side first is twice as fast on the CPU
+    return _like(_f64(N).to(A64.device) @ A64, A), _like((_f64(M).mT.to(B64.device) @ B64.mT).mT, B)
 
 
 # -- optimizer moments ----------------------------------------------------------------------------------------------
@@ -358,8 +360,12 @@ def _like(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _root(S: Tensor) -> Tensor:
-    """R with R^T R = S, from the eigenvectors of the correlation matrix, so that directions of very different size
-    cost no accuracy."""
+    """R with R^T R = S up to rounding of sqrt(S_ii S_jj) in each entry, so that directions of very different size cost
+    no accuracy: Cholesky's (Higham, Accuracy and Stability of Numerical Algorithms, theorem 10.3), or where S is
+    singular, and Cholesky may fail, one from the eigenvectors of the correlation matrix."""
+    R, failed = torch.linalg.cholesky_ex(S, upper=True)
+    if not bool(failed.any()):
+        return R
     d = S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     unit = torch.where(d > 0, 1 / d, 0.0)
     eigenvalues, Q = torch.linalg.eigh(S * unit[..., :, None] * unit[..., None, :])

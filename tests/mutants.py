@@ -54,9 +54,16 @@ MUTANTS = [
     Mutant(
         "transpose N",
         "linalg.py",
-        "return _like(_f64(N).to(_f64(A).device) @ _f64(A), A)",
-        "N = N.mT if N.shape[-1] == N.shape[-2] else N; return _like(_f64(N).to(_f64(A).device) @ _f64(A), A)",
+        "return _like(_f64(N).to(A64.device) @ A64, A)",
+        "N = N.mT if N.shape[-1] == N.shape[-2] else N; return _like(_f64(N).to(A64.device) @ A64, A)",
         "tests/test_linalg.py tests/test_surgeon.py",
+    ),
+    Mutant(
+        "take what Cholesky left of a singular matrix for its root",
+        "linalg.py",
+        "if not bool(failed.any()):",
+        "if failed is not None:",
+        "tests/test_linalg.py",
     ),
     Mutant(
         "scale singular values twice",
