@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rankflow.crew import Crew, Progress
 from rankflow.errors import ConfigError
 from rankflow.formats.peft import PeftAdapter
-from rankflow.formats.tensors import check_destination
+from rankflow.formats.tensors import all_finite, check_destination
 from rankflow.linalg import Gauge, Spectrum, new_rows, refactor, spectrum
 from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Refactor
 from rankflow.rsvd import Backend, check_backend
@@ -223,7 +223,7 @@ def _cut(found: Spectrum, A: Tensor, B: Tensor, rank: int, gauge: Gauge, name: s
 
 def _round(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     rounded = t.to(dtype)
-    if not bool(rounded.isfinite().all()):
+    if not all_finite(rounded):
         raise ConfigError(
             f"{name}: values up to {float(t.abs().max()):.3g} do not fit {_name(dtype)}; use bfloat16 or float32"
         )

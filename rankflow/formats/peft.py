@@ -7,7 +7,6 @@ canonical factors (A ``[*e, r, in]``, B ``[*e, out, r]``, scaling), whatever lay
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor
 from rankflow.errors import AdapterError
 from rankflow.formats.peft_config import CONFIG, read_config, resized_config
 from rankflow.formats.peft_modules import read_entries
-from rankflow.formats.tensors import Spec, atomic_folder, check_destination, open_tensors, tensor_writer
+from rankflow.formats.tensors import Spec, all_finite, atomic_folder, check_destination, open_tensors, tensor_writer
 from rankflow.plan import Layout
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -88,8 +87,7 @@ class PeftAdapter:
         entry = self.entries[name]
         a, b = self._tensors[entry.a_key], self._tensors[entry.b_key]
         for key, t in ((entry.a_key, a), (entry.b_key, b)):
-            low, high = torch.aminmax(t)
-            if not (math.isfinite(low) and math.isfinite(high)):
+            if not all_finite(t):
                 raise AdapterError(f"{self.weights}: {key} has NaN or infinite values; the adapter is damaged")
         return entry.canonical(a, b)
 

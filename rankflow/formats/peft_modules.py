@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import accumulate, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,7 @@ def read_entries(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path:
         # Wrappers nest through `base_layer`: expert parameters in each other, attention's out-projection in attention.
         owned[re.split(r"\.base_layer(?:\.|$)", pair.name, maxsplit=1)[0]].append(pair)
     entries: dict[str, Entry] = {}
+    inside = Counter(prefix for key in tensors for prefix in accumulate(key.split("."), "{}.{}".format))
     for owner, pairs in owned.items():
         parameters = wrapped_parameters(config, owner)
         found = (
@@ -78,8 +79,7 @@ def read_entries(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path:
         for name, entry in found:
             if name in entries:
                 raise AdapterError(f"{path}: {name} is there twice; the file is damaged, or of an unknown make")
-            prefix = entry.a_key.rpartition(".lora_")[0] + "."
-            if any(k.startswith(prefix) and k not in (entry.a_key, entry.b_key) for k in tensors):
+            if inside[entry.a_key.rpartition(".lora_")[0]] > 2:  # more than A and B
                 entry = replace(entry, slot=replace(entry.slot, min_rank=1))
             entries[name] = entry
     return {name: entries[name] for name in sorted(entries, key=_natural)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -79,6 +80,11 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
         raise AdapterError(f"{path}: not a dict of tensors as `torch.save(model.state_dict())` writes it")
     return dict(data)
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether a tensor holds no NaN or infinity, in one pass and no mask of its size."""
+    return all(map(math.isfinite, torch.aminmax(t)))
 
 
 class SafetensorsWriter:
