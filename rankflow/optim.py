@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,16 +72,16 @@ class Carrier:
 
     # -- checks -----------------------------------------------------------------------------------------------------
 
-    def check(self, touched: Iterable[str], trained: Iterable[str]) -> set[str]:
+    def check(self, touched: Iterable[str], trained: Mapping[str, Collection[str]]) -> set[str]:
         """Modules among `touched` whose state has to be given up.
 
         Raises:
-            OptimizerError: a trainable parameter, or one of a module in `trained`, is not in exactly one group; state
+            OptimizerError: a trainable parameter, or one of the roles in `trained`, is not in exactly one group; state
                 nobody knows how to resize (with `on_unknown_state="reset"`, that module is returned instead); state
                 whose shape is not its parameter's.
         """
         held = self._counts()
-        trained, touched = set(trained), set(touched)
+        touched = set(touched)
         lost: set[str] = set()
         for name, site in self._adapter.sites.items():
             for role, p in site.tensors().items():
@@ -90,7 +90,7 @@ class Carrier:
                     raise OptimizerError(
                         f"{name}: {self.title} holds its {role} {times} times; it must be in one group"
                     )
-                if times == 0 and (p.requires_grad or name in trained):
+                if times == 0 and (p.requires_grad or role in trained.get(name, ())):
                     raise OptimizerError(
                         f"{name}: {self.title} does not hold its {role} {list(p.shape)}. Make the optimizer after the "
                         "adapter (and after restoring one), from all its trainable parameters"

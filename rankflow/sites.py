@@ -55,6 +55,7 @@ class Site:
         self.tie: str | None = None  # sites of one tie always have one rank
         self.min_rank = 1 if kind in ("attention", "experts") else 0
         self._adapter = adapter
+        self._paused: tuple[str, ...] | None = None  # roles that `train` has switched off
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
@@ -232,16 +233,34 @@ class Site:
             if name in store:
                 journal.contents(store, {k: v for k, v in store.items() if k != name})
 
-    def train(self, journal: Journal, on: bool) -> None:
-        """Switch training of all the module's parameters; off, they lose their gradients. Also while it has left."""
+    @property
+    def switched(self) -> tuple[str, ...]:
+        """Roles that `train` switches: on, those it has switched off before (all, if it never did)."""
+        if self._paused is not None:
+            return self._paused
+        flags = self._flags()
+        return tuple(role for role, on in flags.items() if on) or tuple(flags)
+
+    def _flags(self) -> dict[str, bool]:
         if not self.present:
-            memo, left = vars(self.layer)[_MEMO], self._left
-            flags = dict.fromkeys(left.requires_grad, on)
-            left = replace(left, slot=replace(left.slot, trainable=on), requires_grad=flags)
+            return self._left.requires_grad
+        return {role: p.requires_grad for role, p in self.tensors().items()}
+
+    def train(self, journal: Journal, on: bool) -> None:
+        """Switch training of the module's parameters; off, they lose their gradients. Also while it has left.
+
+        What its owner had frozen before it was switched off stays frozen when it is switched on again.
+        """
+        roles = self.switched
+        journal.attr(self, "_paused", None if on else roles)
+        flags = {role: on if role in roles else was for role, was in self._flags().items()}
+        if not self.present:
+            memo = vars(self.layer)[_MEMO]
+            left = replace(self._left, slot=replace(self._left.slot, trainable=on), requires_grad=flags)
             journal.contents(memo, {**memo, self._adapter: left})
-        for p in self.tensors().values():
-            journal.attr(p, "requires_grad", on)
-            if not on:
+        for role, p in self.tensors().items():
+            journal.attr(p, "requires_grad", flags[role])
+            if not flags[role]:
                 journal.attr(p, "grad", None)
 
     def build(self, config: LoraConfig, rank: int) -> Entries:

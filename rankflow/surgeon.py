@@ -59,7 +59,7 @@ class Surgeon:
         self.version = 0  # of the parameters: goes up whenever some are replaced
         self._carrier = Carrier(optimizer, adapter, on_unknown_state) if optimizer is not None else None
         if self._carrier is not None:
-            self._carrier.check((), ())
+            self._carrier.check((), {})
         self._stage = Stage(adapter.config, self._carrier, seed_v, stage_device)
         self._layout = adapter.layout()
         self.ramps = Ramps(adapter, self._carrier)
@@ -140,7 +140,11 @@ class Surgeon:
     def _check_optimizer(self, plan: RankPlan, layout: Layout) -> set[str]:
         if self._carrier is None:
             return set()
-        on = {n for n, ops in plan.ops.items() for op in ops if isinstance(op, Train) and op.on and layout[n].rank}
+        on = {
+            n: self.adapter.sites[n].switched
+            for n, ops in plan.ops.items()
+            if layout[n].rank and any(isinstance(op, Train) and op.on for op in ops)
+        }
         touched = {
             n for n, ops in plan.ops.items() if plan.state == "carry" and any(not isinstance(op, Train) for op in ops)
         }

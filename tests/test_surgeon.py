@@ -398,6 +398,20 @@ def test_training_is_switched_off_with_gradients_and_on_again(ready):
     assert_agreement(model, optimizer, surgeon)
 
 
+def test_what_was_frozen_before_training_was_switched_off_stays_frozen_when_it_is_switched_on_again():
+    model = lora("linear")
+    adapter = Adapter(model)
+    adapter.sites[Q0].A.requires_grad_(False)  # and so the optimizer never holds it
+    optimizer = adamw(model)
+    surgeon = Surgeon(adapter, optimizer)
+    for plan in (Train(False), Train(False), Keep((0, 1)), Train(True)):
+        surgeon.apply(RankPlan({Q0: [plan]}))
+    site = adapter.sites[Q0]
+    assert (site.A.requires_grad, site.B.requires_grad) == (False, True)
+    assert_agreement(model, optimizer, surgeon)
+    train(model, optimizer)
+
+
 def test_training_what_the_optimizer_never_held_is_refused():
     model = lora("linear")
     adapter = Adapter(model)
