@@ -121,10 +121,11 @@ def round_scores(scores: Mapping[str, float]) -> dict[str, float]:
     Raises:
         PlanError: a score is not finite.
     """
-    return {name: _rounded(score, name) for name, score in scores.items()}
+    return {name: rounded(score, name) for name, score in scores.items()}
 
 
-def _rounded(score: float, name: str) -> float:
+def rounded(score: float, name: str) -> float:
+    """One score of module `name` to a relative 1e-5; see `round_scores`."""
     if not math.isfinite(score):
         raise PlanError(f"{name}: score is {score}; a decision needs finite scores")
     return float(f"{score:.5e}")
@@ -157,7 +158,7 @@ def allocate(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budge
         a, b = ranks[i], next(moving[i].ranks(ranks[i] + 1, have[i]), None)
         if b is not None:
             gain = math.fsum(g for name in moving[i].names for g in gains[name][a:b])
-            heapq.heappush(offers, (-_rounded(gain / ((b - a) * costs[i]), str(moving[i])), a, i, b))
+            heapq.heappush(offers, (-rounded(gain / ((b - a) * costs[i]), str(moving[i])), a, i, b))
 
     for i in range(len(moving)):
         offer(i)
@@ -211,7 +212,7 @@ def grow_by_score(
     if left < 0 and any(rank > unit.rank for rank, unit in zip(ranks, moving, strict=True)):
         raise ConfigError(f"budget is {budget} but minima ask for {budget.unit(budget.amount - left)}; raise it")
     means = [sum(scores.get(name, 0.0) for name in unit.names) / len(unit.names) for unit in moving]
-    order = sorted(range(len(moving)), key=lambda i: (-_rounded(means[i], str(moving[i])), i))
+    order = sorted(range(len(moving)), key=lambda i: (-rounded(means[i], str(moving[i])), i))
     shares = sum(slot.max_rank for slot in layout.values()) if top_k is None else top_k * grow_by
     grown = True
     while grown:

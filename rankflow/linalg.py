@@ -307,12 +307,12 @@ def new_rows(n: int, A: Tensor, generator: torch.Generator, *, kind: str = "line
     return rows.to(A.device, A.dtype)
 
 
-def rows_from_sketch(n: int, A: Tensor, sketch: Tensor, *, kind: str = "linear") -> Tensor:
-    """Up to `n` new rows for A ``[*e, m, in]``, m <= n: where the gradient of DeltaW points and A cannot go yet.
+def gradient_directions(A: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the gradient of DeltaW points and A ``[*e, m, in]`` cannot go yet: (strengths ``[*e, k]``, directions
+    ``[*e, k, in]``), float64, strongest first.
 
-    The leading right singular directions of `sketch` ``[*e, q, in]`` outside A's row space, orthogonal, the largest
-    entry of each positive, all of A's RMS row norm (that of `new_rows` where A has no rows, or is 0). Fewer than n
-    come back when no more of the sketch than rounding, 1e-5 of its norm, lies outside: `new_rows` makes up the number.
+    Singular values and right singular directions of `sketch` ``[*e, q, in]`` outside A's row space, as many as are more
+    than rounding, 1e-5 of the sketch's norm (of experts, as many as the one with the fewest has).
 
     Raises:
         ConfigError: a sketch whose shape does not fit A.
@@ -324,16 +324,27 @@ def rows_from_sketch(n: int, A: Tensor, sketch: Tensor, *, kind: str = "linear")
         )
     if not bool(sketch.isfinite().all()):
         raise RankFlowError(f"gradient sketch {list(sketch.shape)} holds NaN or infinity; skip this decision")
-    A64, outside = _f64(A), _f64(sketch)
+    outside = _f64(sketch)
     size = torch.linalg.matrix_norm(outside)[..., None]
-    norm = torch.linalg.matrix_norm(A64)[..., None, None] / math.sqrt(max(1, A.shape[-2]))
-    norm = torch.where(norm > 0, norm, math.sqrt(A.shape[-1]) if kind == "embedding" else math.sqrt(1 / 3))
-    _, span, basis = torch.linalg.svd(A64, full_matrices=False)
+    _, span, basis = torch.linalg.svd(_f64(A), full_matrices=False)
     basis = basis * (span > _SPAN_EPS * torch.linalg.vector_norm(span, dim=-1, keepdim=True))[..., None]
     outside = outside - outside @ basis.mT @ basis
     _, strength, directions = torch.linalg.svd(outside, full_matrices=False)
     usable = int((strength > 1e-5 * size).sum(-1).min())
-    rows = directions[..., : min(n, usable), :]
+    return strength[..., :usable], directions[..., :usable, :]
+
+
+def rows_from_sketch(n: int, A: Tensor, sketch: Tensor, *, kind: str = "linear") -> Tensor:
+    """Up to `n` new rows for A ``[*e, m, in]``, m <= n: the leading `gradient_directions`, the largest entry of each
+    positive, all of A's RMS row norm (that of `new_rows` where A has no rows, or is 0). Fewer than n come back when the
+    sketch has no more outside A's row space: `new_rows` makes up the number.
+
+    Raises:
+        ConfigError, RankFlowError: see `gradient_directions`.
+    """
+    rows = gradient_directions(A, sketch)[1][..., :n, :]
+    norm = torch.linalg.matrix_norm(_f64(A))[..., None, None] / math.sqrt(max(1, A.shape[-2]))
+    norm = torch.where(norm > 0, norm, math.sqrt(A.shape[-1]) if kind == "embedding" else math.sqrt(1 / 3))
     return _like(rows * dominant_sign(rows)[..., None] * norm, A)
 
 

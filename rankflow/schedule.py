@@ -104,7 +104,7 @@ class When:
 
 # -- curves: fraction in [0, 1] -> number ---------------------------------------------------------------------------
 
-Curve = Literal["constant", "linear", "cubic", "halving"]
+Curve = Literal["constant", "linear", "cubic", "cosine", "halving"]
 
 
 def _constant(first: float, last: float, t: float) -> float:
@@ -120,6 +120,11 @@ def _cubic(first: float, last: float, t: float) -> float:
     return last + (first - last) * (1 - t) ** 3
 
 
+def _cosine(first: float, last: float, t: float) -> float:
+    """RigL's (arXiv 1911.11134, section 3) decay, half a period: slow at both ends."""
+    return last + (first - last) * (1 + math.cos(math.pi * t)) / 2
+
+
 def _halving(first: float, last: float, t: float) -> float:
     """LoRA-Squeeze's ladder (arXiv 2602.10993): first, first/2, ..., last, each rung an equal share of the way."""
     if not 0 < last < first:
@@ -132,6 +137,7 @@ CURVES: dict[Curve, Callable[[float, float, float], float]] = {
     "constant": _constant,
     "linear": _linear,
     "cubic": _cubic,
+    "cosine": _cosine,
     "halving": _halving,
 }
 

@@ -4,6 +4,7 @@ rsLoRA with mixed alphas and a second adapter that must never change."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankflow
+from rankflow.resume import load_state, save_state
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
@@ -68,6 +70,7 @@ class Run:
     """One training run that can be stepped, saved and resumed by hand."""
 
     def __init__(self, policy: Any, steps: int, *, model: PeftModel | None = None, scheduled: bool = True, **options):
+        self.policy, self.steps = policy, steps
         self.model = model if model is not None else tiny_llama()
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -92,6 +95,25 @@ class Run:
         self.flow.after_step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+
+    def resumed(self, folder: Path) -> Run:
+        """What another process would go on with, through files in `folder`."""
+        self.model.save_pretrained(folder)
+        save_state(self.flow, folder)
+        torch.save([self.optimizer.state_dict(), self.scheduler.state_dict()], folder / "optimizer.pt")
+        model = tiny_llama(seed=7)
+        for name, p in model.named_parameters():
+            if "lora_" not in name:
+                p.data.copy_(dict(self.model.named_parameters())[name])
+        rankflow.restore(model, folder)
+        run = Run(self.policy, self.steps, model=model)
+        optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
+        run.optimizer.load_state_dict(optimizer)
+        run.scheduler.load_state_dict(scheduler)
+        state = load_state(folder)
+        assert state is not None
+        run.flow.load_state_dict(state)
+        return run
 
     def until(self, step: int) -> Run:
         while self.flow.step < step:

@@ -382,6 +382,27 @@ MUTANTS = [
         "key=lambda i: (means[i], i))",
         "tests/test_diffora.py",
     ),
+    Mutant(
+        "drop the strongest directions",
+        "policies/rigl.py",
+        "heapq.nsmallest(",
+        "heapq.nlargest(",
+        "tests/test_rigl.py",
+    ),
+    Mutant(
+        "compare directions without their scaling",
+        "policies/rigl.py",
+        "(abs(slot.scaling) * a.norm(dim=-1)",
+        "(a.norm(dim=-1)",
+        "tests/test_rigl.py",
+    ),
+    Mutant(
+        "grow anew what was dropped and wins again",
+        "policies/rigl.py",
+        "candidates = [*_again(obs[name], kept, lost), *candidates]",
+        "candidates = [*((s, None) for s, _ in _again(obs[name], kept, lost)), *candidates]",
+        "tests/test_rigl.py",
+    ),
 ]
 
 

@@ -91,6 +91,11 @@ def test_most_of_a_cubic_change_comes_early():
     assert math.isclose(curve("linear", 12, 4, 0.5), 8)
 
 
+def test_a_cosine_is_half_a_period():
+    for t in (0.0, 0.1, 0.5, 0.8):
+        assert curve("cosine", 0.3, 0.0, t) == pytest.approx(0.3 / 2 * (1 + math.cos(t * math.pi)))
+
+
 def test_an_unknown_curve_is_named():
     with pytest.raises(ConfigError, match="unknown curve 'square'; known: constant"):
         curve("square", 1, 2, 0.5)  # type: ignore[arg-type]

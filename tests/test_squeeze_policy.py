@@ -167,7 +167,7 @@ def test_the_total_follows_its_curve_to_the_exact_budget(shape, totals):
 @given(
     st.lists(st.integers(1, 8), min_size=2, max_size=5),
     st.floats(0.05, 1),
-    st.sampled_from(["constant", "linear", "cubic", "halving"]),
+    st.sampled_from(["constant", "linear", "cubic", "cosine", "halving"]),
     st.sampled_from(["global", "uniform"]),
     st.integers(3, 30),
 )
@@ -188,7 +188,7 @@ def test_a_budget_in_bytes_is_never_passed_and_used_up_to_one_direction():
     assert 1200 - 24 * 4 < world.layout.bytes <= 1200
 
 
-@pytest.mark.parametrize("shape", ["constant", "linear", "cubic", "halving"])
+@pytest.mark.parametrize("shape", ["constant", "linear", "cubic", "cosine", "halving"])
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_all_cuts_together_keep_the_energy_asked_for(shape, share):
     world = World((8,) * 4)
