@@ -21,7 +21,7 @@ from rankflow.heldout import HeldOut
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force
-from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan
+from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
@@ -98,6 +98,7 @@ class Controller:
         self._phase = -1
         self._state: State = {}
         self._pending: Observation | None = None
+        self._frozen: set[str] = set()  # modules whose training this phase has switched off
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
         self._hooks = [
             self._optimizer.register_step_pre_hook(lambda *_: self._surgeon.ramps.before_step()),
@@ -146,6 +147,8 @@ class Controller:
         self.step = self._counted
         self._advance(observed)
         self._outer_when_due()
+        if self.step + 1 >= self.phase.end:
+            self._thaw()
         self._listen()
 
     def outer_step(self, batch: Any) -> Tensor | None:
@@ -174,6 +177,7 @@ class Controller:
     def finish(self) -> None:
         """The run is over: take the hooks off and close the ledger with a `finish` event."""
         if self._hooks:
+            self._thaw()
             if not self.within_budget and not self._rewound:
                 warnings.warn(
                     f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
@@ -270,6 +274,7 @@ class Controller:
             "ledger": self.ledger.events,
             "ramps": self._surgeon.ramps.state_dict(),
             "averages": self._surgeon.averages.state_dict(),
+            "frozen": sorted(self._frozen),
             "policy": dict(self._state),
             "gates": self._gates.state_dict(),
             "held_out": self._held_out.position if self._held_out is not None else None,
@@ -309,6 +314,7 @@ class Controller:
         self._phase = int(state["phase"])
         self._state = dict(state["policy"])
         self._surgeon.layout = layout
+        self._freeze(set(state.get("frozen", ())))
         self._surgeon.version = int(state["version"])
         self._surgeon.ramps.load_state_dict(state["ramps"])
         self._gates.load_state_dict(state["gates"], self._policy.gate, self.step)
@@ -359,6 +365,7 @@ class Controller:
 
     def _enter(self, phase: int) -> None:
         self._fold()
+        self._thaw()
         self._phase = phase
         if (gate := self._policy.gate) is not None:
             self._gates.install(gate, self.step)
@@ -428,21 +435,39 @@ class Controller:
             self._skip("the adapter is disabled", warn=True)
             return
         began = time.perf_counter()
-        before = self.layout
         try:
-            plan = self._policy.decide(self._state, observed, before, self.step)
-            if plan:
-                self._surgeon.apply(plan, self.step)
+            plan = self._policy.decide(self._state, observed, self.layout, self.step)
+            if not plan:
+                self._skip(plan.reason or "nothing to change")
+                return
+            self._apply(plan, began)
         except PlanError as e:
             raise PlanError(f"{e} (step {self.step}, policy {self.phase.name})") from e
-        if not plan:
-            self._skip(plan.reason or "nothing to change")
-            return
         self._state = self._policy.decided(self._state, plan, self.layout, self.step)
-        self._record(plan, before, time.perf_counter() - began)
 
-    def _record(self, plan: RankPlan, before: Layout, seconds: float) -> None:
-        after = self.layout
+    def _freeze(self, names: set[str]) -> None:
+        """Let these modules and no others be frozen as by this phase's plans: `requires_grad` is in no adapter file."""
+        changed = {name: (Train(name not in names),) for name in self.layout if name in names ^ self._frozen}
+        if changed:
+            self._surgeon.apply(RankPlan(changed, "resume"), self.step)
+        self._frozen = names
+
+    def _thaw(self) -> None:
+        """A phase leaves no module frozen: what its plans switched off trains again before the next one's first step,
+        which would otherwise inherit it, and after the last."""
+        if self._frozen:
+            plan = RankPlan({name: (Train(True),) for name in self.layout if name in self._frozen}, "the phase is over")
+            self._apply(plan, time.perf_counter())
+
+    def _apply(self, plan: RankPlan, began: float) -> None:
+        before = self.layout
+        after = self._surgeon.apply(plan, self.step)
+        for name, ops in plan.ops.items():
+            if any(isinstance(op, Train) for op in ops):
+                if after[name].trainable:
+                    self._frozen.discard(name)
+                elif before[name].trainable:
+                    self._frozen.add(name)
         self.ledger.append(
             "resize",
             self.step,
@@ -453,7 +478,7 @@ class Controller:
             total_rank=after.total_rank,
             params=after.params,
             digest=after.digest,
-            seconds=round(seconds, 6),
+            seconds=round(time.perf_counter() - began, 6),
         )
 
     def _skip(self, reason: str, *, warn: bool = False) -> None:

@@ -57,7 +57,7 @@ class Limits:
         high: dict[str, tuple[int, str]] = {}
         settled: set[str] = set()
         for entry in self.entries:
-            hits = set(_match(entry.pattern, layout, errors, peft=entry.peft))
+            hits = set(matching(entry.pattern, layout, errors, peft=entry.peft))
             if entry.peft:
                 hits -= settled
                 settled |= hits
@@ -99,7 +99,7 @@ class Limits:
         for i, group in enumerate(self.ties):
             hits: dict[str, str] = {}
             for pattern in group:
-                hits |= _match(pattern, slots, errors)
+                hits |= matching(pattern, slots, errors)
             for text in dict.fromkeys(hits.values()):
                 names = [name for name, captured in hits.items() if captured == text]
                 joined = {slots[name].tie for name in names} - {None}  # groups that share a module become one
@@ -108,8 +108,8 @@ class Limits:
                         slots[name] = replace(slot, tie=f"tie[{i}]{text}")
 
 
-def _match(pattern: str, names: Mapping[str, Slot], errors: list[str], *, peft: bool = False) -> dict[str, str]:
-    """Modules that `pattern` names -> what its groups captured."""
+def matching(pattern: str, names: Mapping[str, Slot], errors: list[str], *, peft: bool = False) -> dict[str, str]:
+    """Modules that `pattern`, of the kind `Limit` has, names -> what its groups captured. Mistakes go to `errors`."""
     regex = fnmatch.translate(pattern)
     try:
         if pattern.startswith("re:"):

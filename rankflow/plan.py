@@ -194,7 +194,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Switch training of the module's factors on or off."""
+    """Switch training of the module's factors on or off. In a run, off ends with the phase at the latest."""
 
     on: bool
 

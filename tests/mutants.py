@@ -403,6 +403,41 @@ MUTANTS = [
         "candidates = [*((s, None) for s, _ in _again(obs[name], kept, lost)), *candidates]",
         "tests/test_rigl.py",
     ),
+    Mutant(
+        "leave what a phase froze to the next",
+        "controller.py",
+        "        if self.step + 1 >= self.phase.end:\n            self._thaw()",
+        "        pass",
+        "tests/test_lisa.py",
+    ),
+    Mutant(
+        "forget at a resume who was frozen",
+        "controller.py",
+        'self._freeze(set(state.get("frozen", ())))',
+        "pass",
+        "tests/test_lisa.py",
+    ),
+    Mutant(
+        "train what its owner had frozen",
+        "sites.py",
+        "flags = {role: on if role in roles else was for role, was in self._flags().items()}",
+        "flags = dict.fromkeys(self._flags(), on)",
+        "tests/test_surgeon.py tests/test_lisa.py",
+    ),
+    Mutant(
+        "keep the gradients of what is frozen",
+        "sites.py",
+        '                journal.attr(p, "grad", None)',
+        "                pass",
+        "tests/test_surgeon.py",
+    ),
+    Mutant(
+        "draw the same layers at every event",
+        "policies/lisa.py",
+        'keyed_generator(self.seed, "lisa", step)',
+        'keyed_generator(self.seed, "lisa")',
+        "tests/test_lisa.py",
+    ),
 ]
 
 

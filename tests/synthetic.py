@@ -164,7 +164,7 @@ class World:
         assert not isinstance(op, Refactor), "under a gate only Keep, Grow and Drop fit"
 
     def train(self, step: int) -> None:
-        """Nothing is learnt here, but no direction stays at zero, and gates wander."""
+        """Nothing is learnt here, but no direction that trains stays at zero, and gates wander."""
         for name, theta in self.theta.items():
             assert self.gate is not None
             for key, t in theta.items():
@@ -173,6 +173,8 @@ class World:
                     theta[key] = t + 0.1 * noise
             theta.update(self.gate.prox(theta, 0.1, step))
         for name, (a, b) in self.factors.items():
+            if not self.layout[name].trainable:
+                continue
             noise = torch.randn(b.shape, generator=keyed_generator("train", name, step), dtype=torch.float64)
             self.factors[name] = (a, b + 0.05 * noise)
 

@@ -114,12 +114,6 @@ def resumed(first: Run, policy, folder, **options) -> Run:
     return second
 
 
-@pytest.mark.parametrize("stop", [1, 5, 9, 12, 13, 16, 19])
-def test_resume_is_bit_for_bit_the_run_that_was_not_stopped(tmp_path, stop):
-    whole = Run(GROW_THEN_SQUEEZE, STEPS).until(STEPS)
-    second = Run(GROW_THEN_SQUEEZE, STEPS).until(stop).resumed(tmp_path).until(STEPS)
-
-
 def assert_one_run(whole: Run, second: Run, stop: int) -> None:
     """That `second`, resumed after `stop` steps, is bit for bit the run that was not stopped."""
     assert second.flow.layout == whole.flow.layout
