@@ -109,14 +109,14 @@ def test_who_moves_where_is_what_the_rule_says(ranks, rate, step):
     assert kept_and_grown(plan, world.layout) == expected(world, share, step)
 
 
-@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("cosine", 0.5), ("linear", 0.9), ("cosine", 0.9)])
-def test_the_share_decays_from_the_first_event_to_the_end_of_the_events(decay, half):
+@pytest.mark.parametrize(("fade", "half"), [("linear", 0.5), ("cosine", 0.5), ("linear", 0.9), ("cosine", 0.9)])
+def test_the_share_decays_from_the_first_event_to_the_end_of_the_events(fade, half):
     when = When(100, 10, 300).resolve(1000)
     world = World((4,) * 25)
     t = int(100 + half * 200)
-    share = {"linear": 1 - half, "cosine": (1 + math.cos(math.pi * half)) / 2}[decay]
+    share = {"linear": 1 - half, "cosine": (1 + math.cos(math.pi * half)) / 2}[fade]
     for step, moving in ((100, 40), (t, round(0.4 * share * 100))):
-        assert decided(rigl(when=when, rate=0.4, decay=decay), world, step).reason.startswith(f"{moving} weakest ")
+        assert decided(rigl(when=when, rate=0.4, fade=fade), world, step).reason.startswith(f"{moving} weakest ")
 
 
 def test_new_rows_lie_where_the_gradient_is_largest_outside_the_rows_that_were_there():
@@ -139,6 +139,7 @@ def test_scaling_counts_in_a_direction_s_size():
     world = World((4, 4))  # scalings 0.5 and 1.5
     world.factors = dict.fromkeys(world.factors, (torch.randn(4, 12).double(), torch.randn(12, 4).double()))
     world.layout = Layout({n: replace(s, in_features=12, out_features=12) for n, s in world.layout.items()})
+    world.weights = {n: torch.zeros(12, 12).double() for n in world.layout}
     a, b = world.factors["m0"]
     world.factors = {n: (a, b / b.norm(dim=0) / a.norm(dim=1)) for n in world.factors}  # all of one size, but for s
     # No gradient where m0 is, so nothing of it is left untouched

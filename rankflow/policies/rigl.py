@@ -48,11 +48,11 @@ class RigL(Policy):
     - directions instead of weights, and one competition over all modules, where RigL moves weights within a layer;
     - the gradient of DeltaW is known from random rows of it (the sketch), whose singular values stand for its own;
     - the event comes after the optimizer's step instead of in its place;
-    - `rate` and its linear decay are SpIEL's; RigL's are 0.3 and `cosine`.
+    - `rate` and its linear fading are SpIEL's; RigL's are 0.3 and `cosine`.
     """
 
     rate: Annotated[float, Field(gt=0, le=1, description="share of all directions dropped at the first event")] = 0.2
-    decay: Annotated[
+    fade: Annotated[
         Literal["linear", "cosine"], Field(description="how that share comes down to 0 at the end of the events")
     ] = "linear"
 
@@ -109,7 +109,7 @@ class RigL(Policy):
         """The directions to drop at `step`. Of equal ones the last goes first, so that where all is equal modules lose
         evenly."""
         events = self.when.events
-        share = curve(self.decay, self.rate, 0.0, (step - events.start) / (events.stop - events.start))
+        share = curve(self.fade, self.rate, 0.0, (step - events.start) / (events.stop - events.start))
         found = [(rounded(s, name), -i, -at, name) for at, name in enumerate(sizes) for i, s in enumerate(sizes[name])]
         return {(name, -i) for _, i, _, name in heapq.nsmallest(round(share * layout.total_rank), found)}
 
