@@ -17,6 +17,7 @@ from rankflow.limits import Unit, units
 from rankflow.plan import Layout, Slot
 
 BudgetKind = Literal["mean_rank", "total_rank", "max_params", "size", "fraction"]
+_LATER = 1e-100  # puts a gain that is multiplied by it behind all that are not
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,28 @@ def allocate(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budge
         raise ConfigError(f"budget of {budget} does not buy a single direction in any module; raise it")
     chosen = {name: rank for unit, rank in zip(moving, ranks, strict=True) for name in unit.names}
     return {name: chosen[name] for name in layout}
+
+
+def apportion(weights: Mapping[str, float], layout: Layout, budget: Budget, most: Mapping[str, int]) -> dict[str, int]:
+    """Ranks in proportion to `weights` (not negative): round(alpha * weight), no more than `most` and within limits,
+    with the alpha that spends the budget (resolved); module -> rank, for every module.
+
+    Nothing is bisected: as alpha goes up, a module gets its k-th direction when alpha * weight passes k - 1/2, so
+    directions go by (k - 1/2) / weight, smallest first (the divisor method of Webster and Sainte-Lague), which also
+    says what to do where several modules are at the same alpha: as in `allocate`. If there is budget left when all
+    have `most`, they go on past it in the same order; modules of weight 0 come last, evenly.
+
+    Raises:
+        ConfigError: see `allocate`. PlanError: a weight is not finite.
+    """
+    quotients = {
+        name: [
+            budget.cost(slot) * weights[name] / (k + 0.5) * (1 if k < most[name] else _LATER)
+            for k in range(slot.max_rank)
+        ]
+        for name, slot in layout.items()
+    }
+    return allocate(quotients, layout, budget)
 
 
 def even(layout: Layout, budget: Budget) -> dict[str, int]:

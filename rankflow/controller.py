@@ -21,11 +21,12 @@ from rankflow.heldout import HeldOut
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force
-from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Train
+from rankflow.plan import Keep, Layout, RankPlan, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
 from rankflow.surgeon import Surgeon
+from rankflow.transitions import ops_to
 
 FORMAT = 1
 logger = logging.getLogger(__name__)
@@ -328,15 +329,8 @@ class Controller:
     def reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,
         their state afresh. Not an event of the run: `load_state_dict` is to follow."""
-        ops: dict[str, tuple[Op, ...]] = {}
-        for name, slot in self.layout.items():
-            rank = layout[name].rank
-            if rank == 0 < slot.rank:
-                ops[name] = (Drop(),)
-            elif rank < slot.rank:
-                ops[name] = (Keep(tuple(range(rank))),)
-            elif rank > slot.rank:
-                ops[name] = (Grow(rank - slot.rank),)
+        first = lambda rank: [Keep(tuple(range(rank)))]  # noqa: E731
+        ops = {name: ops_to(layout[name].rank, slot.rank, first) for name, slot in self.layout.items()}
         self._surgeon.apply(RankPlan(ops, "reshape", state="reset"), self.step)
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -426,7 +420,7 @@ class Controller:
                 return
             self._state = self._policy.observe(self._state, observed, step)
         if due:
-            if (studied := self._study("every")) is not None:
+            if self._adapter.enabled and (studied := self._study("every")) is not None:
                 observed = studied
             self._decide(observed if observed is not None else Observation(step))
 

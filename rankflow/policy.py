@@ -49,6 +49,7 @@ class Signal(str, Enum):
     WEIGHT_SCORE = "weight_score"  # [], mean |W0 * dL/dDeltaW| over a seeded subset of output rows
     INPUTS = "inputs"  # [<= q, in], S V^T of the module's inputs about their mean, float64; no average
     INPUT_ENERGY = "input_energy"  # [], sum of all squared singular values of those inputs, float64; no average
+    PATH_SCORE = "path_score"  # [], sum |DeltaW * dL/dDeltaW|, with the gradient averaged over a batch's `points` first
     # Exponential averages over the steps that listen to one of them (see `Policy.decay`), carried through every resize:
     MEAN_ZZ = "mean_zz"  # [r, r], of z z^T over tokens, float64
     MEAN_DD = "mean_dd"  # [r, r], of d d^T over tokens, of the loss summed over tokens, float64
@@ -122,7 +123,8 @@ class Study:
 
     Every batch is run once at each of `points`, a factor on the adapter's scaling; signals are averaged over all
     passes (`inputs` and `input_energy` are those of all of them) and reach `Policy.observe` in an `Observation` whose
-    `study` is this name.
+    `study` is this name. Only `path_score` looks at the points of a batch together: until the last of them it keeps
+    lora_A's inputs and lora_B's output gradients, len(points) * tokens * (in + out) numbers for each module.
     """
 
     name: str

@@ -116,6 +116,11 @@ class Probes:
                 if (gradient := gradients.get(parameter)) is not None:
                     recorder.add_gradient(factor, gradient)
 
+    def end_batch(self) -> None:
+        """The passes since the last call, or since `arm`, were one batch: what looks at a batch as a whole does so."""
+        for recorder in self._recorders.values():
+            recorder.end_batch()
+
     def collect(self, loss_scale: float = 1.0) -> Observation:
         """What was heard since `arm`; takes the hooks off.
 
@@ -127,6 +132,7 @@ class Probes:
         """
         if not self.armed:
             raise RankFlowError("probes are not armed for this step; call arm() before the forward pass")
+        self.end_batch()
         hooked = self._signals - _LAZY.keys() - GATE_SIGNALS
         heard = {name: recorder.heard() for name, recorder in self._recorders.items()}
         for name, recorder in self._recorders.items():

@@ -24,13 +24,16 @@ from rankflow.signals import (
     delta_score,
     embedding_contraction,
     gram,
+    integrated,
     linear_contraction,
     touched_columns,
 )
 from rankflow.sites import Site
 
 GRAMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})
-DELTA = frozenset({Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH, Signal.WEIGHT_SCORE})
+DELTA = frozenset(
+    {Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH, Signal.WEIGHT_SCORE, Signal.PATH_SCORE}
+)
 INPUT = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})
 _GRADIENT = {"A": Signal.GRAD_A, "B": Signal.GRAD_B}
 
@@ -55,6 +58,7 @@ class Recorder:
         self._given: Tensor | None = None  # the module's input before dropout, likewise
         self._inputs: Principal | None = None
         self._channels = 1 if site.kind == "conv" else -1
+        self._passes: list[tuple[Tensor, Tensor, float]] = []  # (g, x, scaling in force) of this batch
 
     def install(self) -> list[Any]:
         handles: list[Any] = [
@@ -154,6 +158,10 @@ class Recorder:
                 self._take_grams(mask, g @ B, F.embedding(ids, A.T))
 
     def _take_delta(self, g: Tensor, x: Tensor) -> None:
+        if Signal.PATH_SCORE in self._signals:
+            self._passes.append((g.detach().movedim(self._channels, 0), x.detach(), self.site.scaling))
+        if not self._signals & DELTA - {Signal.PATH_SCORE}:
+            return
         with _aside(g):
             g = _working(g).movedim(self._channels, 0)
             A, B = _working(shown(self.site, "A")), _working(shown(self.site, "B"))
@@ -173,6 +181,24 @@ class Recorder:
                 rows = self._draws.rows(len(B), g.device)
                 scale = len(B) / len(rows) / norm
                 self._add(Signal.DELTA_SCORE_SAMPLED, delta_score(A, B, g, contract, rows) * scale)
+
+    def end_batch(self) -> None:
+        """Score what the passes of a batch left, integrated, and let go of it."""
+        passes, self._passes = self._passes, []
+        if not passes:
+            return
+        with _aside(passes[0][0]):
+            # DeltaW is that of the module's own scaling, each g that of the scaling in force at its pass
+            A, B = _working(shown(self.site, "A")), self.site.scaling * _working(shown(self.site, "B"))
+            gradients = [_working(g) / scaling for g, _, scaling in passes]
+            inputs = [x for _, x, _ in passes]
+            if self.site.kind == "embedding":  # all passes look at the same few columns
+                A, contract = touched_columns(torch.cat([ids.flatten() for ids in inputs]), A)
+                terms = [(torch.cat([g.flatten(1) for g in gradients], 1), contract)]
+            else:
+                terms = list(zip(gradients, map(self._contraction, inputs), strict=True))
+            rows = torch.arange(len(B), device=B.device)
+            self._add(Signal.PATH_SCORE, delta_score(A, B, rows, integrated(terms)))
 
     def _contraction(self, x: Tensor) -> Contract:
         if self.site.kind == "embedding":

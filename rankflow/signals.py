@@ -7,8 +7,8 @@ dL/dDeltaW is its contraction with lora_A's input x, divided by scaling; against
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ def delta_score(A: Tensor, B: Tensor, g: Tensor, contract: Contract, rows: Tenso
         pick = slice(i, i + step) if rows is None else rows[i : i + step]
         total += (B[pick] @ A).mul_(contract(g[pick])).abs_().sum()
     return total
+
+
+def integrated(passes: Sequence[tuple[Tensor, Contract]]) -> Contract:
+    """What takes row numbers ``[b]`` to those rows of the sum of all contractions, ``[b, n]``: the g of `delta_score`
+    is then ``arange(out)``."""
+    return lambda rows: reduce(torch.add, (contract(g[rows]) for g, contract in passes))
 
 
 def gram(t: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def run_study(
                     gradients = torch.autograd.grad(loss, factors, allow_unused=True)
                 probes.add_gradients(dict(zip(factors, gradients, strict=True)))
                 passes += 1
+            probes.end_batch()
         if passes == 0:
             raise ConfigError(
                 f"study {study.name!r} got no batch; give a list or a DataLoader, which can be iterated more than once"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,14 +16,15 @@ from rankflow.averages import Averages
 from rankflow.errors import ConfigError, PlanError, RankFlowError
 from rankflow.gates import Gates
 from rankflow.journal import Journal
-from rankflow.linalg import spectrum
+from rankflow.linalg import Spectrum, spectrum
 from rankflow.moments import SeedV
 from rankflow.optim import Carrier, OnUnknownState
-from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Refactor, Train
+from rankflow.plan import Layout, RankPlan, Train
 from rankflow.ramps import Ramps
 from rankflow.seeds import keyed_generator
 from rankflow.sites import Site
 from rankflow.staging import Stage, Staged, check_finite
+from rankflow.transitions import best_cut, ops_to
 
 
 class Surgeon:
@@ -230,16 +232,13 @@ def resize(
                 f"{pattern!r} matches no module of adapter {adapter_name!r}; its first is {next(iter(layout))}"
             )
         wanted |= dict.fromkeys(hits, rank)
-    ops = {name: _ops_to(surgeon.adapter.sites[name], rank) for name, rank in wanted.items()}
+    sites = surgeon.adapter.sites
+    ops = {
+        name: ops_to(rank, layout[name].rank, best_cut(partial(_spectrum, sites[name])))
+        for name, rank in wanted.items()
+    }
     return surgeon.apply(RankPlan(ops, reason="resize"))
 
 
-def _ops_to(site: Site, rank: int) -> list[Op]:
-    if rank > site.rank:
-        return [Grow(rank - site.rank)]
-    if rank == site.rank:
-        return []
-    if rank == 0:
-        return [Drop()]
-    cut = spectrum(site.a().detach(), site.b().detach(), site.scaling).cut(rank)
-    return [Refactor(cut.N, cut.M), *([Grow(cut.fresh)] if cut.fresh else [])]
+def _spectrum(site: Site) -> Spectrum:
+    return spectrum(site.a().detach(), site.b().detach(), site.scaling)

@@ -121,8 +121,31 @@ class Run:
         return self
 
 
+def resumed(first: Run, policy: Any, steps: int, folder: Path, **options: Any) -> Run:
+    """The run that goes on from what `first` leaves in `folder`, as a fresh process would."""
+    first.model.save_pretrained(folder)
+    save_state(first.flow, folder)
+    torch.save([first.optimizer.state_dict(), first.scheduler.state_dict()], folder / "optimizer.pt")
+    model = tiny_llama(seed=7)
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            p.data.copy_(dict(first.model.named_parameters())[name])
+    rankflow.restore(model, folder)
+    second = Run(policy, steps, model=model, **options)
+    optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
+    second.optimizer.load_state_dict(optimizer)
+    second.scheduler.load_state_dict(scheduler)
+    second.flow.load_state_dict(load_state(folder))
+    return second
+
+
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights of the adapter that is trained."""
+    return {n: t for n, t in weights(model).items() if ".default." in n}
 
 
 def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

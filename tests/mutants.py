@@ -438,6 +438,62 @@ MUTANTS = [
         'keyed_generator(self.seed, "lisa")',
         "tests/test_lisa.py",
     ),
+    Mutant(),
+    Mutant(
+        "take absolute values at every point of a path",
+        "studies.py",
+        "                passes += 1\n            probes.end_batch()",
+        "                passes += 1\n                probes.end_batch()",
+        "tests/test_colora.py",
+    ),
+    Mutant(
+        "score every point of a path at the adapter's own scaling",
+        "recorder.py",
+        "gradients = [_working(g) / scaling for g, _, scaling in passes]",
+        "gradients = [_working(g) / self.site.scaling for g, _, _ in passes]",
+        "tests/test_colora.py",
+    ),
+    Mutant(
+        "start a path half a step from the adapter",
+        "policies/colora.py",
+        "1 - k / self.points",
+        "1 - (k + 0.5) / self.points",
+        "tests/test_colora.py",
+    ),
+    Mutant(
+        "round shares of a budget down",
+        "budget.py",
+        "/ (k + 0.5)",
+        "/ (k + 1.0)",
+        "tests/test_colora.py",
+    ),
+    Mutant(
+        "share ranks out whatever the size of a module",
+        "policies/colora.py",
+        "(c / top) ** self.beta * full[name] if",
+        "(c / top) ** self.beta if",
+        "tests/test_colora.py",
+    ),
+    Mutant(
+        "give a module more parameters than its weights",
+        "budget.py",
+        "(1 if k < most[name] else _LATER)",
+        "1",
+    ),
+    Mutant(
+        "(c / top) ** self.beta * _full_rank(layout[name])",
+        "(c / top) ** self.beta",
+    ),
+    Mutant(
+        "tests/test_colora.py",
+    ),
+    Mutant(
+        "forget the growth that a cut asks for",
+        "transitions.py",
+        ", *([Grow(cut.fresh)] if cut.fresh else [])]",
+        "]",
+        "tests/test_squeeze_policy.py tests/test_surgeon.py",
+    ),
 ]
 
 

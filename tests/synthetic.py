@@ -98,6 +98,7 @@ class World:
             Signal.WEIGHT_SCORE: score * (self.weights[name] * (g.T @ x)).abs().mean(),
             Signal.INPUTS: score * sigma[:, None] * directions,
             Signal.INPUT_ENERGY: (score * sigma).square().sum(),
+            Signal.PATH_SCORE: score,
         }
 
     def hear(self, step: int) -> None:

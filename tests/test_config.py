@@ -230,6 +230,8 @@ def layout(rank: int) -> Layout:
 START = {
     "adalora": 6,
     "adalora_then_squeeze": 12,
+    "colora": 8,
+    "colora_then_increlora": 4,
     "diffora": 4,
     "elalora": 4,
     "eva": 8,

@@ -25,6 +25,7 @@ CORE = [
     "pca",
     "rsvd",
     "statistics",
+    "transitions",
     "policies",
 ]
 RUNTIME = [

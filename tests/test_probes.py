@@ -110,6 +110,7 @@ def test_signals_are_those_of_a_dense_delta(kind: str):
             Signal.TOKENS: torch.tensor(float(len(z))),
             Signal.SKETCH: Draws((5, 1, name), 64, 16).omega(delta) @ G,
             Signal.WEIGHT_SCORE: (dense.weight[name] * G).abs().mean(),
+            Signal.PATH_SCORE: (delta * G).abs().sum(),
         }
         assert score > 0
         for signal in HOOKED:
@@ -125,7 +126,8 @@ def test_blocks_of_any_size_add_up_to_the_whole(kind: str, monkeypatch: pytest.M
     model = lora(kind)
     whole = hear(model, lambda: loss_of(model, kind).backward())
     monkeypatch.setattr("rankflow.signals.BLOCK", 50)
-    close(hear(model, lambda: loss_of(model, kind).backward()), whole, {Signal.DELTA_SCORE}, 1e-12)
+    scores = {Signal.DELTA_SCORE, Signal.PATH_SCORE}
+    close(hear(model, lambda: loss_of(model, kind).backward()), whole, scores, 1e-12)
 
 
 def test_the_sampled_score_is_unbiased():

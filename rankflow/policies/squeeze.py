@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -15,9 +16,10 @@ from rankflow.budget import Budget, allocate, check_lowers
 from rankflow.errors import ConfigError
 from rankflow.limits import units
 from rankflow.linalg import Gauge, Metric, Spectrum, spectrum
-from rankflow.plan import Carry, Drop, Grow, Layout, Op, RankPlan, Refactor, Slot
+from rankflow.plan import Carry, Layout, Op, RankPlan, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.schedule import Curve, curve
+from rankflow.transitions import best_cut, ops_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +139,12 @@ class Squeeze(Policy):
             for name in present
         }
         ranks = self._by_energy(spectra, layout, step) if target is None else self._by_budget(spectra, layout, target)
-        ops: dict[str, list[Op]] = {}
+        ops: dict[str, Sequence[Op]] = {}
         for name, rank in ranks.items():
-            if rank > layout[name].rank:
-                ops[name] = [Grow(rank - layout[name].rank)]
-            elif rank < layout[name].rank:
-                ops[name] = self._cut(spectra[name], rank, self.metric if statistics[name] else "weights")
+            metric = self.metric if statistics.get(name) else "weights"
+            shrink = best_cut(partial(spectra.__getitem__, name), metric, self.gauge)
+            if change := ops_to(rank, layout[name].rank, shrink):
+                ops[name] = change
         reason = [f"{len(ops)} of {len(layout)} modules change, for {target or f'energy {self._share(step):.4g}'}"]
         if total := math.fsum(float(s.gains.sum()) for s in spectra.values()):
             lost = math.fsum(spectra[name].error(ranks[name]) ** 2 for name in ops if name in spectra)
@@ -189,10 +191,3 @@ class Squeeze(Policy):
             rank = next(unit.ranks(wanted, unit.rank), max(low, min(high, unit.rank)))
             ranks |= dict.fromkeys(unit.names, rank)
         return ranks
-
-    def _cut(self, spectrum: Spectrum, rank: int, metric: Metric) -> list[Op]:
-        if rank == 0:
-            return [Drop()]
-        cut = spectrum.cut(rank, self.gauge)
-        refactor = Refactor(cut.N, cut.M, metric)
-        return [refactor, Grow(cut.fresh)] if cut.fresh else [refactor]
