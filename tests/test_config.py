@@ -139,8 +139,8 @@ budgt: 3
     assert "metrc: unknown key; did you mean 'metric'? known: metric, shape" in text
     assert "mean_rnk: unknown key; did you mean 'mean_rank'?" in text
     assert (
-        "shape: is 'halvin', but should be 'constant', 'linear', 'cubic', 'cosine' or 'halving'; did you mean 'halving'?"
-        in text
+        "shape: is 'halvin', but should be 'constant', 'linear', 'cubic', 'cosine' or 'halving'; "
+        "did you mean 'halving'?" in text
     )
     assert "no policy is called 'hldo'; did you mean 'hold'?" in text
     assert "start: 110% is not between 0% and 100%" in text
