@@ -157,6 +157,20 @@ MUTANTS = [
         "tests/test_controller.py",
     ),
     Mutant(
+        "draw noise with the seed of the process instead of the run's",
+        "controller.py",
+        "self._surgeon.seed = self._gates.seed = self._probes.seed =",
+        "self._surgeon.seed = self._probes.seed =",
+        "tests/test_gates.py::test_a_resumed_run_ends_where_an_uninterrupted_one_does",
+    ),
+    Mutant(
+        "deal held-out batches with the seed of the process instead of the run's",
+        "controller.py",
+        "            self._held_out.seed = self.seed",
+        "            pass",
+        "tests/test_gates.py::test_a_resumed_run_goes_on_in_the_held_out_data",
+    ),
+    Mutant(
         "let a non-finite score decide",
         "controller.py",
         '            if bad := _non_finite(observed):\n                self._skip(f"{bad} is not finite", warn=due)',

@@ -466,7 +466,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, gate, stop
     part.model.save_pretrained(tmp_path, selected_adapters=["default", "other"])
     model = tiny_llama()
     rankflow.restore(model, tmp_path)
-    resumed = Run(lifecycle(gate), 10, model=model, state=state)
+    resumed = Run(lifecycle(gate), 10, model=model, state=state, seed=7)  # the checkpoint's is what counts
     resumed.optimizer.load_state_dict(part.optimizer.state_dict())
     resumed.scheduler.load_state_dict(part.scheduler.state_dict())
     resumed.until(10)
@@ -537,7 +537,7 @@ def test_a_resumed_run_goes_on_in_the_held_out_data(tmp_path, stop):
     state = copy.deepcopy(part.flow.state_dict())
     part.model.save_pretrained(tmp_path, selected_adapters=["default", "other"])
     rankflow.restore(model := tiny_llama(), tmp_path)
-    resumed = make(model=model, state=state)
+    resumed = make(model=model, state=state, seed=7)  # the checkpoint's is what counts
     resumed.optimizer.load_state_dict(part.optimizer.state_dict())
     resumed.scheduler.load_state_dict(part.scheduler.state_dict())
     resumed.until(8)
