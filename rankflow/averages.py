@@ -29,6 +29,8 @@ class Averages:
     step, accumulation divided out, as losses usually are; its tokens are those of the module that had most. So steps
     count by their tokens, however many they have. For a loss that is no such mean, steps of another size weigh more or
     less than that, in all modules alike: no ranking of modules that heard the same steps depends on it.
+
+    z and d under a gate are those of the gated factors, which folding makes the factors: averages stay what they are.
     """
 
     def __init__(self, adapter: Adapter):

@@ -224,7 +224,7 @@ MUTANTS = [
         "averages.py",
         "journal.contents(self._running, moved)",
         "self._running = moved",
-        "tests/test_averages.py::test_a_resize_that_fails_at_any_write_leaves_them_to_the_bit",
+        "tests/test_averages.py::test_a_resize_that_fails_leaves_them_to_the_bit_at_whatever_write",
     ),
     Mutant(
         "average gradients of a mean loss",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from loops import Run
 from peft import LoraConfig, get_peft_model
 from test_controller import STEPS, CountingMode, assert_one_run, resumed
+from test_gates import Rounded, Spread
 from test_probes import checkpointed, encoder, reviews, sentence_loss
 from test_statistics import mixing, ops_from
 from torch import Tensor, nn
@@ -241,10 +242,19 @@ def test_what_the_surgeon_carries_is_what_would_be_heard_now(data):
     assert (carried["two"]["measured"] == 20).all()
 
 
-def test_a_resize_that_fails_at_any_write_leaves_them_to_the_bit(monkeypatch):
+def test_a_resize_that_fails_leaves_them_to_the_bit_at_whatever_write(monkeypatch):
     patient = Patient()
     patient.hear()
     before, plan = patient.state(), RankPlan({"one": [mixing(2, 3, 0), Grow(2)], "two": [Keep((2, 0))]})
+
+    def unsound(*_: object) -> None:
+        raise RankFlowError("after the last write")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Surgeon, "_verify", unsound)
+        with pytest.raises(RankFlowError, match="after the last write"):
+            patient.surgeon.apply(plan)
+    assert same(patient.state(), before)
     write, left = Journal.write, 0
 
     def failing(self: Journal, do: Callable[[], object], undo: Callable[[], object]) -> None:
@@ -276,6 +286,17 @@ def test_a_module_that_comes_back_starts_unmeasured():
     patient.surgeon.apply(RankPlan({"one": [Grow(2)]}))
     assert patient.state()["one"]["measured"].tolist() == [0, 0]
     assert patient.hear()["one"][Signal.MEASURED].tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("gate", [Spread(), Spread(scope="module"), Rounded()], ids=["value", "module", "rounded"])
+def test_what_was_heard_under_a_gate_is_what_would_be_heard_after_folding(gate):
+    patient = Patient()
+    patient.surgeon.gates.install(gate)
+    gated = patient.hear()
+    assert patient.surgeon.gates
+    patient.surgeon.gates.fold()
+    assert not patient.surgeon.gates
+    close(gated, patient.hear(type(patient.averages)(patient.surgeon.adapter)), 1e-6)  # gates are float32
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
