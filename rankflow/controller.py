@@ -199,6 +199,12 @@ class Controller:
         _attached.get(self.model, set()).discard(self._adapter.name)
 
     @property
+    def stored(self) -> dict[str, dict[str, Tensor]]:
+        """The form in which the policy's gates want factors kept in files, by module: that of now, or of when they were
+        last folded. Empty for gates that are content with floats."""
+        return self._gates.stored()
+
+    @property
     def attached(self) -> bool:
         """False once `finish` or `detach` was called."""
         return bool(self._hooks)

@@ -41,6 +41,11 @@ class Gate:
         """Parameters of a module of `slot.rank` directions, or of as many new ones as it says."""
         return {"value": torch.ones(slot.rank if self.scope == "component" else 1)}
 
+    def calibrate(self, theta: Theta, A: Tensor, B: Tensor) -> Theta:
+        """Parameters of the module that are set from the factors it has when it comes under the gate, A ``[*e, r, in]``
+        and B ``[*e, out, r]``; what is not returned stays as `init` made it."""
+        return {}
+
     # -- in the forward pass ----------------------------------------------------------------------------------------
 
     def noisy(self, step: int) -> bool:
@@ -75,6 +80,10 @@ class Gate:
         """Which values are on, bool of the shape of v: what is off may be taken out of the adapter."""
         return self.value(self.draw_one(theta, None)) != 0
 
+    def score(self, theta: Theta) -> Tensor:
+        """What values rank by where some of them have to go, float of the shape of v."""
+        return self.value(self.draw_one(theta, None)).abs()
+
     # -- training ---------------------------------------------------------------------------------------------------
 
     def trains(self, key: str, step: int) -> bool:
@@ -99,4 +108,8 @@ class Gate:
 
     def report(self, theta: Theta) -> dict[str, float]:
         """Numbers about one module for the ledger, read when its gate is folded."""
+        return {}
+
+    def stored(self, theta: Theta, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """For gates whose folded factors are better kept in another form than as floats: that form of A and B."""
         return {}

@@ -56,6 +56,7 @@ class Gates:
         self._micro = 0  # noisy draws since the last step
         self._noisy = False
         self._hook: Any = None
+        self._stored: dict[str, dict[str, Tensor]] = {}  # of the gates folded last
 
     def __bool__(self) -> bool:
         return self.gate is not None
@@ -91,12 +92,29 @@ class Gates:
         """
         if self.gate is None:
             return {}
+        self._draw(None)  # the last forward may have been one with noise
         reports = {name: dict(self.gate.report(theta)) for name, theta in self._theta.items()}
+        stored = self.stored()
         with Journal() as journal, torch.no_grad():
             for name in self._theta:
                 self._fold_site(journal, self._adapter.sites[name], self.gate.value(self._live[name]))
         self.remove()
+        self._stored = stored
         return {name: report for name, report in reports.items() if report}
+
+    def stored(self) -> dict[str, dict[str, Tensor]]:
+        """The form in which gates want the factors kept (see `Gate.stored`), by module: of the gates that are there,
+        else of those that were folded last."""
+        if self.gate is None:
+            return self._stored
+        with torch.no_grad():
+            forms = {n: self.gate.stored(t, *self._factors(n)) for n, t in self._theta.items()}
+        return {name: form for name, form in forms.items() if form}
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A module's factors without the gate, canonical."""
+        site = self._adapter.sites[name]
+        return site.a().detach(), site.b().detach()
 
     def remove(self) -> None:
         """Take the gates off; factors stay as they are without them."""
@@ -123,7 +141,8 @@ class Gates:
     def _fresh(self, name: str, site: Site, slot: Slot) -> dict[str, Tensor]:
         assert self.gate is not None
         made = self.gate.init(slot, keyed_generator(self.seed, self._step, name, "gate"))
-        return {key: t.float().to(site.A.device) for key, t in made.items()}
+        made = {key: t.float().to(site.A.device) for key, t in made.items()}
+        return {**made, **self.gate.calibrate(made, *self._factors(name))}
 
     # -- what forwards see ------------------------------------------------------------------------------------------
 
@@ -181,6 +200,13 @@ class Gates:
         with torch.no_grad():
             return {name: self.gate.open(theta) for name, theta in self._theta.items()}
 
+    def scores(self) -> dict[str, Tensor]:
+        """What they rank by."""
+        if self.gate is None:
+            return {}
+        with torch.no_grad():
+            return {name: self.gate.score(theta) for name, theta in self._theta.items()}
+
     @property
     def gradients(self) -> dict[str, Tensor]:
         """dL/d value of the modules that the last collected step reached, loss scale undone."""
@@ -203,6 +229,9 @@ class Gates:
                 continue
             with torch.enable_grad():
                 made = self.gate.draw(self._theta, noise)
+            reached = True
+            if not (used := [(n, k) for n, k in used if made[n][k].requires_grad]):  # what depends on no parameter
+                continue
             outputs = [made[n][k] for n, k in used]
             given = [draws[n][k].grad / loss_scale for n, k in used]  # type: ignore[operator]
             found = torch.autograd.grad(outputs, everything, given, allow_unused=True)
@@ -210,7 +239,6 @@ class Gates:
                 if g is not None:
                     g = torch.where(g.isfinite(), g, 0.0)  # a step that the factors survive must not lose the gates
                     p.grad = g if p.grad is None else p.grad + g
-            reached = True
         self._gradient = {n: t["value"].grad for n, t in self._theta.items() if _graded(t.get("value"))}  # type: ignore[misc]
         if reached:
             self._add_penalty(everything)

@@ -45,6 +45,7 @@ class Signal(str, Enum):
     SKETCH = "sketch"  # [q, in], random rows of dL/dDeltaW
     GATE = "gate"  # [r] or [1], what the phase's gate multiplies directions or the module by; without noise
     GATE_OPEN = "gate_open"  # the same shape, bool: which are on
+    GATE_SCORE = "gate_score"  # the same shape, what they rank by where some have to go
     GATE_GRAD = "gate_grad"  # the same shape, gradient of the gate's parameter `value`
     WEIGHT_SCORE = "weight_score"  # [], mean |W0 * dL/dDeltaW| over a seeded subset of output rows
     INPUTS = "inputs"  # [<= q, in], S V^T of the module's inputs about their mean, float64; no average
@@ -56,7 +57,7 @@ class Signal(str, Enum):
     MEASURED = "measured"  # [r], tokens that the averages of each direction rest on, 0 for a new one, float64
 
 
-GATE_SIGNALS = frozenset({Signal.GATE, Signal.GATE_OPEN, Signal.GATE_GRAD})
+GATE_SIGNALS = frozenset({Signal.GATE, Signal.GATE_OPEN, Signal.GATE_SCORE, Signal.GATE_GRAD})
 
 Lazy = Tensor | Callable[[], Tensor]
 

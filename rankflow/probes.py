@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -163,11 +163,11 @@ class Probes:
         gates = self._gates
         if not gates or not self._signals & GATE_SIGNALS:
             return
+        readers = {Signal.GATE: gates.values, Signal.GATE_OPEN: gates.opened, Signal.GATE_SCORE: gates.scores}
+        readers = {signal: cache(read) for signal, read in readers.items() if signal in self._signals}
         for name, record in values.items():
-            if Signal.GATE in self._signals:
-                record[Signal.GATE] = lambda name=name: gates.values()[name]
-            if Signal.GATE_OPEN in self._signals:
-                record[Signal.GATE_OPEN] = lambda name=name: gates.opened()[name]
+            for signal, read in readers.items():
+                record[signal] = lambda read=read, name=name: read()[name]
             if Signal.GATE_GRAD in self._signals and name in gates.gradients:
                 record[Signal.GATE_GRAD] = gates.gradients[name]
 

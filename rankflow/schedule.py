@@ -38,13 +38,14 @@ class When:
     the whole run. A decision at step s comes after the s-th optimizer step.
 
     Left out, `start` is where the phase begins (the first phase: one `every` into the run), `stop` where it ends.
-    `run` is the number of steps of the whole run, known once resolved.
+    `run` is the number of steps of the whole run and `phase` where the phase begins and ends, known once resolved.
     """
 
     start: StepLike | None = None
     every: StepLike = "10%"
     stop: StepLike | None = None
     run: int | None = None
+    phase: tuple[int, int] | None = None  # its updates are those of the steps after the first up to the second
 
     def resolve(self, total_steps: int, begin: int = 0, end: int | None = None) -> When:
         """The same cadence in steps, clipped to the phase [begin, end).
@@ -65,7 +66,7 @@ class When:
         if start < begin:
             start += -(-(begin - start) // every) * every
         stop = end if self.stop is None else min(end, resolve_step(self.stop, total_steps, what="when.stop"))
-        return When(start, every, stop, total_steps)
+        return When(start, every, stop, total_steps, (begin, min(end, total_steps)))
 
     @property
     def _resolved(self) -> tuple[int, int, int]:
@@ -100,6 +101,17 @@ class When:
         if not events or step < events[0]:
             return 0.0
         return min(1.0, ((step - events.start) // events.step + 1) / len(events))
+
+    def at(self, share: float) -> int:
+        """The step by which that share of the phase's updates is done.
+
+        Raises:
+            ConfigError: not resolved.
+        """
+        if self.phase is None:
+            raise ConfigError(f"{self} is not resolved against a run, so nobody knows yet how long its phase is")
+        begin, end = self.phase
+        return begin + round(share * (end - begin))
 
 
 # -- curves: fraction in [0, 1] -> number ---------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class World:
         if self.gate is not None:
             value = self.value(name)
             gated = {Signal.GATE: value, Signal.GATE_OPEN: self.gate.open(self.theta[name])}
+            gated[Signal.GATE_SCORE] = self.gate.score(self.theta[name])
             gated[Signal.GATE_GRAD] = torch.randn(value.shape, generator=random)
         _, sigma, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         return {

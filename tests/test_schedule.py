@@ -96,6 +96,14 @@ def test_a_cosine_is_half_a_period():
         assert curve("cosine", 0.3, 0.0, t) == pytest.approx(0.3 / 2 * (1 + math.cos(t * math.pi)))
 
 
+def test_a_share_of_a_phase_is_counted_in_its_own_updates():
+    assert [When().resolve(100).at(t) for t in (0, 0.75, 1)] == [0, 75, 100]
+    assert [When(stop=50).resolve(100, 40, 80).at(t) for t in (0, 0.5, 1)] == [40, 60, 80]
+    assert When().resolve(100, 60).at(1) == 100
+    with pytest.raises(ConfigError, match="not resolved against a run"):
+        When().at(0.5)
+
+
 def test_an_unknown_curve_is_named():
     with pytest.raises(ConfigError, match="unknown curve 'square'; known: constant"):
         curve("square", 1, 2, 0.5)  # type: ignore[arg-type]
