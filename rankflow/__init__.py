@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rankflow.loop import attach
     from rankflow.plan import Layout, RankPlan, Slot
     from rankflow.policy import Observation, Policy, Signal, Study
+    from rankflow.quantized import load_quantized, save_quantized
     from rankflow.resume import restore
     from rankflow.surgeon import resize
     from rankflow.trainer import RankFlowCallback
@@ -32,6 +33,8 @@ _HOME = {
     "attach": "loop",
     "RankFlowCallback": "trainer",
     "restore": "resume",
+    "load_quantized": "quantized",
+    "save_quantized": "quantized",
     "resize": "surgeon",
     "squeeze": "checkpoint",
     "squeeze_model": "checkpoint",
@@ -76,8 +79,10 @@ __all__ = [
     "attach",
     "inspect",
     "load_policy",
+    "load_quantized",
     "resize",
     "restore",
+    "save_quantized",
     "squeeze",
     "squeeze_model",
 ]

@@ -492,6 +492,62 @@ MUTANTS = [
         "]",
         "tests/test_squeeze_policy.py tests/test_surgeon.py",
     ),
+    Mutant(
+        "quantise what gates have left instead of what rounding has",
+        "bits.py",
+        "quantised, residual_of = quantised + on * e, residual_of + e",
+        "quantised, residual_of = quantised + on * e, residual_of + on * e",
+        "tests/test_bayesian_lora.py",
+    ),
+    Mutant(
+        "round off the grid at its edge",
+        "bits.py",
+        "_INSIDE = 1 - 1e-6",
+        "_INSIDE = 1.0",
+        "tests/test_bayesian_lora.py",
+    ),
+    Mutant(
+        "leave gates on that are mostly closed",
+        "hardconcrete.py",
+        "return torch.sigmoid(_SHIFT - logit) < MOST_CLOSED",
+        "return torch.sigmoid(_SHIFT - logit) < 1 - MOST_CLOSED",
+        "tests/test_bayesian_lora.py",
+    ),
+    Mutant(
+        "charge bits whose parents are off",
+        "policies/bayesian_lora.py",
+        'chain(probability(t["bits"])).unbind(-1)',
+        'probability(t["bits"]).unbind(-1)',
+        "tests/test_bayesian_lora.py",
+    ),
+    Mutant(
+        "never fix the gates",
+        "policies/bayesian_lora.py",
+        "return step <= self.last",
+        "return True",
+        "tests/test_bayesian_lora.py",
+    ),
+    Mutant(
+        "fold the noise of the last forward",
+        "gates.py",
+        "        self._draw(None)  # the last forward may have been one with noise",
+        "",
+        "tests/test_bayesian_lora.py",
+    ),
+    Mutant(
+        "keep integers that are not the adapter's",
+        "quantized.py",
+        "_check(modules, path)\n    tensors: dict",
+        "tensors: dict",
+        "tests/test_bayesian_lora.py",
+    ),
+    Mutant(
+        "unpack small integers without their sign",
+        "quantized.py",
+        "torch.where(flat >= 2 ** (bits - 1), flat - 2**bits, flat)",
+        "flat",
+        "tests/test_bayesian_lora.py",
+    ),
 ]
 
 

@@ -231,6 +231,7 @@ def layout(rank: int) -> Layout:
 START = {
     "adalora": 6,
     "adalora_then_squeeze": 12,
+    "bayesian_lora": 16,
     "colora": 8,
     "colora_then_increlora": 4,
     "diffora": 4,

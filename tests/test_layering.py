@@ -26,6 +26,8 @@ CORE = [
     "rsvd",
     "statistics",
     "transitions",
+    "hardconcrete",
+    "bits",
     "policies",
 ]
 RUNTIME = [
@@ -62,6 +64,7 @@ EDGES = [
     "tables",
     "blank",
     "checkpoint",
+    "quantized",
     "resume",
     "loop",
     "trainer",

@@ -24,8 +24,11 @@ from rankflow.schedule import When
 
 RANKS = (4, 4, 6, 4, 3, 4)  # total 25
 BUDGETS = (Budget("total_rank", 40), Budget("total_rank", 15), Budget("max_params", 300), None)
-CLOSING = ("sora",)  # their gates close by themselves, whatever a budget still has room for
-EXTRA = {"squeeze": [{"energy": 0.8}]}  # settings that are numbers and change what a policy does
+CLOSING = ("bayesian_lora", "sora")  # their gates close by themselves, whatever a budget still has room for
+EXTRA = {  # settings that are numbers and change what a policy does
+    "bayesian_lora": [{"gate_init": -0.5, "diagonal": True}],
+    "squeeze": [{"energy": 0.8}],
+}
 
 
 def choices(hint: Any) -> list[Any]:
