@@ -175,43 +175,27 @@ def allocate(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budge
     return {name: chosen[name] for name in layout}
 
 
-def apportion(weights: Mapping[str, float], layout: Layout, budget: Budget, most: Mapping[str, int]) -> dict[str, int]:
-    """Ranks in proportion to `weights` (not negative): round(alpha * weight), no more than `most` and within limits,
-    with the alpha that spends the budget (resolved); module -> rank, for every module.
-
-    Nothing is bisected: as alpha goes up, a module gets its k-th direction when alpha * weight passes k - 1/2, so
-    directions go by (k - 1/2) / weight, smallest first (the divisor method of Webster and Sainte-Lague), which also
-    says what to do where several modules are at the same alpha: as in `allocate`. If there is budget left when all
-    have `most`, they go on past it in the same order; modules of weight 0 come last, evenly.
-
-    Raises:
-        ConfigError: see `allocate`. PlanError: a weight is not finite.
-    """
-    quotients = {
-        name: [
-            budget.cost(slot) * weights[name] / (k + 0.5) * (1 if k < most[name] else _LATER)
-            for k in range(slot.max_rank)
-        ]
-        for name, slot in layout.items()
-    }
-    return allocate(quotients, layout, budget)
-
-
 def even(layout: Layout, budget: Budget) -> dict[str, int]:
     """Ranks as equal as limits allow that spend the whole budget; module -> rank."""
     return allocate({name: [0.0] * slot.max_rank for name, slot in layout.items()}, layout, budget)
 
 
-def proportional(weights: Mapping[str, float], layout: Layout, budget: Budget) -> dict[str, list[float]]:
+def proportional(
+    weights: Mapping[str, float], layout: Layout, budget: Budget, most: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
     """Gains for `allocate` under which ranks come out in proportion to `weights`: w / (i + 1/2) for direction i.
 
     This is Webster's method of apportionment: rank = round(c w) in every module that limits leave alone, with the one c
-    that spends the budget (resolved). A module without a weight has 0.
+    that spends the budget (resolved). A module without a weight has 0. Past its `most` a module goes on, in the same
+    order, only when all others with a weight are there.
     """
-    return {
-        name: [weights.get(name, 0.0) * budget.cost(slot) / (i + 0.5) for i in range(slot.max_rank)]
-        for name, slot in layout.items()
-    }
+    most = {} if most is None else most
+
+    def gain(name: str, slot: Slot, i: int) -> float:
+        quotient = weights.get(name, 0.0) * budget.cost(slot) / (i + 0.5)
+        return quotient if i < most.get(name, slot.max_rank) else quotient * _LATER
+
+    return {name: [gain(name, slot, i) for i in range(slot.max_rank)] for name, slot in layout.items()}
 
 
 def grow_by_score(

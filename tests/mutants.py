@@ -343,7 +343,7 @@ MUTANTS = [
         "budget.py",
         "budget.cost(slot) / (i + 0.5)",
         "budget.cost(slot) / (i + 1)",
-        "tests/test_gora.py",
+        "tests/test_gora.py tests/test_colora.py",
     ),
     Mutant(
         "forget that the means of two batches differ",
@@ -465,13 +465,6 @@ MUTANTS = [
         "tests/test_colora.py",
     ),
     Mutant(
-        "round shares of a budget down",
-        "budget.py",
-        "/ (k + 0.5)",
-        "/ (k + 1.0)",
-        "tests/test_colora.py",
-    ),
-    Mutant(
         "share ranks out whatever the size of a module",
         "policies/colora.py",
         "(c / top) ** self.beta * full[name] if",
@@ -481,8 +474,8 @@ MUTANTS = [
     Mutant(
         "give a module more parameters than its weights",
         "budget.py",
-        "(1 if k < most[name] else _LATER)",
-        "1",
+        "quotient * _LATER",
+        "quotient",
         "tests/test_colora.py",
     ),
     Mutant(

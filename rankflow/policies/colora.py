@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from rankflow.budget import apportion, check_reachable
+from rankflow.budget import allocate, check_reachable, proportional
 from rankflow.errors import ConfigError
 from rankflow.linalg import Spectrum, spectrum
 from rankflow.plan import Layout, RankPlan, Slot
@@ -31,9 +31,9 @@ class CoLora(Policy):
     entry by entry, averaged over `batches` batches: a left Riemann sum that starts at the adapter as it is. A module's
     contribution C is the mean of F over its weights (`per: weight`) or the sum (`per: module`). Each then gets the
     share delta = min(1, alpha (C / max C)^beta) of the parameters that it would have if trained in full, which is rank
-    round(delta * out * in / (out + in)) within limits, with the alpha that meets the budget (see `budget.apportion`).
-    Where no module contributes anything, ranks come out even; one that has left the adapter contributes nothing.
-    Modules with too much rank are cut to their best approximation; growth does not change the function.
+    round(delta * out * in / (out + in)) within limits, with the alpha that meets the budget. Where no module
+    contributes anything, ranks come out even; one that has left the adapter contributes nothing. Modules with too much
+    rank are cut to their best approximation; growth does not change the function.
 
     Reconstruction: the paper's code is not public. That C is a mean, the form of the map from C to a rank, and what the
     probe is follow from its figures and its project page, not from a formula of its text.
@@ -103,7 +103,8 @@ class CoLora(Policy):
         top = contribution[best]
         full = {name: _full_rank(slot) for name, slot in layout.items()}
         weights = {name: (c / top) ** self.beta * full[name] if top > 0 else 0.0 for name, c in contribution.items()}
-        ranks = apportion(weights, layout, budget, {name: round(rank) for name, rank in full.items()})
+        most = {name: round(rank) for name, rank in full.items()}
+        ranks = allocate(proportional(weights, layout, budget, most), layout, budget)
         ops = {
             name: ops_to(rank, layout[name].rank, best_cut(partial(_spectrum, obs, name, layout[name])))
             for name, rank in ranks.items()
