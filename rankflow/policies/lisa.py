@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rankflow.errors import ConfigError
 from rankflow.limits import matching
+from rankflow.patterns import layer_of
 from rankflow.plan import Layout, RankPlan, Train
 from rankflow.policy import Observation, Policy, State
 from rankflow.schedule import When
@@ -87,10 +88,5 @@ class Lisa(Policy):
         layers: dict[str, list[str]] = {}
         for (name, slot), free in zip(layout.items(), state["free"].tolist(), strict=True):
             if free and slot.rank > 0 and name not in spared:
-                layers.setdefault(_layer(name) if self.group == "layer" else name, []).append(name)
+                layers.setdefault(layer_of(name) if self.group == "layer" else name, []).append(name)
         return layers
-
-
-def _layer(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(parts[: max((i for i, part in enumerate(parts, 1) if part.isdecimal()), default=len(parts))])
