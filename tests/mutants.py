@@ -397,15 +397,15 @@ MUTANTS = [
     Mutant(
         "compare directions without their scaling",
         "policies/rigl.py",
-        "(abs(slot.scaling) * a.norm(dim=-1)",
+        "(abs(scaling) * a.norm(dim=-1)",
         "(a.norm(dim=-1)",
         "tests/test_rigl.py",
     ),
     Mutant(
         "grow anew what was dropped and wins again",
         "policies/rigl.py",
-        "candidates = [*_again(obs[name], kept, lost), *candidates]",
-        "candidates = [*((s, None) for s, _ in _again(obs[name], kept, lost)), *candidates]",
+        "candidates = [*_again(obs[name], dropped[name]), *candidates]",
+        "candidates = [*((s, None) for s, _ in _again(obs[name], dropped[name])), *candidates]",
         "tests/test_rigl.py",
     ),
     Mutant(

@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import Run, same_weights, tiny_llama, weights
 from synthetic import World, run
 
+from rankflow.adapters import Adapter
 from rankflow.budget import Budget
 from rankflow.errors import ConfigError
 from rankflow.limits import Limit, Limits
@@ -20,6 +22,7 @@ from rankflow.plan import Drop, Grow, Keep, Layout, RankPlan
 from rankflow.policies.rigl import RigL
 from rankflow.policy import Observation, Signal
 from rankflow.schedule import When
+from rankflow.surgeon import Surgeon
 
 EVENTS = When(10, 10).resolve(60)  # 10, 20, ..., 60; they end at step 61
 
@@ -282,6 +285,16 @@ def test_a_module_that_left_competes_with_what_it_was_last_worth():
     assert (back.n, back.init) == (1, "zero_b")
 
 
+def test_a_module_that_left_and_is_frozen_stays_away():
+    world = World((0, 4))
+    policy = rigl(rate=0.5)
+    state = {**policy.init(world.layout), "strengths/m0": torch.tensor([1e9], dtype=torch.float64)}
+    world.layout = Layout({n: replace(s, trainable=n != "m0") for n, s in world.layout.items()})
+    obs = world.observe(policy.needs, 10)
+    plan = policy.decide(policy.observe(state, obs, 10), obs, world.layout, 10)
+    assert plan.apply_to(world.layout).ranks == {"m0": 0, "m1": 4}
+
+
 def test_what_was_never_measured_stays_away_unless_the_budget_asks_for_it():
     world = World((0, 4, 4), max_rank=6)
     assert decided(rigl(rate=0.5), world).apply_to(world.layout)["m0"].rank == 0
@@ -311,6 +324,60 @@ def test_the_new_are_made_up_at_random_where_the_gradient_has_no_more_directions
     grown = [op for ops in plan.ops.values() for op in ops if isinstance(op, Grow)]
     assert sum(op.n for op in grown) == 8
     assert all(op.sketch is not None and len(op.sketch) == 1 for op in grown)
+
+
+# -- the first updates of what is new ---------------------------------------------------------------------------------
+
+
+def updates(seed_v: str, strength: float, steps: int = 20) -> list[float]:
+    """Largest updates, in lr, of a column of B grown after 5000 AdamW steps of one constant gradient, whose entries are
+    all of one size along every old row of A, and `strength` times that along the new one. No ramp."""
+    model = lora("linear", trained=False)
+    adapter = Adapter(model)
+    site = next(iter(adapter.sites.values()))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    r, width = site.A.shape
+    with torch.no_grad():
+        site.A.copy_(torch.eye(r, width))  # the new row is as long, and one of the other unit vectors
+    gradient = torch.ones(len(site.B), width, dtype=torch.float64)  # of s DeltaW
+    gradient[:, r:] = 0
+    gradient[:, r] = strength
+    for p in adapter.parameters():
+        p.grad = torch.zeros_like(p)
+    site.B.grad = (gradient @ site.A.T).detach()
+    optimizer.step()
+    kept = optimizer.state[site.B]  # what 5000 such steps leave
+    kept["exp_avg"].copy_(site.B.grad * (1 - 0.9**5000))
+    kept["exp_avg_sq"].copy_(site.B.grad.square() * (1 - 0.999**5000))
+    for p in adapter.parameters():
+        optimizer.state[p]["step"].fill_(5000.0)
+    surgeon = Surgeon(adapter, optimizer, warmup=0, seed_v=seed_v)  # type: ignore[arg-type]
+    surgeon.apply(RankPlan({site.name: (Grow(1, "grad", gradient[:1]),)}))
+    found = []
+    for _ in range(steps):
+        before = site.B.detach()[:, -1].clone()
+        for p in adapter.parameters():
+            p.grad = torch.zeros_like(p)
+        site.B.grad = (gradient @ site.A.T).detach()
+        optimizer.step()
+        found.append(float((site.B.detach()[:, -1] - before).abs().max()) / 1e-3)
+    return found
+
+
+def test_under_a_constant_gradient_new_directions_start_slowly_and_never_overshoot():
+    """SpIEL sets m and v as if the gradient had been seen all along, so its first update is lr. The surgeon leaves m at
+    0 and seeds v by the siblings: (1 - beta1^k) lr at the k-th step. State of zero overshoots from the first on."""
+    seeded, naive = updates("siblings", 1.0), updates("zero", 1.0)
+    assert seeded == pytest.approx([1 - 0.9**k for k in range(1, 21)], rel=0.01)
+    assert naive[0] == pytest.approx(0.1 / math.sqrt(0.001), rel=0.01)  # 3.16
+    assert max(naive) > 6
+
+
+def test_siblings_vouch_for_gradients_like_their_own_only():
+    """Where the gradient is ten times theirs, v is a hundred times too small; still less is overshot than from zero."""
+    seeded, naive = updates("siblings", 10.0), updates("zero", 10.0)
+    assert seeded[0] == pytest.approx(10 * 0.1 / math.sqrt(0.999 + 0.1), rel=0.01)
+    assert 1 < max(seeded) < 0.9 * max(naive)
 
 
 # -- a real run -------------------------------------------------------------------------------------------------------

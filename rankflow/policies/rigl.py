@@ -42,7 +42,8 @@ class RigL(Policy):
 
     A module at rank 0 has no gradient to show. It competes, for one random direction, with the strength of its best
     candidate when it was last measured. One that was never measured comes back only to meet a budget or its minimum.
-    A module that is frozen, or that backward did not reach, neither loses nor gains.
+    A module that is frozen, or that backward did not reach, neither loses nor gains. Layers that have no sketch (DoRA,
+    attention, experts) are refused when the run starts.
 
     Differs:
     - directions instead of weights, and one competition over all modules, where RigL moves weights within a layer;
@@ -89,52 +90,40 @@ class RigL(Policy):
                 if not bool(signals[signal].isfinite().all()):
                     return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing moves")
         moving = [name for name, slot in layout.items() if slot.trainable and Signal.SKETCH in obs.get(name, {})]
-        sizes = {name: _sizes(obs[name], slot) for name, slot in layout.items() if slot.rank > 0}
+        sizes = {name: _sizes(obs[name], slot.scaling) for name, slot in layout.items() if slot.rank > 0}
         dropped = self._weakest({name: sizes[name] for name in moving}, layout, step)
-        queues = {name: self._queue(name, sizes, dropped, state, obs, layout[name]) for name in layout}
+        queues: dict[str, Queue] = {}
+        for name, slot in layout.items():
+            strengths = state.get(f"strengths/{name}", torch.zeros(0)).tolist()
+            seen = len(strengths) if name in moving else int(slot.rank == 0 and slot.trainable)
+            candidates: Queue = [(s, None) for s in strengths[:seen]]
+            if name in dropped:
+                candidates = [*_again(obs[name], dropped[name]), *candidates]
+            queues[name] = _queue(name, slot, sizes.get(name, []), dropped.get(name, set()), candidates)
         ranks = self._allocate(queues, layout, state)
         ops: dict[str, list[Op]] = {}
         for name, slot in layout.items():
             stay = [i for _, i in queues[name][: ranks[name]] if i is not None]
             if found := _ops(slot, stay, ranks[name], obs.get(name, {})):
                 ops[name] = found
+        weakest = sum(map(len, dropped.values()))
         if not ops:
-            return RankPlan(reason=f"none of the {len(dropped)} weakest directions would do better elsewhere")
+            return RankPlan(reason=f"none of the {weakest} weakest directions would do better elsewhere")
         grown = [op.n for found in ops.values() for op in found if isinstance(op, Grow)]
-        reason = f"{len(dropped)} weakest directions may move; {sum(grown)} grow in {len(grown)} modules"
+        reason = f"{weakest} weakest directions may move; {sum(grown)} grow in {len(grown)} modules"
         still = sum(slot.rank > 0 for slot in layout.values()) - len(moving)
         return RankPlan(ops, reason + (f"; {still} modules are frozen or show no gradient" if still else ""))
 
-    def _weakest(self, sizes: Mapping[str, list[float]], layout: Layout, step: int) -> set[tuple[str, int]]:
-        """The directions to drop at `step`. Of equal ones the last goes first, so that where all is equal modules lose
-        evenly."""
+    def _weakest(self, sizes: Mapping[str, list[float]], layout: Layout, step: int) -> dict[str, set[int]]:
+        """The directions to drop at `step`, by module. Of equal ones the last goes first, so that where all is equal
+        modules lose evenly."""
         events = self.when.events
         share = curve(self.fade, self.rate, 0.0, (step - events.start) / (events.stop - events.start))
         found = [(rounded(s, name), -i, -at, name) for at, name in enumerate(sizes) for i, s in enumerate(sizes[name])]
-        return {(name, -i) for _, i, _, name in heapq.nsmallest(round(share * layout.total_rank), found)}
-
-    def _queue(
-        self,
-        name: str,
-        sizes: Mapping[str, list[float]],
-        dropped: set[tuple[str, int]],
-        state: State,
-        obs: Observation,
-        slot: Slot,
-    ) -> Queue:
-        """What a module would have, the best first: what it keeps, its candidates, fillers."""
-        own = sizes.get(name, [])
-        kept = sorted((i for i in range(len(own)) if (name, i) not in dropped), key=lambda i: -own[i])
-        candidates: Queue = []
-        if slot.trainable and (slot.rank == 0 or Signal.SKETCH in obs[name]):
-            candidates = [(s, None) for s in state.get(f"strengths/{name}", torch.zeros(0)).tolist()]
-        if slot.rank == 0:
-            candidates = candidates[:1]
-        elif lost := [i for i in range(len(own)) if (name, i) in dropped]:
-            candidates = [*_again(obs[name], kept, lost), *candidates]
-        candidates.sort(key=lambda c: -rounded(c[0], name))  # stable: of equal ones a dropped direction goes first
-        queue = [*((math.inf, i) for i in kept), *candidates]
-        return [*queue, *[(_FILLER, None)] * (slot.max_rank - len(queue))] if slot.trainable else queue
+        dropped: dict[str, set[int]] = {}
+        for _, i, _, name in heapq.nsmallest(round(share * layout.total_rank), found):
+            dropped.setdefault(name, set()).add(-i)
+        return dropped
 
     def _allocate(self, queues: Mapping[str, Queue], layout: Layout, state: State) -> dict[str, int]:
         budget = self.budget if self.budget is not None else Budget("total_rank", int(state["total"]))
@@ -143,21 +132,28 @@ class RigL(Policy):
         return allocate(gains, layout, budget)
 
 
-def _sizes(signals: Mapping[Signal, Tensor], slot: Slot) -> list[float]:
-    """|s| |b_i| |a_i| of every direction (of experts, over all of them)."""
+def _sizes(signals: Mapping[Signal, Tensor], scaling: float) -> list[float]:
+    """|s| |b_i| |a_i| of every direction."""
     a, b = signals[Signal.A].double(), signals[Signal.B].double()
-    return (abs(slot.scaling) * a.norm(dim=-1) * b.norm(dim=-2)).reshape(-1, slot.rank).norm(dim=0).tolist()
+    return (abs(scaling) * a.norm(dim=-1) * b.norm(dim=-2)).tolist()
 
 
-def _again(signals: Mapping[Signal, Tensor], kept: list[int], dropped: list[int]) -> Queue:
+def _again(signals: Mapping[Signal, Tensor], dropped: set[int]) -> Queue:
     """The dropped directions as candidates: the gradient along their rows, outside the rows that are kept."""
-    if not dropped:
-        return []
     a = signals[Signal.A].double()
+    kept, lost = [i for i in range(len(a)) if i not in dropped], sorted(dropped)
     strengths, directions = gradient_directions(a[kept], signals[Signal.SKETCH])
-    rows = torch.nn.functional.normalize(a[dropped], dim=-1).to(directions.device)
+    rows = torch.nn.functional.normalize(a[lost], dim=-1).to(directions.device)
     along = (strengths[:, None] * (directions @ rows.mT)).norm(dim=0)
-    return list(zip(along.tolist(), dropped, strict=True))
+    return list(zip(along.tolist(), lost, strict=True))
+
+
+def _queue(name: str, slot: Slot, sizes: list[float], dropped: set[int], candidates: Queue) -> Queue:
+    """What a module would have, the best first: what it keeps, its candidates, fillers."""
+    kept = sorted((i for i in range(len(sizes)) if i not in dropped), key=lambda i: -sizes[i])
+    ranked = sorted(candidates, key=lambda c: -rounded(c[0], name))  # of equal ones a dropped direction stays first
+    queue: Queue = [*((math.inf, i) for i in kept), *ranked]
+    return [*queue, *[(_FILLER, None)] * (slot.max_rank - len(queue))] if slot.trainable else queue
 
 
 def _ops(slot: Slot, stay: list[int], rank: int, signals: Mapping[Signal, Tensor]) -> list[Op]:
