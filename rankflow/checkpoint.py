@@ -19,7 +19,8 @@ from rankflow.crew import Crew, Progress
 from rankflow.errors import ConfigError
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.tensors import all_finite, check_destination
-from rankflow.linalg import Gauge, Spectrum, new_rows, refactor, spectrum
+from rankflow.growth import new_rows
+from rankflow.linalg import Gauge, Spectrum, refactor, spectrum
 from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Refactor
 from rankflow.rsvd import Backend, check_backend
 from rankflow.seeds import keyed_generator

@@ -39,7 +39,7 @@ RANK_EPS = torch.finfo(torch.float32).eps
 # Squaring into a Gram matrix halves the digits. Below this share of the largest rank-1 term, factors are used instead.
 _GRAM_LIMIT = 1e-4
 # A's directions below this share of its size are not relied on when a deficient direction is given a new row.
-_SPAN_EPS = 1e-6
+SPAN_EPS = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,15 +200,15 @@ def spectrum(
     if backend != "exact" and metric != "weights":
         raise ConfigError(f"SVD backend {backend!r} works in metric 'weights' only; use 'exact' for {metric!r}")
     _check_statistics(A, metric, S_A, S_B)
-    A64, B64 = _f64(A), _f64(B)
+    A64, B64 = f64(A), f64(B)
     gram_A, gram_B = A64 @ A64.mT, B64.mT @ B64
     for name, gram, factor in (("A", gram_A, A), ("B", gram_B, B)):
         if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):
             raise AdapterError(f"{name} {list(factor.shape)} holds NaN or infinity; restore it from a good checkpoint")
 
     root_A, root_B = _root(gram_A), _root(gram_B)
-    R_A = root_A if S_A is None else _root(_f64(S_A))
-    R_B = scaling * root_B if S_B is None else _root(_f64(S_B))
+    R_A = root_A if S_A is None else _root(f64(S_A))
+    R_B = scaling * root_B if S_B is None else _root(f64(S_B))
     U, sigma, Vh = torch.linalg.svd(R_B @ R_A.mT)
     scale = _largest_term(R_A, R_B)
     noise = 64 * torch.finfo(torch.float64).eps
@@ -237,115 +237,9 @@ def spectrum(
 
 def refactor(A: Tensor, B: Tensor, N: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     """A' = N A ``[*e, k, in]`` and B' = B M ``[*e, out, k]``, in float64 and then rounded to the factor's dtype."""
-    A64, B64 = _f64(A), _f64(B)
+    A64, B64 = f64(A), f64(B)
     # B M as (M^T B^T)^T: a product with its short side first is twice as fast on the CPU
-    return _like(_f64(N).to(A64.device) @ A64, A), _like((_f64(M).mT.to(B64.device) @ B64.mT).mT, B)
-
-
-# -- optimizer moments ----------------------------------------------------------------------------------------------
-
-
-def carry_first(m: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
-    """First moments through A' = N A, B' = B M: M^T m of A, m N^T of B, as gradients transform.
-
-    Exact, for any linear average of gradients, where DeltaW does not change; `m` has its factor's canonical shape.
-    """
-    bound = torch.finfo(m.dtype).max
-    return _like(_carry(m, N, M, factor).clamp(-bound, bound), m)
-
-
-def carry_second(
-    v: Tensor,
-    m: Tensor | None,
-    N: Tensor,
-    M: Tensor,
-    factor: Factor,
-    *,
-    bias_first: float = 1.0,
-    bias_second: float = 1.0,
-) -> Tensor:
-    """Second moments through A' = N A, B' = B M: max((M*M)^T v, m'^2) of A, max(v (N*N)^T, m'^2) of B, entrywise.
-
-    `m` is the first moment after `carry_first`, None where the optimizer has none. The two are compared as the update
-    sees them, divided by their bias corrections `bias_first` = 1 - beta1^t and `bias_second` = 1 - beta2^t (1.0 for an
-    optimizer without), and the result is stored as `v` was. Squared maps drop the covariances between directions;
-    without the max, |m'| / sqrt(v') could so grow by sqrt(r). With it, it never passes max(1, before).
-    """
-    carried = _carry(v, _f64(N).square(), _f64(M).square(), factor)
-    if m is not None:
-        carried = torch.maximum(carried, bias_second * (_f64(m) / bias_first).square())
-    carried = carried.clamp(max=torch.finfo(v.dtype).max)
-    stored = _like(carried, v)
-    short = (_f64(stored) < carried).to(v.device)  # rounding down, or to zero, would undo the bound
-    return torch.where(short, torch.nextafter(stored, torch.full_like(stored, torch.inf)), stored)
-
-
-def _carry(moment: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
-    moment64 = _f64(moment)
-    if factor == "A":
-        return _f64(M).mT.to(moment64.device) @ moment64
-    return moment64 @ _f64(N).mT.to(moment64.device)
-
-
-# -- rows for growth ------------------------------------------------------------------------------------------------
-
-
-def new_rows(n: int, A: Tensor, generator: torch.Generator, *, kind: str = "linear") -> Tensor:
-    """`n` new rows for A ``[*e, n, in]``, drawn as PEFT draws a fresh A, in A's dtype and on its device.
-
-    Uniform within 1 / sqrt(in) (Kaiming with a = sqrt(5)) from a CPU `generator`, whatever A's dtype. A may have no
-    rows: only its other dimensions count.
-
-    Differs: PEFT starts an embedding with A = 0 and a standard normal B. New columns of B are 0 here, always, so for
-    kind `embedding` it is the rows of A that are standard normal.
-    """
-    shape = (*A.shape[:-2], n, A.shape[-1])
-    if kind == "embedding":
-        rows = torch.randn(shape, generator=generator)
-    else:
-        rows = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(A.shape[-1])
-    return rows.to(A.device, A.dtype)
-
-
-def gradient_directions(A: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the gradient of DeltaW points and A ``[*e, m, in]`` cannot go yet: (strengths ``[*e, k]``, directions
-    ``[*e, k, in]``), float64, strongest first.
-
-    Singular values and right singular directions of `sketch` ``[*e, q, in]`` outside A's row space, as many as are more
-    than rounding, 1e-5 of the sketch's norm (of experts, as many as the one with the fewest has).
-
-    Raises:
-        ConfigError: a sketch whose shape does not fit A.
-        RankFlowError: a sketch that is not finite.
-    """
-    if sketch.ndim != A.ndim or sketch.shape[:-2] != A.shape[:-2] or sketch.shape[-1] != A.shape[-1]:
-        raise ConfigError(
-            f"gradient sketch {list(sketch.shape)} does not fit A {list(A.shape)}; the last dims must agree"
-        )
-    if not bool(sketch.isfinite().all()):
-        raise RankFlowError(f"gradient sketch {list(sketch.shape)} holds NaN or infinity; skip this decision")
-    outside = _f64(sketch)
-    size = torch.linalg.matrix_norm(outside)[..., None]
-    _, span, basis = torch.linalg.svd(_f64(A), full_matrices=False)
-    basis = basis * (span > _SPAN_EPS * torch.linalg.vector_norm(span, dim=-1, keepdim=True))[..., None]
-    outside = outside - outside @ basis.mT @ basis
-    _, strength, directions = torch.linalg.svd(outside, full_matrices=False)
-    usable = int((strength > 1e-5 * size).sum(-1).min())
-    return strength[..., :usable], directions[..., :usable, :]
-
-
-def rows_from_sketch(n: int, A: Tensor, sketch: Tensor, *, kind: str = "linear") -> Tensor:
-    """Up to `n` new rows for A ``[*e, m, in]``, m <= n: the leading `gradient_directions`, the largest entry of each
-    positive, all of A's RMS row norm (that of `new_rows` where A has no rows, or is 0). Fewer than n come back when the
-    sketch has no more outside A's row space: `new_rows` makes up the number.
-
-    Raises:
-        ConfigError, RankFlowError: see `gradient_directions`.
-    """
-    rows = gradient_directions(A, sketch)[1][..., :n, :]
-    norm = torch.linalg.matrix_norm(_f64(A))[..., None, None] / math.sqrt(max(1, A.shape[-2]))
-    norm = torch.where(norm > 0, norm, math.sqrt(A.shape[-1]) if kind == "embedding" else math.sqrt(1 / 3))
-    return _like(rows * dominant_sign(rows)[..., None] * norm, A)
+    return like(f64(N).to(A64.device) @ A64, A), like((f64(M).mT.to(B64.device) @ B64.mT).mT, B)
 
 
 def orthogonality(A: Tensor, B: Tensor) -> Tensor:
@@ -360,14 +254,15 @@ def orthogonality(A: Tensor, B: Tensor) -> Tensor:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _f64(t: Tensor) -> Tensor:
+def f64(t: Tensor) -> Tensor:
     """Detached, in float64; on the CPU where the device has no float64."""
     t = t.detach()
     return (t.cpu() if t.device.type == "mps" else t).double()
 
 
-def _like(t: Tensor, like: Tensor) -> Tensor:
-    return t.to(like.dtype).to(like.device)
+def like(t: Tensor, other: Tensor) -> Tensor:
+    """In the other's dtype, on its device."""
+    return t.to(other.dtype).to(other.device)
 
 
 def _root(S: Tensor) -> Tensor:
@@ -422,7 +317,7 @@ def _orthogonal_rows(root: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
     back = torch.linalg.pinv(kept * shrink, rtol=1e-10)
     combine = torch.eye(r, dtype=N.dtype, device=N.device) - rows @ back @ (shrink * N)
     U, strength, _ = torch.linalg.svd(unit * (combine @ rows))
-    usable = strength > _SPAN_EPS * math.sqrt(r)
+    usable = strength > SPAN_EPS * math.sqrt(r)
     rms = torch.linalg.vector_norm(length, dim=-2, keepdim=True) / math.sqrt(r)
     new = torch.where(usable, 1 / strength, 0.0)[..., None] * rms * (U.mT @ (unit * combine))
     new = new * dominant_sign(new)[..., None]
@@ -442,8 +337,8 @@ def _randomised_directions(
         s * B.to(wide) @ A.to(wide), available, backend, oversample=oversample, n_iter=n_iter, seed=seed
     )
     inverse = torch.where(S > 0, 1 / S, 0.0).double()
-    N = inverse[:, None] * (_f64(U).mT @ (s * _f64(B)))
-    M = _f64(A) @ _f64(Vh).mT
+    N = inverse[:, None] * (f64(U).mT @ (s * f64(B)))
+    M = f64(A) @ f64(Vh).mT
     pad = k - available
     return torch.nn.functional.pad(N, (0, 0, 0, pad)), torch.nn.functional.pad(M, (0, pad))
 

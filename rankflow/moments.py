@@ -1,7 +1,7 @@
 """Optimizer state of one LoRA factor, apart from how any optimizer stores it, and how it follows a change of rank.
 
 Gradients of A' = N A are covectors, so averages of them map by M^T; squares of them map by the squared map, entry by
-entry, bounded so that no step gets larger (`rankflow.linalg.carry_second`).
+entry, bounded so that no step gets larger (`rankflow.carry.carry_second`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rankflow.linalg import Factor, carry_first, carry_second
+from rankflow.carry import carry_first, carry_second
+from rankflow.linalg import Factor
 
 SeedV = Literal["siblings", "mean", "zero"]
 SEED_FLOOR = 0.01  # of the siblings' mean: a direction whose partner is 0 has gradients all the same, a step later

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from rankflow.errors import AdapterError, PlanError
-from rankflow.linalg import Factor, new_rows, refactor, rows_from_sketch
+from rankflow.growth import new_rows, rows_from_sketch
+from rankflow.linalg import Factor, refactor
 from rankflow.moments import Moments, Partner, SeedV
 from rankflow.optim import Carrier, Swap
 from rankflow.plan import Drop, Grow, Keep, Op, Refactor, Train

@@ -39,23 +39,23 @@ MUTANTS = [
     ),
     Mutant(
         "carry first moments as displacements instead of gradients",
-        "linalg.py",
-        "return _f64(M).mT.to(moment64.device) @ moment64",
-        "return _f64(N).to(moment64.device) @ moment64",
+        "carry.py",
+        "return f64(M).mT.to(moment64.device) @ moment64",
+        "return f64(N).to(moment64.device) @ moment64",
         "tests/test_linalg.py",
     ),
     Mutant(
         "forget the bound on second moments",
-        "linalg.py",
-        "carried = torch.maximum(carried, bias_second * (_f64(m) / bias_first).square())",
+        "carry.py",
+        "carried = torch.maximum(carried, bias_second * (f64(m) / bias_first).square())",
         "pass",
         "tests/test_linalg.py",
     ),
     Mutant(
         "transpose N",
         "linalg.py",
-        "return _like(_f64(N).to(A64.device) @ A64, A)",
-        "N = N.mT if N.shape[-1] == N.shape[-2] else N; return _like(_f64(N).to(A64.device) @ A64, A)",
+        "return like(f64(N).to(A64.device) @ A64, A)",
+        "N = N.mT if N.shape[-1] == N.shape[-2] else N; return like(f64(N).to(A64.device) @ A64, A)",
         "tests/test_linalg.py tests/test_surgeon.py",
     ),
     Mutant(
@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "scale singular values twice",
         "linalg.py",
-        "R_B = scaling * root_B if S_B is None else _root(_f64(S_B))",
-        "R_B = scaling * scaling * root_B if S_B is None else _root(_f64(S_B))",
+        "R_B = scaling * root_B if S_B is None else _root(f64(S_B))",
+        "R_B = scaling * scaling * root_B if S_B is None else _root(f64(S_B))",
         "tests/test_linalg.py",
     ),
     Mutant(

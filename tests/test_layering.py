@@ -22,6 +22,8 @@ CORE = [
     "pruning",
     "scores",
     "linalg",
+    "carry",
+    "growth",
     "pca",
     "rsvd",
     "statistics",

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rankflow.carry import carry_first, carry_second
 from rankflow.errors import AdapterError, ConfigError, RankFlowError
-from rankflow.linalg import carry_first, carry_second, new_rows, refactor, rows_from_sketch, spectrum
+from rankflow.growth import new_rows, rows_from_sketch
+from rankflow.linalg import refactor, spectrum
 from rankflow.rsvd import dominant_sign, low_rank
 
 METRICS = ["weights", "outputs", "loss"]

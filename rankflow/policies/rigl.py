@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankflow.budget import Budget, allocate, check_reachable, rounded
 from rankflow.errors import ConfigError
-from rankflow.linalg import gradient_directions
+from rankflow.growth import gradient_directions
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.schedule import curve
