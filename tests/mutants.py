@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -575,7 +576,9 @@ def survives(mutant: Mutant) -> bool:
 def main() -> None:
     console = Console()
     chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
-    alive = [m for m in track(chosen, "mutants", console=console) if survives(m)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        fates = track(pool.map(survives, chosen), "mutants", len(chosen), console=console)
+        alive = [m for m, survived in zip(chosen, fates, strict=True) if survived]
     for mutant in alive:
         console.print(f"[red]survived[/red] {mutant.name}: {mutant.tests} stayed green")
     console.print(f"{len(chosen) - len(alive)} of {len(chosen)} mutants were noticed")

@@ -371,7 +371,7 @@ def test_gates_follow_keep_grow_drop_and_return(kind):
     optimizer.zero_grad()
     surgeon.gates.step()
     names = list(surgeon.layout)
-    before, values = outputs(model, kind), surgeon.gates.values()
+    before, values, averages = outputs(model, kind), surgeon.gates.values(), _averages(surgeon)
     tied = {n: s.tie for n, s in surgeon.layout.items()}
     surgeon.layout = Layout({n: dataclasses.replace(s, max_rank=8) for n, s in surgeon.layout.items()})
     surgeon.apply(RankPlan({n: (Grow(2),) for n in names}, "grow"), 1)
@@ -380,7 +380,14 @@ def test_gates_follow_keep_grow_drop_and_return(kind):
     for n in names:
         assert torch.equal(grown[n][:4], values[n])
         assert len(grown[n]) == 6
+        for entry in ("exp_avg", "exp_avg_sq"):
+            assert bool(averages[n][entry].any())
+            assert torch.equal(_averages(surgeon)[n][entry], torch.cat([averages[n][entry], torch.zeros(2)]))
     surgeon.apply(RankPlan({n: (Keep((3, 0, 5)),) for n in names}, "keep"), 2)
+    for n in names:
+        for entry in ("exp_avg", "exp_avg_sq"):
+            kept = torch.stack([averages[n][entry][3], averages[n][entry][0], torch.zeros(())])
+            assert torch.equal(_averages(surgeon)[n][entry], kept)
     assert all(torch.equal(surgeon.gates.values()[n], grown[n][[3, 0, 5]]) for n in names)
     if surgeon.layout[names[0]].min_rank == 0 and tied[names[0]] is None and len(names) > 1:
         surgeon.apply(RankPlan({names[0]: (Drop(),)}, "drop"), 3)
@@ -396,6 +403,11 @@ def test_gates_follow_keep_grow_drop_and_return(kind):
     wanted = outputs(model, kind)
     surgeon.gates.fold()
     torch.testing.assert_close(outputs(model, kind), wanted)
+
+
+def _averages(surgeon):
+    """Adam's of every module's gate values, copied."""
+    return {n: copy.deepcopy(of["value"]) for n, of in surgeon.gates.state_dict()["adam"].items()}
 
 
 def test_a_refactorisation_under_a_gate_is_refused():
