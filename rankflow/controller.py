@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -276,6 +277,7 @@ class Controller:
             "phase": self._phase,
             "version": self.version,
             "seed": self.seed,
+            "lifecycle": {"title": str(self.lifecycle), "written": self.lifecycle.written()},
             "layout": self.layout.to_json(),
             "first_layout": self._first_layout.to_json(),
             "ledger": self.ledger.events,
@@ -291,12 +293,13 @@ class Controller:
         """Go on from `state_dict`. Model and optimizer must already hold that checkpoint's tensors.
 
         Raises:
-            CheckpointError: another format, or live ranks that are not the checkpoint's.
+            CheckpointError: another format, another policy, or live ranks that are not the checkpoint's.
         """
         if state.get("format") != FORMAT:
             raise CheckpointError(
                 f"training state has format {state.get('format')!r}; this rankflow reads format {FORMAT}"
             )
+        self._check_lifecycle(state)
         layout = Layout.from_json(state["layout"])
         if (live := self._adapter.layout().ranks) != layout.ranks:
             wrong = next(n for n in {**layout.ranks, **live} if layout.ranks.get(n) != live.get(n))
@@ -321,6 +324,8 @@ class Controller:
         self._phase = int(state["phase"])
         self._state = dict(state["policy"])
         self._surgeon.layout = layout
+        for name, slot in layout.items():
+            self._adapter.sites[name].recall(slot.scaling)
         self._freeze(set(state.get("frozen", ())))
         self._surgeon.version = int(state["version"])
         self._surgeon.ramps.load_state_dict(state["ramps"])
@@ -331,6 +336,17 @@ class Controller:
         self._pending = None
         self.ledger.restore(state["ledger"], self.step)
         self._listen()
+
+    def _check_lifecycle(self, state: dict[str, Any]) -> None:
+        saved, own = state["lifecycle"], self.lifecycle.written()
+        if own == saved["written"]:
+            return
+        was, now = next(pair for pair in zip_longest(saved["written"], own, fillvalue="nothing") if pair[0] != pair[1])
+        raise CheckpointError(
+            f"the checkpoint (step {state['step']}) was made under the policy {saved['title']}, and this run has "
+            f"{self.lifecycle}: there it says {was!r}, here {now!r}; go on under the checkpoint's policy, or begin a "
+            "new run from its adapter, without its state"
+        )
 
     def reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,

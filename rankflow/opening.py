@@ -54,7 +54,8 @@ class Opening(Policy):
                 raise PlanError(
                     f"{name}: neither A nor B is zero, so the adapter adds something to the model already, and only a "
                     "fresh one can be given other directions; make a new adapter (with PEFT's default "
-                    "init_lora_weights), or use increlora to grow this one and squeeze to shrink it"
+                    "init_lora_weights), hand attach(state=...) the run's state to go on with one of this policy's, or "
+                    "use increlora to grow this one and squeeze to shrink it"
                 )
         budget = self._total(layout)
         gains = self.gains(obs, layout, budget)

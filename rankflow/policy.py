@@ -6,6 +6,7 @@ a dict of tensors that checkpoints itself, and one file under `rankflow/policies
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -219,6 +220,15 @@ class Lifecycle:
     policies: tuple[tuple[str, Policy, StepLike | None], ...]  # (name, policy, until)
     limits: Limits = field(default_factory=Limits)
     source: str = ""  # where it was read from, for messages
+
+    def written(self) -> list[str]:
+        """A line for each phase and one for the limits: two lifecycles that do the same have the same lines."""
+        phases = [f"{name} until {until}: {policy}" for name, policy, until in self.policies]
+        return [re.sub(r" at 0x[0-9a-f]+", "", line) for line in [*phases, str(self.limits)]]
+
+    def __str__(self) -> str:
+        names = " -> ".join(name for name, _, _ in self.policies)
+        return f"{names} ({self.source})" if self.source else names
 
     def resolve(self, total_steps: int, layout: Layout) -> tuple[Layout, tuple[Phase, ...]]:
         """Layout with limits in its slots, and phases in steps with budgets in whole units.

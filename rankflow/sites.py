@@ -233,6 +233,21 @@ class Site:
             if name in store:
                 journal.contents(store, {k: v for k, v in store.items() if k != name})
 
+    def recall(self, scaling: float) -> None:
+        """Take over the scaling that a checkpoint knows: a module that has left takes it up when it returns.
+
+        One that is there has its own, and only loses what rounding alpha and dividing by the rank again have changed.
+        """
+        if self.present:
+            if math.isclose(self.scaling, scaling, rel_tol=1e-9):
+                self.layer.scaling[self._adapter] = scaling
+            return
+        left = self._left
+        times = scaling / left.slot.scaling
+        vars(self.layer)[_MEMO][self._adapter] = replace(
+            left, slot=replace(left.slot, scaling=scaling), config_scaling=times * left.config_scaling
+        )
+
     @property
     def switched(self) -> tuple[str, ...]:
         """Roles that `train` switches: on, those it has switched off before (all, if it never did)."""

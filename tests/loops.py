@@ -131,11 +131,10 @@ def resumed(first: Run, policy: Any, steps: int, folder: Path, **options: Any) -
         if "lora_" not in name:
             p.data.copy_(dict(first.model.named_parameters())[name])
     rankflow.restore(model, folder)
-    second = Run(policy, steps, model=model, **options)
+    second = Run(policy, steps, model=model, state=load_state(folder), **options)
     optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
     second.optimizer.load_state_dict(optimizer)
     second.scheduler.load_state_dict(scheduler)
-    second.flow.load_state_dict(load_state(folder))
     return second
 
 

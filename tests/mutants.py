@@ -277,6 +277,20 @@ MUTANTS = [
         "tests/test_gates.py",
     ),
     Mutant(
+        "forget what scaling a module left with",
+        "controller.py",
+        "self._adapter.sites[name].recall(slot.scaling)",
+        "pass",
+        "tests/test_shipped.py -k adalora",
+    ),
+    Mutant(
+        "go on under any policy",
+        "controller.py",
+        'if own == saved["written"]:',
+        "if own:",
+        "tests/test_shipped.py -k another",
+    ),
+    Mutant(
         "save raw factors under gates",
         "gated.py",
         "state |= {key: gated(module, name).detach() for key, module, name in found if key in state}",
