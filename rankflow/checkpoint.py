@@ -89,10 +89,10 @@ def squeeze(
     crew = Crew(progress, passes * len(layout))
 
     def factors(name: str) -> tuple[Tensor, Tensor]:
-        a, b = adapter.factors(name)
-        # Once for all: cuts compute in float64 and round at the end. Randomised ones form the whole update, in less.
-        wide = torch.float64 if backend == "exact" else torch.promote_types(a.dtype, torch.float32)
-        return a.to(where, wide), b.to(where, wide)
+        a, b = (t.to(where) for t in adapter.factors(name))
+        if backend == "exact" and torch.bfloat16 not in (a.dtype, b.dtype):
+            return a.double(), b.double()  # once for all; bfloat16 may do with less
+        return a, b
 
     def measure(name: str) -> Spectrum:
         return spectrum(*factors(name), layout[name].scaling, backend=backend)
@@ -215,7 +215,7 @@ def _notes(layout: Layout, ranks: Mapping[str, int]) -> tuple[str, ...]:
 def _cut(found: Spectrum, A: Tensor, B: Tensor, rank: int, gauge: Gauge, name: str, kind: str) -> tuple[Tensor, Tensor]:
     """The best factors of that rank; rows that A has no room for are drawn afresh, beside zero columns of B."""
     cut = found.cut(rank, gauge)
-    a, b = refactor(A, B, cut.N, cut.M)
+    a, b = refactor(A, B, cut.N, cut.M, wide=found.wide)
     if cut.fresh:
         rows = new_rows(cut.fresh, a, keyed_generator(0, 0, name), kind=kind)
         a, b = torch.cat([a, rows], -2), torch.cat([b, b.new_zeros(*b.shape[:-1], cut.fresh)], -1)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError, RankFlowError
+from rankflow.roots import f64, root, root_by_qr, root_of_factor
 from rankflow.rsvd import Backend, check_backend, dominant_sign, low_rank
 
 Metric = Literal["weights", "outputs", "loss"]
@@ -62,6 +63,8 @@ class Spectrum:
     noise), where noise is what the arithmetic can produce out of nothing, in units of the largest rank-1 term: 64 eps64
     in metric `weights`, 4 sqrt(eps) for data metrics, whose Gram matrices (of precision eps) are all that is known.
     Directions that the data never excited, as when there were fewer tokens than r, are not live in a data metric.
+    `wide` is what `refactor` has to compute in to be within 1e-5 of the best: float32 where factors are bfloat16, and
+    their rows and columns well apart (`rankflow.roots`), `sigma` then being good to 1e-5 sigma_1; else float64.
 
     Differs: the usual eps32 * max(in, out) would call real directions of up to 5e-4 sigma_1 deficient. Factors are
     exact in float64, where B = 0, equal or zero columns show at 1e-16, so eps32 alone tells them apart and everything
@@ -70,6 +73,7 @@ class Spectrum:
 
     sigma: Tensor
     live: Tensor
+    wide: torch.dtype
     _roots: tuple[Tensor, Tensor]  # [*e, r, r] of A A^T and B^T B
     _directions: Callable[[int], tuple[Tensor, Tensor]] = field(repr=False)  # k -> N [*e, k, r], M [*e, r, k] at a = 1
 
@@ -178,7 +182,7 @@ def spectrum(
     """Singular values of scaling * B A in a metric (see the table above), and everything needed to cut it.
 
     Args:
-        A: ``[*e, r, in]``, any floating dtype; all arithmetic is in float64.
+        A: ``[*e, r, in]``, any floating dtype; all arithmetic is in float64, but for short sums of bfloat16.
         B: ``[*e, out, r]``.
         scaling: s in DeltaW = s B A; it stays what it is across a cut.
         S_A: ``[*e, r, r]``, E[z z^T], for `outputs` and `loss`; accumulate it in float64.
@@ -200,22 +204,19 @@ def spectrum(
     if backend != "exact" and metric != "weights":
         raise ConfigError(f"SVD backend {backend!r} works in metric 'weights' only; use 'exact' for {metric!r}")
     _check_statistics(A, metric, S_A, S_B)
-    A64, B64 = f64(A), f64(B)
-    gram_A, gram_B = A64 @ A64.mT, B64.mT @ B64
-    for name, gram, factor in (("A", gram_A, A), ("B", gram_B, B)):
-        if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):
-            raise AdapterError(f"{name} {list(factor.shape)} holds NaN or infinity; restore it from a good checkpoint")
-
-    root_A, root_B = _root(gram_A), _root(gram_B)
-    R_A = root_A if S_A is None else _root(f64(S_A))
-    R_B = scaling * root_B if S_B is None else _root(f64(S_B))
+    (root_A, wide_A), (root_B, wide_B) = root_of_factor(A.mT), root_of_factor(B)
+    if root_A is None or root_B is None:
+        bad, shape = ("A", A.shape) if root_A is None else ("B", B.shape)
+        raise AdapterError(f"{bad} {list(shape)} holds NaN or infinity; restore it from a good checkpoint")
+    R_A = root_A if S_A is None else root(f64(S_A))
+    R_B = scaling * root_B if S_B is None else root(f64(S_B))
     U, sigma, Vh = torch.linalg.svd(R_B @ R_A.mT)
     scale = _largest_term(R_A, R_B)
     noise = 64 * torch.finfo(torch.float64).eps
     if S_A is not None:
         noise = 4 * math.sqrt(max(torch.finfo(S.dtype).eps for S in (S_A, S_B) if S is not None))
     elif bool((sigma[..., -1] < _GRAM_LIMIT * scale).any()):
-        root_A, root_B = _root_of_factor(A64.mT), _root_of_factor(B64)
+        root_A, root_B = root_by_qr(A.mT), root_by_qr(B)
         R_A, R_B = root_A, scaling * root_B
         U, sigma, Vh = torch.linalg.svd(R_B @ R_A.mT)
     live = sigma > torch.maximum(RANK_EPS * sigma[..., 0], noise * scale)[..., None]
@@ -232,14 +233,19 @@ def spectrum(
         N, M = (torch.stack(part) for part in zip(*pairs, strict=True))
         return N.reshape(*A.shape[:-2], *N.shape[1:]), M.reshape(*A.shape[:-2], *M.shape[1:])
 
-    return Spectrum(sigma, live, (root_A, root_B), exact if backend == "exact" else randomised)
+    wide = torch.promote_types(wide_A, wide_B)
+    return Spectrum(sigma, live, wide, (root_A, root_B), exact if backend == "exact" else randomised)
 
 
-def refactor(A: Tensor, B: Tensor, N: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-    """A' = N A ``[*e, k, in]`` and B' = B M ``[*e, out, k]``, in float64 and then rounded to the factor's dtype."""
-    A64, B64 = f64(A), f64(B)
+def refactor(A: Tensor, B: Tensor, N: Tensor, M: Tensor, *, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A' = N A ``[*e, k, in]`` and B' = B M ``[*e, out, k]``, in float64 and then rounded to the factor's dtype; given
+    `wide`, computed and left in that (see `Spectrum`)."""
+    if wide is None:
+        new_A, new_B = refactor(f64(A), f64(B), N, M, wide=torch.float64)
+        return like(new_A, A), like(new_B, B)
+    A, B = A.detach().to(wide), B.detach().to(wide)
     # B M as (M^T B^T)^T: a product with its short side first is twice as fast on the CPU
-    return like(f64(N).to(A64.device) @ A64, A), like((f64(M).mT.to(B64.device) @ B64.mT).mT, B)
+    return N.detach().to(A) @ A, (M.detach().mT.to(B) @ B.mT).mT
 
 
 def orthogonality(A: Tensor, B: Tensor) -> Tensor:
@@ -254,34 +260,9 @@ def orthogonality(A: Tensor, B: Tensor) -> Tensor:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def f64(t: Tensor) -> Tensor:
-    """Detached, in float64; on the CPU where the device has no float64."""
-    t = t.detach()
-    return (t.cpu() if t.device.type == "mps" else t).double()
-
-
 def like(t: Tensor, other: Tensor) -> Tensor:
     """In the other's dtype, on its device."""
     return t.to(other.dtype).to(other.device)
-
-
-def _root(S: Tensor) -> Tensor:
-    """R with R^T R = S up to rounding of sqrt(S_ii S_jj) in each entry, so that directions of very different size cost
-    no accuracy: Cholesky's (Higham, Accuracy and Stability of Numerical Algorithms, theorem 10.3), or where S is
-    singular, and Cholesky may fail, one from the eigenvectors of the correlation matrix."""
-    R, failed = torch.linalg.cholesky_ex(S, upper=True)
-    if not bool(failed.any()):
-        return R
-    d = S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    unit = torch.where(d > 0, 1 / d, 0.0)
-    eigenvalues, Q = torch.linalg.eigh(S * unit[..., :, None] * unit[..., None, :])
-    return eigenvalues.clamp(min=0).sqrt()[..., :, None] * Q.mT * d[..., None, :]
-
-
-def _root_of_factor(F: Tensor) -> Tensor:
-    """R ``[*e, r, r]`` with R^T R = F^T F, without squaring F ``[*e, n, r]``."""
-    R = torch.linalg.qr(F, mode="r").R
-    return torch.nn.functional.pad(R, (0, 0, 0, R.shape[-1] - R.shape[-2]))
 
 
 def _largest_term(R_A: Tensor, R_B: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ CORE = [
     "pruning",
     "scores",
     "linalg",
+    "roots",
     "carry",
     "growth",
     "pca",

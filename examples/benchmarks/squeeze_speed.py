@@ -105,9 +105,10 @@ def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None
         adapter = PeftAdapter(source)
 
         def work(module: str) -> None:
-            A, B = (t.double() for t in adapter.factors(module))
-            cut = spectrum(A, B, adapter.layout[module].scaling).cut(options.target_rank, "balanced")
-            refactor(A, B, cut.N, cut.M)
+            A, B = (t if dtype == torch.bfloat16 else t.double() for t in adapter.factors(module))
+            found = spectrum(A, B, adapter.layout[module].scaling)
+            cut = found.cut(options.target_rank, "balanced")
+            refactor(A, B, cut.N, cut.M, wide=found.wide)
 
         Crew(None, 0).each(work, adapter.layout)
 
