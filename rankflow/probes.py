@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankflow.adapters import Adapter
 from rankflow.base_weight import check_base_weight
+from rankflow.eagerness import stay_eager
 from rankflow.errors import AdapterError, RankFlowError
 from rankflow.gates import Gates
 from rankflow.linalg import spectrum
@@ -75,7 +75,7 @@ class Probes:
         self._signals: frozenset[Signal] = frozenset()
         self._recorders: dict[str, Recorder] = {}
         self._handles: list[Any] = []
-        self._stance: Any = None
+        self._relax: Callable[[], object] | None = None  # ends what `stay_eager` began
 
     def check(self, signals: frozenset[Signal]) -> None:
         """Raise AdapterError if a module's kind of layer does not have one of `signals`."""
@@ -107,7 +107,7 @@ class Probes:
         if hooked & (GRAMS | INPUT):
             self._handles.append(self._adapter.model.register_forward_pre_hook(mask.read, with_kwargs=True))
         if hooked & _TAPPED and "torch._dynamo" in sys.modules:  # else nothing can be compiled
-            self._stance = torch.compiler.set_stance("force_eager")
+            self._relax = stay_eager(self)
 
     def add_gradients(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         """Take the factors' gradients from `torch.autograd.grad`, which fills no `.grad` and calls no hook on it."""
@@ -177,9 +177,9 @@ class Probes:
             handle.remove()
         self._handles = []
         self._recorders = {}
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        if self._relax is not None:
+            self._relax()
+            self._relax = None
         self.armed = False
 
 

@@ -305,6 +305,13 @@ MUTANTS = [
         "tests/test_shipped.py -k another",
     ),
     Mutant(
+        "let the first listener that leaves speak for all",
+        "eagerness.py",
+        "_listeners.discard(listener)",
+        "_listeners.clear()",
+        "tests/test_eagerness.py",
+    ),
+    Mutant(
         "save raw factors under gates",
         "gated.py",
         "state |= {key: gated(module, name).detach() for key, module, name in found if key in state}",

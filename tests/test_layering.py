@@ -46,6 +46,7 @@ RUNTIME = [
     "optim",
     "handlers",
     "ramps",
+    "eagerness",
     "probes",
     "recorder",
     "signals",

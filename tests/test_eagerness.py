@@ -1,0 +1,47 @@
+"""Who listens keeps compiled code eager, and nobody for longer than that."""
+
+from __future__ import annotations
+
+import torch
+
+from rankflow.eagerness import stay_eager
+
+
+class Listener:
+    pass
+
+
+def compiles() -> bool:
+    torch._dynamo.reset()
+    graphs = []
+    plus = torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert plus(torch.ones(2)).tolist() == [2, 2]
+    return bool(graphs)
+
+
+def test_the_last_to_leave_lets_code_compile_again():
+    assert compiles()
+    one, other = Listener(), Listener()
+    first, second = stay_eager(one), stay_eager(other)
+    assert not compiles()
+    first()
+    assert not compiles()
+    second()
+    second()
+    assert compiles()
+
+
+def test_a_listener_that_is_gone_has_left():
+    one = Listener()
+    stay_eager(one)
+    assert not compiles()
+    del one
+    assert compiles()
+
+
+def test_a_stance_of_the_users_comes_back():
+    with torch.compiler.set_stance("force_eager"):
+        leave = stay_eager(Listener())
+        leave()
+        assert not compiles()
+    assert compiles()
