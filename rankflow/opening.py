@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rankflow.budget import Budget, allocate, check_reachable
 from rankflow.errors import ConfigError, PlanError
-from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Refactor, Slot
+from rankflow.plan import Grow, Layout, Op, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.schedule import When
+from rankflow.transitions import first, ops_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +75,9 @@ class Opening(Policy):
         return self.budget if self.budget is not None else Budget("total_rank", layout.total_rank)
 
     def _ops(self, slot: Slot, rank: int, sketch: Tensor | None) -> Sequence[Op]:
-        leave = [Drop()] if slot.rank else []
-        if rank == 0:
-            return leave
-        if sketch is None:
-            keep = [Keep(tuple(range(rank)))] if rank < slot.rank else []
-            return [Grow(rank - slot.rank)] if rank > slot.rank else keep
+        if rank == 0 or sketch is None:
+            return ops_to(rank, slot.rank, first(range(slot.rank)))
         # From no rows at all: none of the old ones stands in a direction's way
-        grown = [*leave, Grow(rank, "grad", sketch)]
+        grown = [*ops_to(0, slot.rank, first(())), Grow(rank, "grad", sketch)]
         one = torch.eye(rank, dtype=torch.float64)
         return [*grown, Refactor(math.sqrt(3) * one, one / math.sqrt(3))] if self.unit_rows else grown

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from rankflow.budget import Budget, allocate, round_scores
 from rankflow.limits import units
-from rankflow.plan import Drop, Grow, Keep, Layout, Op
+from rankflow.plan import Layout, Op
+from rankflow.transitions import Shrink, first, ops_to
 
 
 def prune(
@@ -17,7 +18,7 @@ def prune(
     layout: Layout,
     budget: Budget | None = None,
     wanted: Mapping[str, Tensor] | None = None,
-) -> dict[str, list[Op]]:
+) -> dict[str, Sequence[Op]]:
     """Ops that take directions out, none where nothing changes.
 
     Args:
@@ -40,21 +41,13 @@ def prune(
     if budget is not None and budget.spent(layout.with_ranks(ranks)) > budget.amount:
         gains = {name: sorted((values[name][i] for i in order[name][: ranks[name]]), reverse=True) for name in values}
         ranks = allocate(gains, layout, budget)
-    ops: dict[str, list[Op]] = {}
-    for name, slot in layout.items():
-        rank = ranks[name]
-        if rank == 0 < slot.rank:
-            ops[name] = [Drop()]
-        elif rank < slot.rank:
-            ops[name] = [Keep(tuple(sorted(order[name][:rank])))]
-        elif rank > slot.rank:
-            ops[name] = [Grow(rank - slot.rank)]
-    return ops
+    ops = {name: ops_to(ranks[name], slot.rank, first(order.get(name, ()))) for name, slot in layout.items()}
+    return {name: of for name, of in ops.items() if of}
 
 
-def best(name: str, scores: Tensor, rank: int) -> tuple[int, ...]:
-    """The `rank` directions of highest score ``[r]``, in their order."""
-    return tuple(sorted(_order(_rounded(name, scores), None)[:rank]))
+def best(name: str, scores: Tensor) -> Shrink:
+    """Shrinks to the directions of highest score ``[r]``."""
+    return first(_order(_rounded(name, scores), None))
 
 
 def direction_sizes(A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rankflow.linalg import Gauge, Metric, Spectrum
-from rankflow.plan import Drop, Grow, Op, Refactor
+from rankflow.plan import Drop, Grow, Keep, Op, Refactor
 
 Shrink = Callable[[int], Sequence[Op]]
 
@@ -17,6 +17,11 @@ def ops_to(rank: int, now: int, shrink: Shrink) -> Sequence[Op]:
     if rank == now:
         return []
     return [Drop()] if rank == 0 else shrink(rank)
+
+
+def first(order: Sequence[int]) -> Shrink:
+    """Shrinks to the directions that come first in `order`; they stay in the order they have."""
+    return lambda rank: [Keep(tuple(sorted(order[:rank])))]
 
 
 def best_cut(spectrum: Callable[[], Spectrum], metric: Metric = "weights", gauge: Gauge = "keep") -> Shrink:

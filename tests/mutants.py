@@ -398,7 +398,7 @@ MUTANTS = [
     Mutant(
         "find first directions beside the old rows",
         "opening.py",
-        'grown = [*leave, Grow(rank, "grad", sketch)]',
+        'grown = [*ops_to(0, slot.rank, first(())), Grow(rank, "grad", sketch)]',
         'grown = [Grow(rank, "grad", sketch), Keep(tuple(range(slot.rank, slot.rank + rank)))]',
         "tests/test_eva.py",
     ),

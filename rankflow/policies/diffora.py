@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -17,10 +17,11 @@ from rankflow.gate import Draw, Gate, Theta
 from rankflow.limits import Unit, units
 from rankflow.linalg import spectrum
 from rankflow.patterns import layer_of
-from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Slot
+from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.pruning import all_finite, best, direction_sizes
 from rankflow.schedule import StepLike, resolve_step
+from rankflow.transitions import ops_to
 
 Relax = Literal["sigmoid", "softmax"]
 
@@ -168,12 +169,10 @@ class Diffora(Policy):
             return {name: slot.rank if name in chosen else 0 for name, slot in layout.items()}
         return allocate({name: [0.0] * layout[name].max_rank for name in chosen}, layout, self.budget)
 
-    def _ops(self, name: str, slot: Slot, rank: int, sizes: Mapping[str, Tensor]) -> list[Op]:
+    def _ops(self, name: str, slot: Slot, rank: int, sizes: Mapping[str, Tensor]) -> Sequence[Op]:
         if rank == 0 or (self.restart and slot.rank > 0 and slot.min_rank == 0):
             return [*([Drop()] if slot.rank else []), *([Grow(rank)] if rank else [])]
-        if rank < slot.rank:
-            return [Keep(best(name, sizes[name], rank))]
-        return [Grow(rank - slot.rank)] if rank > slot.rank else []
+        return ops_to(rank, slot.rank, best(name, sizes[name]))
 
 
 def _entropy(values: Mapping[str, float]) -> float:

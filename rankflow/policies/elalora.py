@@ -14,10 +14,11 @@ from rankflow.budget import Budget, check_reachable, grow_by_score, reachable
 from rankflow.errors import ConfigError
 from rankflow.gate import Gate
 from rankflow.linalg import orthogonality
-from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan
+from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.pruning import best, prune
 from rankflow.scores import TRIPLET_SIGNALS, complete, follow, measured, observe_triplets, triplet_scores
+from rankflow.transitions import ops_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +84,7 @@ class ElaLora(Policy):
         pruned = RankPlan(prune(scores, layout, room)).apply_to(layout)
         means = {name: float(t.mean()) for name, t in scores.items()}
         ranks = {**pruned.ranks, **grow_by_score(means, pruned, budget, None, 1)}
-        ops: dict[str, list[Op]] = {}
-        for name, slot in layout.items():
-            if ranks[name] == 0 < slot.rank:
-                ops[name] = [Drop()]
-            elif ranks[name] < slot.rank:
-                ops[name] = [Keep(best(name, scores[name], ranks[name]))]
-            elif ranks[name] > slot.rank:
-                ops[name] = [Grow(ranks[name] - slot.rank)]
+        ops = {n: ops_to(ranks[n], slot.rank, best(n, scores[n])) for n, slot in layout.items()}
         moved = sum(max(0, ranks[name] - slot.rank) for name, slot in layout.items())
         return RankPlan(ops, f"{moved} directions move to the modules of highest score, at {budget}")
 
