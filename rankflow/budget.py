@@ -234,6 +234,18 @@ def grow_by_score(
     return {name: rank for unit, rank in zip(moving, ranks, strict=True) if rank > unit.rank for name in unit.names}
 
 
+def next_ranks(layout: Layout, budget: Budget, grow_by: int) -> dict[str, int]:
+    """The rank that each module (tied ones together) would grow to next were it the only one to gain `grow_by`, within
+    limits and what is left of the budget (resolved); only modules that would grow, and are in the adapter."""
+    left = int(budget.amount) - budget.spent(layout)
+    found = {}
+    for unit in units(layout):
+        rank = _next_rank(unit, unit.rank, grow_by, left // _cost(unit, budget))
+        if rank > unit.rank > 0 and unit.allows(unit.rank):
+            found |= dict.fromkeys(unit.names, rank)
+    return found
+
+
 def _next_rank(unit: Unit, rank: int, want: int, afford: int) -> int:
     """The allowed rank to grow to: the first that adds `want`, else the most that fits; `rank` itself if none does."""
     ahead = next(unit.ranks(rank + want, rank + afford), None)

@@ -180,13 +180,13 @@ class Controller:
         """The run is over: take the hooks off and close the ledger with a `finish` event."""
         if self._hooks:
             self._thaw()
+            self._leave()
             if not self.within_budget and not self._rewound:
                 warnings.warn(
                     f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
                     f"{self.step} of {self.total_steps} steps were taken, or the last decisions were skipped",
                     stacklevel=2,
                 )
-            self._fold()
             self.ledger.append("finish", self.step, total_rank=self.layout.total_rank, params=self.layout.params)
         self.detach()
 
@@ -380,7 +380,8 @@ class Controller:
         self._listen()
 
     def _enter(self, phase: int) -> None:
-        self._fold()
+        if self._phase >= 0:
+            self._leave()
         self._thaw()
         self._phase = phase
         if (gate := self._policy.gate) is not None:
@@ -391,11 +392,13 @@ class Controller:
         self.ledger.append(
             "phase", self.step, policy=self.phase.name, end=self.phase.end, notes=list(self._policy.notes)
         )
+        self._change(lambda: self._policy.enter(self._state, self.layout))
         if (observed := self._study("start")) is not None:
             self._decide(observed)
 
-    def _fold(self) -> None:
-        """The gates of the phase that ends become part of the factors."""
+    def _leave(self) -> None:
+        """The phase ends: its policy leaves, and its gates become part of the factors."""
+        self._change(lambda: self._policy.leave(self._state, self.layout))
         if self._gates:
             self.ledger.append("fold", self.step, policy=self.phase.name, gates=self._gates.fold())
 
@@ -450,16 +453,22 @@ class Controller:
         if not self._adapter.enabled:
             self._skip("the adapter is disabled", warn=True)
             return
+        plan = self._change(lambda: self._policy.decide(self._state, observed, self.layout, self.step))
+        if not plan:
+            self._skip(plan.reason or "nothing to change")
+
+    def _change(self, ask: Callable[[], RankPlan]) -> RankPlan:
+        """Carry out the plan that the policy gives when asked; an empty one changes nothing."""
         began = time.perf_counter()
         try:
-            plan = self._policy.decide(self._state, observed, self.layout, self.step)
-            if not plan:
-                self._skip(plan.reason or "nothing to change")
-                return
-            self._apply(plan, began)
+            plan = ask()
+            if plan:
+                self._apply(plan, began)
         except PlanError as e:
             raise PlanError(f"{e} (step {self.step}, policy {self.phase.name})") from e
-        self._state = self._policy.decided(self._state, plan, self.layout, self.step)
+        if plan:
+            self._state = self._policy.decided(self._state, plan, self.layout, self.step)
+        return plan
 
     def _freeze(self, names: set[str]) -> None:
         """Let these modules and no others be frozen as by this phase's plans: `requires_grad` is in no adapter file."""

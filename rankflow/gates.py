@@ -21,7 +21,7 @@ from rankflow.gated import fit, gated, unfit
 from rankflow.journal import Journal
 from rankflow.linalg import Factor
 from rankflow.optim import Carrier
-from rankflow.plan import Drop, Grow, Keep, Op, RankPlan, Refactor, Slot
+from rankflow.plan import Drop, Grow, Keep, Op, Open, RankPlan, Refactor, Slot
 from rankflow.seeds import keyed_generator
 from rankflow.sites import Site
 
@@ -64,6 +64,10 @@ class Gates:
     @property
     def trained_on(self) -> str:
         return self.gate.trained_on if self.gate is not None else "nothing"
+
+    @property
+    def scope(self) -> str | None:
+        return self.gate.scope if self.gate is not None else None
 
     # -- coming and going -------------------------------------------------------------------------------------------
 
@@ -172,6 +176,11 @@ class Gates:
             self._drawn.append((noise, {name: dict(draw) for name, draw in self._live.items()}))
         self._noisy = noise is not None
 
+    def _settle(self) -> None:
+        """Deterministic draws of the parameters as they are now, where there may be others."""
+        if self._noisy or self.trained_on != "nothing":
+            self._draw(None)
+
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         assert self.gate is not None
         if module.training and torch.is_grad_enabled() and self.gate.noisy(self._step + 1):
@@ -242,7 +251,7 @@ class Gates:
         self._gradient = {n: t["value"].grad for n, t in self._theta.items() if _graded(t.get("value"))}  # type: ignore[misc]
         if reached:
             self._add_penalty(everything)
-        self._draw(None)
+        self._settle()
 
     def _add_penalty(self, everything: Sequence[nn.Parameter]) -> None:
         assert self.gate is not None
@@ -261,7 +270,7 @@ class Gates:
         if self.gate is not None:
             if self.gate.trained_on == "inner":
                 self._update(self._step)
-            self._draw(None)
+            self._settle()
 
     def outer_step(self, loss: Callable[[], Tensor], step: int) -> Tensor:
         """One update of gates that are trained on held-out data; of the factors nothing changes, not even `.grad`."""
@@ -327,13 +336,20 @@ class Gates:
     # -- resizes ----------------------------------------------------------------------------------------------------
 
     def check(self, plan: RankPlan) -> None:
-        """Raise PlanError if `plan` mixes directions that have gates of their own."""
+        """Raise PlanError if `plan` mixes directions that have gates of their own, or opens gates that it cannot."""
+        opens = self.gate is not None and self.scope == "component" and "value" in self.gate.per_direction
         for name, ops in plan.ops.items():
-            if name in self._theta and any(isinstance(op, Refactor) for op in ops):
-                raise PlanError(
-                    f"{name}: plan refactors a module under a gate; only Keep, Grow and Drop fit there. Let the phase "
-                    "that has the gate end first: its gates are folded then"
-                )
+            for op in ops:
+                if isinstance(op, Refactor) and name in self._theta and not op.diagonal:
+                    raise PlanError(
+                        f"{name}: plan mixes the directions of a module under a gate; only Keep, Grow, Open, Drop and "
+                        "a diagonal Refactor fit there. Let the phase that has the gate end first: its gates are "
+                        "folded then"
+                    )
+                if isinstance(op, Open) and not opens:
+                    raise PlanError(
+                        f"{name}: plan opens gates, but its phase has none of a value of its own for each direction"
+                    )
 
     def write(self, journal: Journal, plan: RankPlan, slots: Mapping[str, Slot]) -> None:
         """Let gates follow a plan whose factors are in place; `slots` are those after it."""
@@ -368,6 +384,11 @@ class Gates:
                 for key, entries in state.items():
                     for entry, t in entries.items():
                         entries[entry] = self._along(key, t, lambda u, op=op: u[list(op.idx)])
+            elif isinstance(op, Open) and theta is not None:
+                at = torch.tensor(op.idx, device=site.A.device)
+                theta = {**theta, "value": theta["value"].index_fill(0, at, op.to)}
+                for entry, t in state.get("value", {}).items():
+                    state["value"][entry] = self._along("value", t, lambda u, at=at: u.index_fill(0, at, 0.0))
             elif isinstance(op, Grow):
                 fresh = self._fresh(name, site, replace(slot, rank=op.n)) if site.present else {}
                 if theta is None:

@@ -152,7 +152,7 @@ class Unit:
 
     def ranks(self, first: int, last: int) -> Iterator[int]:
         """The ranks from `first` to `last` that limits allow, ascending."""
-        return filter(self._allowed, range(max(first, self._range.start), min(last + 1, self._range.stop)))
+        return filter(self.allows, range(max(first, self._range.start), min(last + 1, self._range.stop)))
 
     @property
     def span(self) -> tuple[int, int]:
@@ -161,8 +161,8 @@ class Unit:
         Raises:
             ConfigError: they allow none.
         """
-        low = next(filter(self._allowed, self._range), None)
-        high = next(filter(self._allowed, reversed(self._range)), None)
+        low = next(filter(self.allows, self._range), None)
+        high = next(filter(self.allows, reversed(self._range)), None)
         if low is None or high is None:
             raise ConfigError(f"{self}: min, max, rank_buckets and rank_multiple together allow no rank")
         return low, high
@@ -171,7 +171,8 @@ class Unit:
     def _range(self) -> range:
         return range(max(slot.min_rank for slot in self.slots), min(slot.max_rank for slot in self.slots) + 1)
 
-    def _allowed(self, rank: int) -> bool:
+    def allows(self, rank: int) -> bool:
+        """Whether limits let all of its modules have `rank`."""
         return all(slot.allows(rank) for slot in self.slots)
 
 

@@ -96,12 +96,15 @@ class Moments:
     def to(self, device: torch.device | str) -> Moments:
         return self._map(lambda t: t.to(device), lambda t: t.to(device))
 
-    def grow(self, n: int, seed: SeedV, partner: Partner, level: Callable[[], Level | None]) -> Moments:
+    def grow(
+        self, n: int, seed: SeedV, partner: Partner, level: Callable[[], Level | None], gate: float = 1.0
+    ) -> Moments:
         """Append `n` directions with first moments of 0 and a guessed second moment.
 
         The gradient of a column of B scales with its row of A, so a sibling's mean is scaled by their squared norms:
         an all-zero second moment under an old step count would overshoot, a plain mean would put a short direction to
-        sleep. Where there is no sibling with any history, like modules stand in for them; where none either, 0.
+        sleep. Where there is no sibling with any history, like modules stand in for them; where none either, 0. Under
+        a `gate` all gradients are that many times what they would be without.
         """
         dim = self.dim
 
@@ -125,7 +128,7 @@ class Moments:
             ratio = ratio.clamp(min=SEED_FLOOR).to(t.device, t.dtype)
             return mean * (ratio[..., :, None] if self.factor == "A" else ratio[..., None, :])
 
-        return self._map(lambda t: append(t, 0.0), lambda t: append(t, guess(t)))
+        return self._map(lambda t: append(t, 0.0), lambda t: append(t, guess(t) * gate**2))
 
     def _map(self, first: View, second: View) -> Moments:
         return replace(

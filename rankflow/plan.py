@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -163,6 +164,14 @@ class Refactor:
             raise PlanError("plan refactors with non-finite matrices")
         return int(self.N.shape[-2])
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether every direction stays what it is, but for its size."""
+        return all(
+            m.shape[-2] == m.shape[-1] and torch.equal(m, torch.diag_embed(m.diagonal(dim1=-2, dim2=-1)))
+            for m in (self.N, self.M)
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grow:
@@ -185,6 +194,30 @@ class Grow:
 
 
 @dataclass(frozen=True, slots=True)
+class Open:
+    """The gates of the directions `idx` become `to`, and B' = B v / `to` keeps the function; A stays bit for bit.
+
+    For modules under a gate with a parameter `value` of its own for each direction. To the optimizer these directions
+    are new: their state and their updates start as those of growth do, under a gate of `to`.
+    """
+
+    idx: tuple[int, ...]
+    to: float = 1.0
+
+    def rank_after(self, rank: int) -> int:
+        if not (math.isfinite(self.to) and self.to != 0):
+            raise PlanError(f"plan opens gates to {self.to}; it takes a finite value other than 0 to keep the function")
+        Keep(self.idx).rank_after(rank)  # the same demands on `idx`
+        return rank
+
+    def apart(self, rank: int) -> tuple[list[int], list[int]]:
+        """The directions that it leaves alone, and the order that takes them followed by `idx` back to what it was."""
+        rest = [i for i in range(rank) if i not in self.idx]
+        places = {direction: place for place, direction in enumerate([*rest, *self.idx])}
+        return rest, [places[i] for i in range(rank)]
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
     """The module leaves the adapter: rank 0, nothing computes, nothing trains. `Grow` brings it back."""
 
@@ -202,7 +235,7 @@ class Train:
         return rank
 
 
-Op = Keep | Refactor | Grow | Drop | Train
+Op = Keep | Refactor | Grow | Open | Drop | Train
 
 
 def _matrix_digest(t: Tensor) -> str:
@@ -226,6 +259,8 @@ def _op_to_json(op: Op) -> dict[str, Any]:
         if op.sketch is not None:
             out |= {"sketch_shape": list(op.sketch.shape), "sketch": _matrix_digest(op.sketch)}
         return out
+    if isinstance(op, Open):
+        return {"op": "open", "idx": list(op.idx), "to": op.to}
     if isinstance(op, Drop):
         return {"op": "drop"}
     return {"op": "train", "on": op.on}
@@ -359,6 +394,8 @@ class RankPlan:
                 case "grow":
                     sketch = take(d["sketch_shape"], d["sketch"]) if "sketch" in d else None
                     return Grow(d["n"], d["init"], sketch)
+                case "open":
+                    return Open(tuple(d["idx"]), d["to"])
                 case "drop":
                     return Drop()
                 case "train":

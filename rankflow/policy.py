@@ -188,6 +188,14 @@ class Policy:
     def init(self, layout: Layout) -> State:
         return {}
 
+    def enter(self, state: State, layout: Layout) -> RankPlan:
+        """What is to change when the phase begins, before its first step and under its gate."""
+        return RankPlan()
+
+    def leave(self, state: State, layout: Layout) -> RankPlan:
+        """What is to change when the phase ends, before its gate is folded. Not asked for when a run is given up."""
+        return RankPlan()
+
     def observe(self, state: State, obs: Observation, step: int) -> State:
         return state
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankflow.adapters import Adapter
 from rankflow.journal import Journal
 from rankflow.optim import Carrier
-from rankflow.plan import Drop, Grow, Keep, Op, Refactor
+from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor
 from rankflow.sites import Site
 
 
@@ -134,6 +134,8 @@ class Ramps:
                     youths = (youngest,) * op.N.shape[-2]
                 case Grow():
                     youths += (Youth(0, warmup),) * op.n
+                case Open():
+                    youths = tuple(Youth(0, warmup) if i in op.idx else y for i, y in enumerate(youths))
                 case Drop():
                     youths = ()
         return youths if rewarm is None else (Youth(0, rewarm),) * len(youths)

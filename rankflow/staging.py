@@ -16,7 +16,7 @@ from rankflow.growth import new_rows, rows_from_sketch
 from rankflow.linalg import Factor, refactor
 from rankflow.moments import Moments, Partner, SeedV
 from rankflow.optim import Carrier, Swap
-from rankflow.plan import Drop, Grow, Keep, Op, Refactor, Train
+from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor, Train
 from rankflow.sites import Entries, Site
 
 ROLES: tuple[Factor, Factor] = ("A", "B")
@@ -51,8 +51,18 @@ class Stage:
     seed_v: SeedV
     device: torch.device | str | None = None
 
-    def module(self, site: Site, ops: Sequence[Op], generator: torch.Generator, *, carry: bool) -> Staged:
+    def module(
+        self,
+        site: Site,
+        ops: Sequence[Op],
+        generator: torch.Generator,
+        *,
+        carry: bool,
+        gate: Tensor | None = None,
+    ) -> Staged:
         """Apply `ops` to copies, in order. Without `carry`, optimizer state starts afresh.
+
+        `gate` ``[r]`` is what directions are multiplied by; 1 where it is left out.
 
         Each op's result is rounded to the parameter's dtype, so whatever later ops keep stays bit for bit.
         """
@@ -65,7 +75,7 @@ class Stage:
         if not site.present:
             entries = site.build(self.config, rank=sum(op.n for op in resizing if isinstance(op, Grow)))
         like = old if entries is None else entries.tensors
-        factors = self._open(site, like, carry)
+        factors = self._factors(site, like, carry, gate)
         for op in resizing:
             match op:
                 case Keep():
@@ -74,6 +84,12 @@ class Stage:
                     factors.refactor(site.name, op.N, op.M)
                 case Grow():
                     self._grow(site, factors, op, generator)
+                case Open():
+                    rest, back = op.apart(factors.A.shape[-2])
+                    rows, columns = factors.opened(op.idx, op.to)
+                    factors.keep(rest)
+                    self._append(site, factors, rows, columns, op.to)
+                    factors.keep(back)
                 case Drop():
                     factors.keep(())
         if factors.A.shape[-2] == 0:
@@ -85,7 +101,7 @@ class Stage:
         }
         return Staged(Swap(site, old, new, self._states(site, factors, old, new)), entries, train)
 
-    def _open(self, site: Site, like: Mapping[str, nn.Parameter], carry: bool) -> _Factors:
+    def _factors(self, site: Site, like: Mapping[str, nn.Parameter], carry: bool, gate: Tensor | None) -> _Factors:
         a, b = site.a(like["A"].detach()), site.b(like["B"].detach())
         if not site.present:
             a, b = a[..., :0, :], b[..., :0]
@@ -96,7 +112,8 @@ class Stage:
         if self.device is not None:
             a, b = a.to(self.device), b.to(self.device)
             moments = {role: m.to(self.device) for role, m in moments.items()}
-        return _Factors(a, b, moments)
+        ones = torch.ones(a.shape[-2], device=a.device)
+        return _Factors(a, b, ones if gate is None else gate.to(a.device), moments)
 
     def _grow(self, site: Site, factors: _Factors, op: Grow, generator: torch.Generator) -> None:
         a, b = factors.A, factors.B
@@ -105,16 +122,23 @@ class Stage:
             rows = rows_from_sketch(op.n, a, op.sketch.to(a.device), kind=site.kind)
         if (short := op.n - rows.shape[-2]) > 0:
             rows = torch.cat([rows, new_rows(short, a, generator, kind=site.kind)], -2)
-        norm_a, norm_b, norm_new = (t.double().square().sum(d) for t, d in ((a, -1), (b, -2), (rows, -1)))
+        self._append(site, factors, rows, b.new_zeros(*b.shape[:-1], op.n))
+
+    def _append(self, site: Site, factors: _Factors, rows: Tensor, columns: Tensor, gate: float = 1.0) -> None:
+        """Add directions that are new to the optimizer, under a gate: rows of A ``[*e, n, in]``, columns of B
+        ``[*e, out, n]``."""
+        new_a, old_a = (t.double().square().sum(-1) for t in (rows, factors.A))
+        new_b, old_b = (t.double().square().sum(-2) for t in (columns, factors.B))
         partners: dict[Factor, Partner] = {
-            "A": Partner(torch.zeros_like(norm_new), norm_b.mean(-1)),
-            "B": Partner(norm_new, norm_a.mean(-1)),
+            "A": Partner(new_b, old_b.mean(-1)),
+            "B": Partner(new_a, old_a.mean(-1)),
         }
-        factors.A = torch.cat([a, rows], -2)
-        factors.B = torch.cat([b, b.new_zeros(*b.shape[:-1], op.n)], -1)
+        n = rows.shape[-2]
+        factors.A, factors.B = torch.cat([factors.A, rows], -2), torch.cat([factors.B, columns], -1)
+        factors.gate = torch.cat([factors.gate, factors.gate.new_full((n,), gate)])
         for role, m in factors.moments.items():
             level = partial(self.carrier.level, site, role) if self.carrier is not None else lambda: None
-            factors.moments[role] = m.grow(op.n, self.seed_v, partners[role], level)
+            factors.moments[role] = m.grow(n, self.seed_v, partners[role], level, gate)
 
     def _states(
         self, site: Site, factors: _Factors, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]
@@ -132,17 +156,26 @@ class _Factors:
 
     A: Tensor  # [*experts, r, in]
     B: Tensor  # [*experts, out, r]
+    gate: Tensor  # [r], float32
     moments: dict[Factor, Moments]
 
     def keep(self, idx: Sequence[int]) -> None:
         at = torch.tensor(idx, dtype=torch.long, device=self.A.device)
-        self.A, self.B = self.A.index_select(-2, at), self.B.index_select(-1, at)
+        self.A, self.B, self.gate = self.A.index_select(-2, at), self.B.index_select(-1, at), self.gate[at]
         self.moments = {role: m.keep(idx) for role, m in self.moments.items()}
+
+    def opened(self, idx: Sequence[int], to: float) -> tuple[Tensor, Tensor]:
+        """The rows of A and, for gates of `to`, the columns of B of some directions."""
+        at = torch.tensor(idx, dtype=torch.long, device=self.A.device)
+        scale = self.gate[at].double() / self.gate.new_tensor(to).double()  # as forwards see it, in float32
+        return self.A.index_select(-2, at), (self.B.index_select(-1, at) * scale).to(self.B.dtype)
 
     def refactor(self, name: str, N: Tensor, M: Tensor) -> None:
         if N.shape[:-2] not in ((), self.A.shape[:-2]):
             raise PlanError(f"{name}: plan refactors with N {list(N.shape)} but A is {list(self.A.shape)}")
         self.A, self.B = refactor(self.A, self.B, N, M)
+        if N.shape[-2] != N.shape[-1]:  # without a gate: under one, directions stay apart (see `Gates.check`)
+            self.gate = self.gate.new_ones(N.shape[-2])
         self.moments = {role: m.refactor(N, M) for role, m in self.moments.items()}
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankflow.plan import Drop, Grow, Keep, Op, Refactor, Train
+from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor, Train
 
 MIX_EPS = 1e-3  # of the largest part of a mixed direction: smaller ones are not asked whether they were measured
 
@@ -75,6 +75,9 @@ class Running:
                     out = out.refactor(op.N, op.M)
                 case Grow():
                     out = out.grow(op.n)
+                case Open():
+                    rest, back = op.apart(len(out.measured))
+                    out = out.keep(rest).grow(len(op.idx)).keep(back)
                 case Drop():
                     out = out.keep(())
                 case Train():

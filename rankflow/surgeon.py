@@ -97,9 +97,14 @@ class Surgeon:
         self.gates.check(plan)
         lost = self._check_optimizer(plan, layout)
         carry = plan.state == "carry"
+        values = self.gates.values() if self.gates.scope == "component" else {}
         staged = [
             self._stage.module(
-                self.adapter.sites[name], ops, keyed_generator(self.seed, step, name), carry=carry and name not in lost
+                self.adapter.sites[name],
+                ops,
+                keyed_generator(self.seed, step, name),
+                carry=carry and name not in lost,
+                gate=values.get(name),
             )
             for name, ops in plan.ops.items()
         ]

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rankflow.gate import Gate
-from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Refactor, Slot
+from rankflow.plan import Drop, Grow, Keep, Layout, Op, Open, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Phase, Policy, Signal, State, Study
 from rankflow.seeds import keyed_generator
 from rankflow.statistics import Running
@@ -67,6 +67,7 @@ class World:
 
     def delta(self, name: str) -> Tensor:
         a, b = self.factors[name]
+        a = self.value(name)[:, None].double() * a if name in self.theta else a
         return self.layout[name].scaling * b @ a
 
     def signals(self, name: str, step: int) -> dict[Signal, Tensor]:
@@ -140,6 +141,9 @@ class World:
                 elif isinstance(op, Grow):
                     new = torch.randn(op.n, a.shape[1], generator=keyed_generator(name, len(a)), dtype=torch.float64)
                     a, b = torch.cat([a, new]), torch.cat([b, b.new_zeros(len(b), op.n)], 1)
+                elif isinstance(op, Open):
+                    value, opened = self.value(name), torch.tensor([i in op.idx for i in range(len(a))])
+                    b = b * torch.where(opened, value.double() / value.new_tensor(op.to).double(), 1.0)
                 elif isinstance(op, Drop):
                     a, b = a[:0], b[:, :0]
                 if self.gate is not None:
@@ -163,7 +167,10 @@ class World:
         elif isinstance(op, Keep) and gate.scope == "component":
             kept = {k: t[list(op.idx)] for k, t in self.theta[name].items() if k in gate.per_direction}
             self.theta[name] = {**self.theta[name], **kept}
-        assert not isinstance(op, Refactor), "under a gate only Keep, Grow and Drop fit"
+        elif isinstance(op, Open):
+            value = self.theta[name]["value"].index_fill(0, torch.tensor(op.idx), op.to)
+            self.theta[name] = {**self.theta[name], "value": value}
+        assert not isinstance(op, Refactor) or op.diagonal, "directions under a gate do not mix"
 
     def train(self, step: int) -> None:
         """Nothing is learnt here, but no direction that trains stays at zero, and gates wander."""
@@ -171,7 +178,7 @@ class World:
             assert self.gate is not None
             for key, t in theta.items():
                 noise = torch.randn(t.shape, generator=keyed_generator("gates", name, key, step))
-                if self.gate.trains(key, step):
+                if self.gate.trained_on != "nothing" and self.gate.trains(key, step):
                     theta[key] = t + 0.1 * noise
             theta.update(self.gate.prox(theta, 0.1, step))
         for name, (a, b) in self.factors.items():
@@ -200,10 +207,19 @@ def occasions(
             world.train(step)
 
 
-def run(world: World, policy: Policy, steps: range, *, through_disk: bool = False) -> list[RankPlan]:
-    """What the controller does, in short; the plans that were made."""
+def enter(world: World, policy: Policy) -> State:
+    """What the controller does when a phase begins; the policy's first state."""
     world.install(policy.gate)
     state = policy.init(world.layout)
+    if plan := policy.enter(state, world.layout):
+        world.apply(plan)
+        state = policy.decided(state, plan, world.layout, 0)
+    return state
+
+
+def run(world: World, policy: Policy, steps: range, *, through_disk: bool = False) -> list[RankPlan]:
+    """What the controller does, in short; the plans that were made."""
+    state = enter(world, policy)
     plans = []
     for step, obs, asked in occasions(world, policy, steps):
         state = policy.observe(state, obs, step) if obs else state
@@ -214,6 +230,7 @@ def run(world: World, policy: Policy, steps: range, *, through_disk: bool = Fals
             plans.append(plan)
         if through_disk:
             state = reloaded(state)
+    world.apply(policy.leave(state, world.layout))
     return plans
 
 

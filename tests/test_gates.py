@@ -23,7 +23,7 @@ from rankflow.errors import ConfigError, PlanError
 from rankflow.gate import Gate
 from rankflow.gates import Gates
 from rankflow.optim import Carrier
-from rankflow.plan import Drop, Grow, Keep, Layout, RankPlan, Refactor
+from rankflow.plan import Drop, Grow, Keep, Layout, Open, RankPlan, Refactor
 from rankflow.policies.hold import Hold
 from rankflow.policy import Lifecycle, Policy, Signal
 from rankflow.schedule import When
@@ -418,8 +418,8 @@ def test_a_refactorisation_under_a_gate_is_refused():
     surgeon.gates.install(Spread())
     name = next(iter(surgeon.layout))
     eye = torch.eye(4, dtype=torch.float64)
-    with pytest.raises(PlanError, match=r"under a gate; only Keep, Grow and Drop fit"):
-        surgeon.apply(RankPlan({name: (Refactor(eye, eye),)}, "mix"))
+    with pytest.raises(PlanError, match=r"mixes the directions of a module under a gate"):
+        surgeon.apply(RankPlan({name: (Refactor(eye.flip(0), eye.flip(1)),)}, "mix"))
 
 
 def test_a_resize_that_fails_leaves_gates_as_they_were(monkeypatch):
@@ -439,7 +439,7 @@ def test_a_resize_that_fails_leaves_gates_as_they_were(monkeypatch):
     )
     monkeypatch.setattr(surgeon, "_verify", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
     with pytest.raises(RuntimeError, match="planted"):
-        surgeon.apply(RankPlan({n: (Keep((0, 2)), Grow(1)) for n in surgeon.layout}, "x"), 1)
+        surgeon.apply(RankPlan({n: (Keep((0, 2)), Grow(1), Open((0, 2), 0.1)) for n in surgeon.layout}, "x"), 1)
     assert same(snapshot(model, optimizer), before[0])
     assert same(surgeon.gates.state_dict(), before[1])
     assert torch.equal(outputs(model, "linear", dtype=torch.float32), before[2])

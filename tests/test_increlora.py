@@ -8,14 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import World, run
+from loops import Run, same_weights, tiny_llama, token_batches, weights
+from peft import PeftModel
+from synthetic import World, enter, occasions, run
 
+import rankflow
+from rankflow.adapters import Adapter
 from rankflow.budget import Budget
 from rankflow.errors import ConfigError
+from rankflow.gate import Gate
 from rankflow.limits import Limits
-from rankflow.plan import Grow, Layout, Refactor, Slot
+from rankflow.plan import Grow, Keep, Layout, Open, RankPlan, Refactor, Slot
 from rankflow.policies.increlora import IncreLora
 from rankflow.policy import Observation, Signal
+from rankflow.resume import load_state, save_state
 from rankflow.schedule import When
 
 
@@ -207,7 +213,7 @@ def test_the_sampled_score_is_asked_for_by_its_own_signal():
     policy, world = increlora(score="sampled"), World((1,) * 4)
     assert policy.listen(10) == {Signal.DELTA_SCORE_SAMPLED}
     state = policy.observe(policy.init(world.layout), scored(1, {"m0": 1.0}), 1)
-    assert not state["m0"].any()
+    assert not state["m0"][:3].any()
     run(world, policy, range(1, 61))
     assert world.layout.total_rank == 40
 
@@ -282,3 +288,217 @@ def test_the_penalty_s_gradient_is_finite_at_zero_and_at_its_minimum():
         assert bool(grad.isfinite().all())
     experts = penalty(torch.randn(4, 3, 8), torch.randn(4, 5, 3))
     assert experts.shape == ()
+
+
+# -- advance learning -------------------------------------------------------------------------------------------------
+
+E = float(torch.tensor(1e-5))  # as forwards have it, in float32
+
+
+def reserved(world: World) -> dict[str, int]:
+    return {n: int((world.value(n) != 1).sum()) for n in world.theta}
+
+
+def test_every_module_learns_what_it_would_gain_next_in_advance():
+    policy, world = increlora(20, advance=True), World((1, 2, 0, 3), max_rank=4)
+    enter(world, policy)
+    assert reserved(world) == {"m0": 2, "m1": 2, "m3": 1}  # m3 has room for one, m2 is not in the adapter
+    assert torch.equal(world.value("m1"), torch.tensor([1.0, 1.0, 1e-5, 1e-5]))
+    assert not World((1,) * 4).theta
+    assert increlora(40).gate is None
+    assert policy.gate == Gate(trained_on="nothing")
+    assert "on top of limits and budget" in policy.notes[-1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 3), min_size=2, max_size=6),
+    st.integers(0, 40),
+    st.integers(1, 5),
+    st.sampled_from(["auto", 1, 2]),
+    st.integers(1, 9),
+)
+def test_reserves_grow_into_the_very_ranks_that_there_would_be_without_and_no_event_moves_the_function(
+    ranks, more, grow_by, top_k, seed
+):
+    def scores(name: str, step: int) -> float:
+        return abs(math.sin(seed * step + len(name) * int(name[1:]))) + 0.1
+
+    plain, world = World(ranks, scores=scores), World(ranks, scores=scores)
+    amount = world.layout.total_rank + min(more, sum(s.max_rank - s.rank for s in world.layout.values()))
+    options = {"grow_by": grow_by, "top_k": top_k, "when": When(6, 6).resolve(60)}
+    run(plain, increlora(amount, **options), range(1, 61))
+    policy = increlora(amount, **options, advance=True)
+    state = enter(world, policy)
+    for step, obs, asked in occasions(world, policy, range(1, 61)):
+        state = policy.observe(state, obs, step)
+        if not asked:
+            continue
+        held, before = reserved(world), {n: world.delta(n) for n in world.layout}
+        rows = {n: a for n, (a, _) in world.factors.items()}
+        plan = policy.decide(state, obs, world.layout, step)
+        world.apply(plan)
+        state = policy.decided(state, plan, world.layout, step)
+        now = reserved(world)
+        for name, ops in plan.ops.items():
+            opened = [i for op in ops if isinstance(op, Open) and op.to == 1 for i in op.idx]
+            bare = len(rows[name]) - held[name]
+            assert opened == list(range(bare, bare + len(opened)))
+            assert torch.equal(world.factors[name][0][: bare + len(opened)], rows[name][: bare + len(opened)])
+            left = any(isinstance(op, Keep) for op in ops)  # some of the reserve, and e times what that had learnt
+            assert torch.allclose(world.delta(name), before[name], rtol=1e-12, atol=1e-2 if left else 1e-12)
+        assert sum(s.rank for s in world.layout.values()) - sum(now.values()) <= amount
+        assert all(now[n] in (0, *range(1, grow_by + 1)) for n in now)
+    world.apply(policy.leave(state, world.layout))
+    assert world.layout.ranks == plain.layout.ranks
+    assert not any(reserved(world).values())
+
+
+def test_reserves_leave_with_the_last_growth_or_with_the_phase():
+    policy, world = increlora(8, advance=True), World((1, 1))
+    run(world, policy, range(1, 61))
+    assert world.layout.total_rank == 8
+    world = World((1, 1))
+    state = enter(world, policy)
+    assert world.layout.total_rank == 6
+    plan = policy.decide(state, Observation(60), world.layout, 60)  # nothing was ever heard
+    assert plan.reason == "no finite score since the last event; nothing grows"
+    assert plan.apply_to(world.layout).total_rank == 2
+    assert policy.leave(state, world.layout).apply_to(world.layout).total_rank == 2
+
+
+def test_limits_count_directions_without_the_reserve():
+    world = World((2, 2), max_rank=6)
+    world.layout = Limits(buckets=(2, 4, 6)).apply(world.layout)
+    policy = increlora(10, advance=True, grow_by=1)
+    enter(world, policy)
+    assert reserved(world) == {"m0": 2, "m1": 2}  # what one growth amounts to here
+    run(world, policy, range(1, 61))
+    assert sorted(world.layout.ranks.values()) == [4, 6]
+    odd = World((3, 2))
+    odd.layout = Limits(buckets=(2, 4, 8)).apply(odd.layout)
+    enter(odd, increlora(12, advance=True))
+    assert reserved(odd) == {"m0": 0, "m1": 2}  # m0 could not go back to the 3 that it has
+
+
+def test_the_released_rescaling_counts_no_reserve():
+    policy, world = increlora(4, When(60, 60).resolve(60), rescale="official", advance=True), World((2,))
+    state = enter(world, policy)
+    before = world.delta("m0")
+    state = policy.observe(state, world.observe(policy.listen(60), 60), 60)
+    world.apply(policy.decide(state, world.observe(policy.listen(60), 60), world.layout, 60))
+    assert torch.allclose(world.delta("m0"), 0.5 * before, atol=1e-14)
+
+
+ADVANCING = {
+    "phases": [
+        {
+            "policy": "increlora",
+            "until": "80%",
+            "budget": {"mean_rank": 4},
+            "when": {"start": 3, "every": 3},
+            "params": {"window": 2, "score_fraction": 1.0, "advance": True, "reserve_gate": 0.01},
+        },
+        {"policy": "hold"},
+    ],
+    "limits": {"*": {"min": 1, "max": 8}},
+}
+
+
+def test_a_reserve_is_trained_as_published_and_opens_with_the_rows_it_has_learnt():
+    """DeltaW = s B (A * E) in every module, E = 1 for two directions and e for the two in reserve, all of it trained by
+    an Adam of this test, in float64; new directions ramp up over ten steps."""
+    model, published = (tiny_llama(r=r, dropout=0.0).double() for r in (2, 4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    policy = {**ADVANCING["phases"][0], "when": {"start": 14, "every": 2}}
+    policy = {**policy, "params": {**policy["params"], "reserve_gate": 1e-5}}
+    del policy["until"]
+    flow = rankflow.attach(model, optimizer, policy, total_steps=20)
+    mine, theirs = Adapter(model).sites, Adapter(published).sites
+    adam: dict[torch.nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
+    gate = torch.tensor([1.0, 1.0, E, E], dtype=torch.float64)
+    for name, site in theirs.items():
+        site.A.data.copy_(mine[name].A)
+        site.B.data.copy_(mine[name].B)
+        assert not bool(site.B[:, 2:].any())
+        adam |= {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in (site.A, site.B)}
+        site.layer.scaling["default"] = flow.layout[name].scaling
+        site.layer.lora_A["default"].register_forward_hook(lambda module, args, z: z * gate)
+    for t, batch in enumerate(token_batches(13), 1):
+        model(**batch).loss.backward()
+        flow.before_step()
+        optimizer.step()
+        flow.after_step()
+        optimizer.zero_grad()
+        published(**batch).loss.backward()
+        ramp = torch.tensor([1.0, 1.0, min(1.0, t / 10), min(1.0, t / 10)], dtype=torch.float64)
+        with torch.no_grad():
+            for p, (m, v) in adam.items():
+                assert p.grad is not None
+                m.mul_(0.9).add_(0.1 * p.grad)
+                v.mul_(0.999).add_(0.001 * p.grad.square())
+                step = 1e-2 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+                p -= step * (ramp[:, None] if len(p) == 4 else ramp)
+                p.grad = None
+    for name, site in theirs.items():
+        for role in ("A", "B"):
+            torch.testing.assert_close(getattr(mine[name], role), getattr(site, role), rtol=1e-7, atol=1e-10)
+        assert float(site.B.detach()[:, 2:].abs().max()) > 1e-4  # it has learnt
+    raw = {n: (s.A.detach().clone(), s.B.detach().clone()) for n, s in mine.items()}
+    surgeon, probe = flow._surgeon, token_batches(1)[0]
+    before = model.eval()(**probe).logits.detach()
+    name = next(iter(mine))
+    surgeon.apply(RankPlan({name: (Open((2, 3)), Grow(2), Open((4, 5), 1e-5))}, "as growth does"), 14)
+    torch.testing.assert_close(model(**probe).logits.detach(), before, rtol=1e-12, atol=1e-13)
+    assert torch.equal(mine[name].A[:4], raw[name][0])
+    torch.testing.assert_close(mine[name].B[:, 2:4], E * raw[name][1][:, 2:], rtol=1e-12, atol=0)
+    assert torch.equal(mine[name].B[:, :2], raw[name][1][:, :2])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7, 9, 10])
+def test_a_resumed_run_with_reserves_ends_where_an_uninterrupted_one_does(tmp_path, stop):
+    whole = Run(ADVANCING, 12).until(12)
+    part = Run(ADVANCING, 12).until(stop)
+    part.model.save_pretrained(tmp_path, selected_adapters=["default", "other"])
+    save_state(part.flow, tmp_path)
+    rankflow.restore(model := tiny_llama(), tmp_path)
+    again = Run(ADVANCING, 12, model=model, state=load_state(tmp_path))
+    again.optimizer.load_state_dict(part.optimizer.state_dict())
+    again.scheduler.load_state_dict(part.scheduler.state_dict())
+    again.until(12)
+    assert same_weights(weights(whole.model), weights(again.model))
+    assert whole.flow.layout == again.flow.layout
+    whole.flow.finish()
+    again.flow.finish()
+    assert whole.flow.layout == again.flow.layout
+
+
+def test_ranks_are_those_of_the_budget_once_growth_is_over_and_files_are_plain_lora_all_the_way(tmp_path):
+    run = Run(ADVANCING, 12)
+    assert run.flow.layout.ranks == dict.fromkeys(run.flow.layout, 4)  # two, and two in reserve
+    probe = run.batches[0]
+    for stop in range(1, 13):
+        run.until(stop)
+        run.model.save_pretrained(tmp_path / str(stop), selected_adapters=["default"])
+        base = tiny_llama().unload()  # of the same seed
+        loaded = PeftModel.from_pretrained(base, tmp_path / str(stop))
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(**probe).logits, run.model.eval()(**probe).logits)
+        run.model.train()
+    values = {stop: e for e in run.flow.ledger.events if (stop := e["step"]) is not None and e["event"] == "resize"}
+    assert values[9]["total_rank"] == 40 == run.flow.layout.total_rank
+    assert not run.flow._gates
+    run.flow.finish()
+    assert run.flow.layout.total_rank == 40
+
+
+def test_a_run_that_ends_early_leaves_no_reserve_behind_and_one_that_is_given_up_keeps_what_it_computes():
+    run = Run(ADVANCING, 12).until(4)
+    grown = run.flow.layout.total_rank - sum(int((v != 1).sum()) for v in run.flow._gates.values().values())
+    run.flow.finish()
+    assert run.flow.layout.total_rank == grown
+    run = Run(ADVANCING, 12).until(4)
+    before, wanted = run.flow.layout, run.model.eval()(**run.batches[0]).loss
+    run.flow.detach()
+    torch.testing.assert_close(run.model(**run.batches[0]).loss, wanted)
+    assert run.flow.layout == before

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 import torch
-from synthetic import World, occasions, run, run_phases
+from synthetic import World, enter, occasions, run, run_phases
 from test_config import START
 
 from rankflow.budget import Budget
@@ -27,6 +27,7 @@ BUDGETS = (Budget("total_rank", 40), Budget("total_rank", 15), Budget("max_param
 CLOSING = ("bayesian_lora", "sora")  # their gates close by themselves, whatever a budget still has room for
 EXTRA = {  # settings that are numbers and change what a policy does
     "bayesian_lora": [{"gate_init": -0.5, "diagonal": True}],
+    "increlora": [{"advance": True}, {"advance": True, "rescale": "official", "grow_init": "grad"}],
     "squeeze": [{"energy": 0.8}],
 }
 
@@ -88,8 +89,8 @@ def written(plans: list[RankPlan]) -> list[Any]:
 
 @every_policy
 def test_the_same_input_gives_the_same_plan_and_is_left_alone(policy):
-    world = world_for(policy).install(policy.gate)
-    state = policy.init(world.layout)
+    world = world_for(policy)
+    state = enter(world, policy)
     for step, obs, asked in occasions(world, policy, range(1, 21), learns=False):
         before, seen = cloned(state), {n: cloned(dict(record)) for n, record in obs.items()}
         once, again = policy.observe(state, obs, step), policy.observe(state, obs, step)
