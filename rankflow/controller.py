@@ -22,9 +22,10 @@ from rankflow.heldout import HeldOut
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force
-from rankflow.plan import Keep, Layout, RankPlan, Train
+from rankflow.plan import Keep, Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
+from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
 from rankflow.surgeon import Surgeon
 from rankflow.transitions import ops_to
@@ -133,6 +134,7 @@ class Controller:
             scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
             self._gates.collect(scale)
             self._pending = self._probes.collect(scale) if self._probes.armed else None
+        share_gradients(self._adapter, self.layout)
         if self._penalty == "gradient" and self._policy.penalty is not None:
             add_penalty_gradient(self._policy, self._adapter, scale_in_force(scaler, self._optimizer))
 
@@ -385,6 +387,7 @@ class Controller:
         self._thaw()
         self._phase = phase
         if (gate := self._policy.gate) is not None:
+            self._part()
             self._gates.install(gate, self.step)
         self._state = self._policy.init(self.layout)
         for note in self._policy.notes:
@@ -395,6 +398,11 @@ class Controller:
         self._change(lambda: self._policy.enter(self._state, self.layout))
         if (observed := self._study("start")) is not None:
             self._decide(observed)
+
+    def _part(self) -> None:
+        """Gates are each module's own: under them no factors are shared any longer."""
+        if alone := {name: (Share(None),) for name, slot in self.layout.items() if slot.shared}:
+            self._apply(RankPlan(alone, "each module gets a gate of its own"), time.perf_counter())
 
     def _leave(self) -> None:
         """The phase ends: its policy leaves, and its gates become part of the factors."""

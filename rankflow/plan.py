@@ -28,7 +28,7 @@ class Slot:
 
     Convolutions count flattened (in_features = channels * kernel); mixture-of-expert tensors hold `experts`
     such pairs of one rank. `min_rank`, `max_rank`, `buckets`, `multiple` and `tie` are what limits allow; slots
-    that share a `tie` name always have one rank.
+    share a `tie` name always have one rank, those of one `shared` group have equal factors (see `Share`).
     """
 
     rank: int
@@ -44,6 +44,7 @@ class Slot:
     multiple: int = 1
     tie: str | None = None
     trainable: bool = True
+    shared: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "buckets", tuple(self.buckets))
@@ -235,7 +236,22 @@ class Train:
         return rank
 
 
-Op = Keep | Refactor | Grow | Open | Drop | Train
+@dataclass(frozen=True, slots=True)
+class Share:
+    """With every other module of `group`, one pair of factors from here on: they start alike and are trained as one,
+    on the sum of their gradients, each module holding a copy.
+
+    Goes with `Drop` and `Grow` to one rank in modules of one shape and scaling; their optimizer state starts afresh. A
+    module leaves its group when it is resized again, or by `Share(None)`.
+    """
+
+    group: str | None
+
+    def rank_after(self, rank: int) -> int:
+        return rank
+
+
+Op = Keep | Refactor | Grow | Open | Drop | Train | Share
 
 
 def _matrix_digest(t: Tensor) -> str:
@@ -263,6 +279,8 @@ def _op_to_json(op: Op) -> dict[str, Any]:
         return {"op": "open", "idx": list(op.idx), "to": op.to}
     if isinstance(op, Drop):
         return {"op": "drop"}
+    if isinstance(op, Share):
+        return {"op": "share", "group": op.group}
     return {"op": "train", "on": op.on}
 
 
@@ -318,9 +336,9 @@ class RankPlan:
             if name not in slots:
                 raise PlanError(f"{name}: plan names a module that the adapter does not have")
             slot = slots[name]
-            rank, trainable = slot.rank, slot.trainable
+            rank, trainable, shared = slot.rank, slot.trainable, slot.shared
             for op in ops:
-                if rank == 0 and not isinstance(op, Grow | Train):
+                if rank == 0 and not isinstance(op, Grow | Train | Share):
                     raise PlanError(
                         f"{name}: plan has {type(op).__name__} but the module is at rank 0; only Grow brings it back"
                     )
@@ -330,13 +348,16 @@ class RankPlan:
                     raise PlanError(f"{name}: {e}") from None
                 if isinstance(op, Train):
                     trainable = op.on
+                else:
+                    shared = op.group if isinstance(op, Share) else None
             if rank != slot.rank and not slot.allows(rank):
                 raise PlanError(
                     f"{name}: plan gives rank {rank} but limits allow {slot.min_rank} to {slot.max_rank}"
                     + (f" in {list(slot.buckets)}" if slot.buckets else "")
                     + (f" in multiples of {slot.multiple}" if slot.multiple > 1 else "")
                 )
-            slots[name] = replace(slot, rank=rank, trainable=trainable)
+            slots[name] = replace(slot, rank=rank, trainable=trainable, shared=shared)
+        _check_shared(slots)
         ties: dict[str, tuple[str, int]] = {}
         for name, slot in slots.items():
             if slot.tie is not None:
@@ -400,6 +421,8 @@ class RankPlan:
                     return Drop()
                 case "train":
                     return Train(d["on"])
+                case "share":
+                    return Share(d["group"])
             raise PlanError(f"unknown op {d['op']!r} in a plan")
 
         ops = {name: tuple(op(d) for d in items) for name, items in data["ops"].items()}
@@ -411,9 +434,27 @@ def replay(layout: Layout, plan: Mapping[str, Any]) -> Layout:
     slots = dict(layout)
     for name, ops in plan["ops"].items():
         slot = slots[name]
-        rank, trainable = slot.rank, slot.trainable
+        rank, trainable, shared = slot.rank, slot.trainable, slot.shared
         for op in ops:
             rank = _op_rank_after(op, rank)
-            trainable = op["on"] if op["op"] == "train" else trainable
-        slots[name] = replace(slot, rank=rank, trainable=trainable)
+            if op["op"] == "train":
+                trainable = op["on"]
+            else:
+                shared = op.get("group")
+        slots[name] = replace(slot, rank=rank, trainable=trainable, shared=shared)
     return Layout(slots)
+
+
+def _check_shared(slots: Mapping[str, Slot]) -> None:
+    """Raise PlanError where modules that share their factors could not have the same."""
+    firsts: dict[str, str] = {}
+    for name, slot in slots.items():
+        if slot.shared is None:
+            continue
+        first = firsts.setdefault(slot.shared, name)
+        alike = [
+            (s.rank, s.in_features, s.out_features, s.scaling, s.kind, s.experts, s.trainable)
+            for s in (slots[first], slot)
+        ]
+        if alike[0] != alike[1]:
+            raise PlanError(f"{first} and {name} share their factors but differ in shape, rank, scaling or training")

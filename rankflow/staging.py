@@ -16,7 +16,7 @@ from rankflow.growth import new_rows, rows_from_sketch
 from rankflow.linalg import Factor, refactor
 from rankflow.moments import Moments, Partner, SeedV
 from rankflow.optim import Carrier, Swap
-from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor, Train
+from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
 from rankflow.sites import Entries, Site
 
 ROLES: tuple[Factor, Factor] = ("A", "B")
@@ -68,7 +68,7 @@ class Stage:
         """
         old = site.tensors()
         train = next((op.on for op in reversed(ops) if isinstance(op, Train)), None)
-        resizing = [op for op in ops if not isinstance(op, Train)]
+        resizing = [op for op in ops if not isinstance(op, Train | Share)]
         if not resizing:
             return Staged(Swap(site, old, old), train=train)
         entries = None

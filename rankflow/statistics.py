@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor, Train
+from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
 
 MIX_EPS = 1e-3  # of the largest part of a mixed direction: smaller ones are not asked whether they were measured
 
@@ -80,7 +80,7 @@ class Running:
                     out = out.keep(rest).grow(len(op.idx)).keep(back)
                 case Drop():
                     out = out.keep(())
-                case Train():
+                case Train() | Share():
                     pass
         return out
 

@@ -19,7 +19,7 @@ from rankflow.journal import Journal
 from rankflow.linalg import Spectrum, spectrum
 from rankflow.moments import SeedV
 from rankflow.optim import Carrier, OnUnknownState
-from rankflow.plan import Layout, RankPlan, Train
+from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.ramps import Ramps
 from rankflow.seeds import keyed_generator
 from rankflow.sites import Site
@@ -96,13 +96,14 @@ class Surgeon:
             return self._layout
         self.gates.check(plan)
         lost = self._check_optimizer(plan, layout)
+        lost |= {name for name, ops in plan.ops.items() if any(isinstance(op, Share) and op.group for op in ops)}
         carry = plan.state == "carry"
         values = self.gates.values() if self.gates.scope == "component" else {}
         staged = [
             self._stage.module(
                 self.adapter.sites[name],
                 ops,
-                keyed_generator(self.seed, step, name),
+                keyed_generator(self.seed, step, target[name].shared or name),  # what is shared starts alike
                 carry=carry and name not in lost,
                 gate=values.get(name),
             )
@@ -153,7 +154,9 @@ class Surgeon:
             if layout[n].rank and any(isinstance(op, Train) and op.on for op in ops)
         }
         touched = {
-            n for n, ops in plan.ops.items() if plan.state == "carry" and any(not isinstance(op, Train) for op in ops)
+            n
+            for n, ops in plan.ops.items()
+            if plan.state == "carry" and any(not isinstance(op, Train | Share) for op in ops)
         }
         return self._carrier.check(touched, on)
 

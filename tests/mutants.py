@@ -326,6 +326,27 @@ MUTANTS = [
         "tests/test_gates.py",
     ),
     Mutant(
+        "train one copy of shared factors on its own gradient",
+        "sharing.py",
+        "        for p in copies:",
+        "        for p in copies[1:]:",
+        "tests/test_sharing.py",
+    ),
+    Mutant(
+        "start shared factors from rows of each module's own",
+        "surgeon.py",
+        "target[name].shared or name",
+        "name",
+        "tests/test_sharing.py",
+    ),
+    Mutant(
+        "let shared factors keep the optimizer state of their modules",
+        "surgeon.py",
+        "if any(isinstance(op, Share) and op.group for op in ops)",
+        "if False",
+        "tests/test_sharing.py",
+    ),
+    Mutant(
         "open a gate and let the function jump",
         "staging.py",
         "(self.B.index_select(-1, at) * scale).to(self.B.dtype)",

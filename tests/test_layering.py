@@ -52,6 +52,7 @@ RUNTIME = [
     "signals",
     "studies",
     "averages",
+    "sharing",
     "surgeon",
     "ledger",
     "penalties",

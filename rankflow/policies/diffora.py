@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ from rankflow.gate import Draw, Gate, Theta
 from rankflow.limits import Unit, units
 from rankflow.linalg import spectrum
 from rankflow.patterns import layer_of
-from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Slot
+from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Share, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.pruning import all_finite, best, direction_sizes
 from rankflow.schedule import StepLike, resolve_step
@@ -75,8 +75,11 @@ class Diffora(Policy):
     those of DARTS, and every default is ours,
     - selected modules go on with what they have learnt (m becomes part of A when the phase ends), where the paper
       trains anew; `restart: true` starts them afresh, on the training data without the held-out part;
-    - unselected modules get nothing (`drop`): the paper shares weights among them, which a plain LoRA cannot say;
-    - with a budget the selected modules share it evenly; else they keep their rank.
+    - unselected modules get nothing (`share: drop`). The paper shares weights among them: with `share: share` those of
+      one layer that are alike in shape, rank and scaling train one new pair of factors, of which each holds a copy, so
+      that the adapter stays a plain LoRA; one that has none of its kind, or is tied, still leaves. A module that a
+      later phase resizes, or puts under a gate, goes on alone. Clipping by norm sees every copy;
+    - with a budget the modules that stay share it evenly, and copies count; else they keep their rank.
     """
 
     relax: Annotated[
@@ -86,6 +89,10 @@ class Diffora(Policy):
         Literal["per_layer", "global"], Field(description="choose in every layer, or among all modules together")
     ] = "per_layer"
     ratio: Annotated[float, Field(gt=0, le=1, description="share of the modules that stay, rounded up")] = 0.5
+    share: Annotated[
+        Literal["drop", "share"],
+        Field(description="unselected modules leave, or train one pair of factors per layer and shape together"),
+    ] = "drop"
     compare: Annotated[
         Literal["gate", "update"], Field(description="modules by m, or by m times the norm of their update")
     ] = "gate"
@@ -136,9 +143,16 @@ class Diffora(Policy):
         if step < self.when.events[-1]:
             return RankPlan(reason=f"still searching: {spread}")
         chosen = self._choose(self._scores(values, obs, layout), layout)
-        ranks = self._ranks(chosen, layout)
-        ops = {name: self._ops(name, slot, ranks[name], sizes) for name, slot in layout.items()}
-        return RankPlan(ops, f"{len(chosen)} of {len(layout)} modules stay ({self.keep}); {spread}")
+        shared = self._shared(chosen, layout) if self.share == "share" else {}
+        ranks = self._ranks(chosen, shared, layout)
+        ops = {}
+        for name, slot in layout.items():
+            if name in shared and ranks[name] > 0:
+                ops[name] = [Drop(), Grow(ranks[name]), Share(shared[name])]
+            else:
+                ops[name] = self._ops(name, slot, ranks[name], sizes)
+        together = f"; {len(shared)} share {len(set(shared.values()))} pairs of factors" if shared else ""
+        return RankPlan(ops, f"{len(chosen)} of {len(layout)} modules stay ({self.keep}){together}; {spread}")
 
     def _scores(self, values: Mapping[str, float], obs: Observation, layout: Layout) -> dict[str, float]:
         if self.compare == "gate":
@@ -164,10 +178,21 @@ class Diffora(Policy):
                     chosen |= set(members[i].names)
         return chosen
 
-    def _ranks(self, chosen: set[str], layout: Layout) -> dict[str, int]:
+    def _shared(self, chosen: set[str], layout: Layout) -> dict[str, str]:
+        """The group of each module that was not chosen and has company."""
+        groups: dict[tuple[object, ...], list[str]] = {}
+        for name, s in layout.items():
+            if name not in chosen and s.rank > 0 and s.tie is None:
+                kind = (layer_of(name), s.rank, s.in_features, s.out_features, s.scaling, s.kind, s.experts)
+                groups.setdefault((*kind, s.min_rank, s.max_rank, s.buckets, s.multiple, s.trainable), []).append(name)
+        return {name: names[0] for names in groups.values() if len(names) > 1 for name in names}
+
+    def _ranks(self, chosen: set[str], shared: Mapping[str, str], layout: Layout) -> dict[str, int]:
+        stay = [name for name in layout if name in chosen or name in shared]
         if self.budget is None:
-            return {name: slot.rank if name in chosen else 0 for name, slot in layout.items()}
-        return allocate({name: [0.0] * layout[name].max_rank for name in chosen}, layout, self.budget)
+            return {name: slot.rank if name in stay else 0 for name, slot in layout.items()}
+        tied = Layout({n: replace(s, tie=f"shared by {shared[n]}") if n in shared else s for n, s in layout.items()})
+        return allocate({name: [0.0] * layout[name].max_rank for name in stay}, tied, self.budget)
 
     def _ops(self, name: str, slot: Slot, rank: int, sizes: Mapping[str, Tensor]) -> Sequence[Op]:
         if rank == 0 or (self.restart and slot.rank > 0 and slot.min_rank == 0):
