@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         "draw the same new directions at every step",
         "surgeon.py",
-        "keyed_generator(self.seed, step, name)",
-        "keyed_generator(self.seed, 0, name)",
+        "keyed_generator(self.seed, step, target[name].shared or name)",
+        "keyed_generator(self.seed, 0, target[name].shared or name)",
         "tests/test_surgeon.py tests/test_controller.py",
     ),
     Mutant(

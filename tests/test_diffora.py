@@ -52,7 +52,7 @@ def stays(policy: Diffora, before: Layout, obs: Observation) -> set[str]:
         ({"ratio": 0.2}, {"layers.0.q", "layers.1.k"}),  # rounded up
         ({"ratio": 1.0}, set(VALUES)),
     ],
-    ids=str,
+    ids=["per layer", "global", "global quarter", "rounded up", "all"],
 )
 def test_the_modules_of_greatest_m_stay(options, wanted):
     policy = Diffora(when=When(1, 1, 2, 10), warmup=0, **options)
