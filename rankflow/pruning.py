@@ -45,9 +45,9 @@ def prune(
     return {name: of for name, of in ops.items() if of}
 
 
-def best(name: str, scores: Tensor) -> Shrink:
-    """Shrinks to the directions of highest score ``[r]``."""
-    return first(_order(_rounded(name, scores), None))
+def best(name: str, scores: Mapping[str, Tensor]) -> Shrink:
+    """Shrinks the module to its directions of highest score ``[r]``."""
+    return lambda rank: first(_order(_rounded(name, scores[name]), None))(rank)
 
 
 def direction_sizes(A: Tensor, B: Tensor, scaling: float) -> Tensor:

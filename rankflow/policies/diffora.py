@@ -197,7 +197,7 @@ class Diffora(Policy):
     def _ops(self, name: str, slot: Slot, rank: int, sizes: Mapping[str, Tensor]) -> Sequence[Op]:
         if rank == 0 or (self.restart and slot.rank > 0 and slot.min_rank == 0):
             return [*([Drop()] if slot.rank else []), *([Grow(rank)] if rank else [])]
-        return ops_to(rank, slot.rank, best(name, sizes[name]))
+        return ops_to(rank, slot.rank, best(name, sizes))
 
 
 def _entropy(values: Mapping[str, float]) -> float:

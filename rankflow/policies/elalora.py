@@ -84,7 +84,7 @@ class ElaLora(Policy):
         pruned = RankPlan(prune(scores, layout, room)).apply_to(layout)
         means = {name: float(t.mean()) for name, t in scores.items()}
         ranks = {**pruned.ranks, **grow_by_score(means, pruned, budget, None, 1)}
-        ops = {n: ops_to(ranks[n], slot.rank, best(n, scores[n])) for n, slot in layout.items()}
+        ops = {n: ops_to(ranks[n], slot.rank, best(n, scores)) for n, slot in layout.items()}
         moved = sum(max(0, ranks[name] - slot.rank) for name, slot in layout.items())
         return RankPlan(ops, f"{moved} directions move to the modules of highest score, at {budget}")
 
