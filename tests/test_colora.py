@@ -174,8 +174,9 @@ def bisected(contribution: dict[str, float], layout: Layout, budget: Budget) -> 
     def rank(slot: Slot, c: float, alpha: float) -> int:
         delta = min(1.0, alpha * c / max(contribution.values()))
         m, n = slot.in_features, slot.out_features
-        half_up = math.floor(delta * m * n / (m + n) + 0.5)  # round(), half to even, would break ties between modules
-        return max(slot.min_rank, min(slot.max_rank, half_up))
+        full = m * n / (m + n)
+        half_up = math.floor(delta * full + 0.5)  # round(), half to even, would break ties between modules
+        return max(slot.min_rank, min(slot.max_rank, round(full), half_up))
 
     def ranks(alpha: float) -> dict[str, int]:
         return {name: rank(slot, contribution[name], alpha) for name, slot in layout.items()}
