@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError, RankFlowError
+from rankflow.nearest import nearest
 from rankflow.roots import f64, root, root_by_qr, root_of_factor
 from rankflow.rsvd import Backend, check_backend, dominant_sign, low_rank
 
 Metric = Literal["weights", "outputs", "loss"]
-Gauge = Literal["keep", "balanced"]
+Gauge = Literal["nearest", "keep", "balanced"]
 Factor = Literal["A", "B"]
 
 # A direction this far below the strongest one is beyond what float32 factors can show: it counts as deficient.
@@ -107,6 +108,8 @@ class Spectrum:
         `balanced` gives every direction's row of A' and column of B' the same norm (in metric `weights`: A' A'^T =
         B'^T B' = diag(sigma / |s|)). `keep` scales that by one number per module and expert so that |A'|_F / |B'|_F is
         what |A|_F / |B|_F was: optimizers step per entry, and a live module that is rebalanced trains differently.
+        In both, directions are sorted, so that the first j are the best rank-j adapter. `nearest` gives that up and
+        mixes the kept ones until they are next to old ones (`rankflow.nearest`); where nothing is cut, nothing moves.
 
         Deficient directions among the k are revived: the column of M is exactly 0, and the row of N makes a row of A'
         orthogonal to all the others and of the RMS row norm of A, so the function stays and the direction can learn.
@@ -133,11 +136,13 @@ class Spectrum:
         norm_A = torch.linalg.vector_norm(root_A @ N.mT, dim=-2)
         norm_B = torch.linalg.vector_norm(root_B @ M, dim=-2)
         a = torch.where(live, (norm_B / norm_A).sqrt(), 1.0)
-        if gauge == "keep":
+        if gauge != "balanced":
             size_A, size_B = (torch.linalg.matrix_norm(root) for root in self._roots)
             added = revived * size_A.square() / self.sigma.shape[-1]
             a = a * _keep_scale((norm_A * norm_B).sum(-1), added, size_A, size_B)[..., None]
         N, M = N * a[..., :, None], M / a[..., None, :]
+        if gauge == "nearest":
+            N, M = self._nearest(N, M, count)
         if spare is None:
             return Cut(N, M, 0)
 
@@ -151,6 +156,17 @@ class Spectrum:
         N = N.gather(-2, pick[..., :, None].expand(*pick.shape, r))
         M = M.gather(-1, pick[..., None, :].expand(*pick.shape[:-1], r, had))
         return Cut(N, M, k - had)
+
+    def _nearest(self, N: Tensor, M: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The first `count` ``[*e]`` of the directions, each expert's, brought next to old ones."""
+        k, r = N.shape[-2:]
+        flat_N, flat_M = N.reshape(-1, k, r).clone(), M.reshape(-1, r, k).clone()
+        size_A, size_B = (torch.linalg.vector_norm(root, dim=-2).reshape(-1, r) for root in self._roots)
+        for e, live in enumerate(count.flatten().tolist()):
+            if live:
+                found = nearest(flat_N[e, :live], flat_M[e, :, :live], size_A[e], size_B[e])
+                flat_N[e, :live], flat_M[e, :, :live] = found
+        return flat_N.reshape(N.shape), flat_M.reshape(M.shape)
 
     def _spare(self, N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Directions that add nothing to the function beside those of `N`: N ``[*e, r, r]``, M ``[*e, r, r]``, and

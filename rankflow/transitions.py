@@ -24,7 +24,7 @@ def first(order: Sequence[int]) -> Shrink:
     return lambda rank: [Keep(tuple(sorted(order[:rank])))]
 
 
-def best_cut(spectrum: Callable[[], Spectrum], metric: Metric = "weights", gauge: Gauge = "keep") -> Shrink:
+def best_cut(spectrum: Callable[[], Spectrum], metric: Metric = "weights", gauge: Gauge = "nearest") -> Shrink:
     """Shrinks to the best approximation in the metric of `spectrum`, which is asked for only when there is a cut.
 
     Growth supplies the directions that the factors at hand have no room for.

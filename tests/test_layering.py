@@ -22,6 +22,7 @@ CORE = [
     "pruning",
     "scores",
     "linalg",
+    "nearest",
     "roots",
     "carry",
     "growth",

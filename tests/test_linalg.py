@@ -3,6 +3,8 @@
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -79,7 +81,7 @@ class Whitened:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("gauge", ["keep", "balanced"])
+@pytest.mark.parametrize("gauge", ["nearest", "keep", "balanced"])
 @pytest.mark.parametrize(("r", "fan_in", "fan_out"), [(8, 30, 20), (5, 12, 40), (1, 7, 7), (12, 12, 12)])
 def test_cut_is_the_dense_optimum(metric, gauge, r, fan_in, fan_out):
     A, B, s = randn(r, fan_in, seed=1), randn(fan_out, r, seed=2), 0.75
@@ -405,7 +407,7 @@ def test_deficiency_shows_in_statistics_of_either_precision(dtype):
 # -- revival --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gauge", ["keep", "balanced"])
+@pytest.mark.parametrize("gauge", ["nearest", "keep", "balanced"])
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_a_fresh_adapter_comes_out_fresh(gauge, k):
     A, B = torch.rand(8, 64, generator=gen(0)) * 0.25 - 0.125, torch.zeros(32, 8)
@@ -517,6 +519,83 @@ def test_keep_leaves_an_orthogonal_adapter_where_it_is():
     torch.testing.assert_close(B2.norm(dim=0)[:2], B.norm(dim=0)[:2], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_nearest_moves_nothing_where_nothing_is_cut(metric):
+    A, B = randn(6, 40, seed=1), randn(30, 6, seed=2)
+    cut = spectrum(A, B, 0.5, **Whitened(metric, A, B, 0.5).kwargs).cut(6, "nearest")
+    assert torch.equal(cut.N, torch.eye(6, dtype=F64))
+    assert torch.equal(cut.M, torch.eye(6, dtype=F64))
+
+
+def off_identity(cut, old):
+    one = torch.eye(len(old), dtype=F64)
+    return (cut.N[:, old] - one).square().sum() + (cut.M[old] - one).square().sum()
+
+
+def test_nearest_is_nearer_than_any_other_choice_of_a_small_change():
+    """Four directions at right angles, two weak ones a little askew: the four go on, each at its place and size."""
+    A = orthonormal(40, 6, 1).T
+    B = orthonormal(30, 6, 2) * torch.tensor([1, 2, 0.03, 3, 0.02, 1.5], dtype=F64) + 0.01 * randn(30, 6, seed=3)
+    spec = spectrum(A, B, 1.0)
+    cut, old = spec.cut(4, "nearest"), [0, 1, 3, 5]
+    assert off_identity(cut, old) < 1e-3
+    assert off_identity(spec.cut(4, "keep"), old) > 1
+    for seed in range(20):  # G N and M G^-1 for a G near 1
+        G = torch.eye(4, dtype=F64) + 0.01 * randn(4, 4, seed=seed)
+        assert off_identity(cut, old) < off_identity(replace(cut, N=G @ cut.N, M=cut.M @ torch.linalg.inv(G)), old)
+
+
+def test_nearest_splits_what_is_lost_evenly_and_without_turning():
+    """On the old directions that go on, N is a symmetric root, M the same one turned; the function is what it was."""
+    A, B, k = randn(8, 40, seed=1), randn(30, 8, seed=2), 5
+    spec = spectrum(A, B, 1.0)
+    cut, kept = spec.cut(k, "nearest"), spec.cut(k, "keep")
+    projector = cut.M @ cut.N
+    torch.testing.assert_close(projector, kept.M @ kept.N, rtol=0, atol=1e-10)
+    torch.testing.assert_close(cut.N @ cut.M, torch.eye(k, dtype=F64), rtol=0, atol=1e-10)
+    size = (A.norm(dim=1) / B.norm(dim=0)).sqrt()
+    found = min(combinations(range(8), k), key=lambda old: float(off_identity(cut, list(old))))
+    old = list(found)
+    N = cut.N[:, old] / size[old, None] * size[old]
+    M = cut.M[old] / size[old, None] * size[old]
+    torch.testing.assert_close(N, N.T, rtol=0, atol=1e-10)
+    assert (torch.linalg.eigvalsh(N) > 0).all()
+    torch.testing.assert_close(M.T @ M, N @ N, rtol=0, atol=1e-10)
+
+
+def test_nearest_does_not_depend_on_the_scales_of_directions():
+    A, B = randn(8, 40, seed=1), randn(30, 8, seed=2)
+    scale = torch.logspace(-3, 3, 8, dtype=F64)
+    one = applied(A, B, spectrum(A, B, 1.0).cut(4, "nearest"))
+    scaled = scale[:, None] * A, B / scale
+    other = applied(*scaled, spectrum(*scaled, 1.0).cut(4, "nearest"))
+    torch.testing.assert_close(other[0].norm(dim=1) * other[1].norm(dim=0), one[0].norm(dim=1) * one[1].norm(dim=0))
+    torch.testing.assert_close(delta(*other, 1.0), delta(*one, 1.0), rtol=1e-9, atol=1e-9)
+
+
+def test_nearest_chooses_old_directions_that_differ():
+    """Two copies of one direction and three of another, where both copies of the first are kept more than any other."""
+    U, V = orthonormal(40, 2, 1), orthonormal(30, 2, 2)
+    copies = [0, 0, 1, 1, 1]
+    A, B = U.T[copies], V[:, copies]
+    cut = spectrum(A, B, 1.0).cut(2, "nearest")
+    share = torch.tensor([[2.0], [3.0]], dtype=F64) ** -0.5  # P is the mean over copies; its rows over sqrt(P[i, i])
+    torch.testing.assert_close(cut.N, torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=F64) * share)
+    torch.testing.assert_close(cut.M, cut.N.T)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nearest_loses_no_digits_to_cancellation(seed):
+    """Oblique projectors, of which no old directions may stand for what is kept: float32 factors carry all they can."""
+    mix = randn(16, 16, seed=seed + 200) * torch.logspace(0, -5, 16, dtype=F64)
+    A = (mix @ randn(16, 40, seed=seed)).float()
+    B = (randn(30, 16, seed=seed + 100) @ torch.linalg.inv(mix)).float()
+    spec = spectrum(A, B, 1.0)
+    for k in (1, 8, 15):
+        best, cut = delta(*applied(A, B, spec.cut(k)), 1.0), spec.cut(k, "nearest")
+        assert (delta(*refactor(A, B, cut.N, cut.M), 1.0) - best).norm() < 1e-6 * best.norm()
+
+
 @pytest.mark.parametrize("gauge", ["keep", "balanced"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_cutting_twice_is_cutting_once(metric, gauge):
@@ -567,7 +646,7 @@ def test_experts_are_cut_each_for_itself(metric):
     stats = {key: torch.stack([ref.kwargs[key] for ref in refs]) for key in refs[0].kwargs if key != "metric"}
     spec = spectrum(A, B, 2.0, metric=metric, **stats)
     assert spec.sigma.shape == (E, r)
-    for gauge in ("keep", "balanced"):
+    for gauge in ("nearest", "keep", "balanced"):
         cut = spec.cut(3, gauge)
         A2, B2 = refactor(A, B, cut.N, cut.M)
         assert (A2.shape, B2.shape) == ((E, 3, 20), (E, 12, 3))

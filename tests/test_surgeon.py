@@ -625,6 +625,26 @@ def test_one_shot_resizes_by_number_name_or_glob():
     train(model, optimizer)
 
 
+def test_one_shot_leaves_directions_and_their_state_where_they_were():
+    """A basis of its own would make Adam, which works entry by entry, solve another problem from there on."""
+    model = lora("linear")
+    optimizer = adamw(model)
+    train(model, optimizer)
+    sites, kept = Adapter(model).sites, [0, 2, 3]
+    with torch.no_grad():
+        for site in sites.values():
+            site.b()[:, 1] *= 1e-9
+    before = {
+        n: [t.detach().clone() for t in (s.a(), s.b(), optimizer.state[s.b()]["exp_avg"])] for n, s in sites.items()
+    }
+    resize(model, 3, optimizer)
+    for name, site in sites.items():
+        a, b, average = before[name]
+        now = site.a(), site.b(), optimizer.state[site.b()]["exp_avg"]
+        for new, old in zip(now, (a[kept], b[:, kept], average[:, kept]), strict=True):
+            torch.testing.assert_close(new.detach(), old, rtol=1e-6, atol=1e-6 * old.abs().max().item())
+
+
 def test_one_shot_refuses_what_cannot_be():
     model = lora("linear")
     before = snapshot(model)

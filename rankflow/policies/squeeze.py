@@ -42,7 +42,7 @@ class Squeeze(Policy):
       budget all are then, as energies in different metrics have different units;
     - the SVD is that of the r x r core, exact, not a randomised one of DeltaW;
     - optimizer state is carried through the cut; the paper leaves open what becomes of it;
-    - cut factors keep the balance of the old ones (`gauge: keep`), for an optimizer that steps entry by entry.
+    - cut factors stay next to the old ones (`gauge: nearest`), for an optimizer that steps entry by entry.
     """
 
     metric: Annotated[
@@ -65,8 +65,12 @@ class Squeeze(Policy):
         NonNegativeInt, Field(description="with reset: steps over which updates of squeezed modules ramp up again")
     ] = 50
     gauge: Annotated[
-        Gauge, Field(description="|A| to |B| after a cut: kept as it was, or singular values split evenly")
-    ] = "keep"
+        Gauge,
+        Field(
+            description="factors after a cut: nearest to the old ones; or sorted by singular value, with |A| to |B| "
+            "kept as it was or balanced"
+        ),
+    ] = "nearest"
     window: Annotated[
         PositiveInt, Field(description="steps before each event over which outputs and loss are measured")
     ] = 20
