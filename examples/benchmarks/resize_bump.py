@@ -1,12 +1,16 @@
-"""What a resize does to the loss, cause by cause, on all-MiniLM-L6-v2 and real reviews.
+"""What a resize does to a run, cause by cause, on all-MiniLM-L6-v2 and real reviews.
 
-A run is trained for a while with AdamW; from that very state, each arm resizes and goes on for some steps on the same
-batches, and the evaluation loss is compared, step by step, with the run that was not resized. Four questions:
+A run is trained for a while with AdamW, its learning rate falling; from that very state, each arm resizes and goes on
+on the same batches, and is compared with the run that was not resized. Four questions:
 
 (i)   truncation: what a cut costs at once, the same for every arm, beside what the spectrum said it would;
 (ii)  state: what it costs to lose optimizer state, where the function does not change at all;
 (iii) shrinking for real: transported state against state started afresh, with and without a re-warm;
 (iv)  growth: against not growing, for each way of seeding the second moments of new directions.
+
+Two measures. Excess loss on held-out reviews: averaged over seeds first, then taken at its worst step, as the worst
+step of each seed is biased upwards by noise. Distance: |move - move of the run that was not resized| over the latter,
+where a move is how far all DeltaW got since the event; it hardly has noise.
 
 Run: python examples/benchmarks/resize_bump.py
 """
@@ -17,57 +21,80 @@ import argparse
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
-from harness import console, machine, table
+from harness import console, interval, machine, table
 from peft import LoraConfig, get_peft_model
 from rich.progress import track
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
 
-from data import LINEARS, minilm_classifier, reviews
+from data import LINEARS, Reviews, minilm_classifier, reviews
 from rankflow.adapters import Adapter
-from rankflow.linalg import spectrum
+from rankflow.linalg import Gauge, spectrum
 from rankflow.plan import Grow, Keep, RankPlan, Refactor
 from rankflow.surgeon import Surgeon
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
+Products = dict[tuple[str, str], Tensor]  # module, factor -> running average of g_i g_j [r, r, n] over its directions
 SEEDINGS = ("siblings", "mean", "zero")
+BEND = (1, 3, 8, 14, 20)  # steps after the event at which the loss is evaluated
+BETA2 = 0.999
 
 
 @dataclass
 class Setup:
     """Where every arm of one seed starts from."""
 
-    state: dict[str, Any]
+    state: dict[str, Tensor]
     optimizer: dict[str, Any]
     train: list[Batch]
     held_out: list[Batch]
     rank: int
+    seed: int
+    options: argparse.Namespace
+    products: Products
+
+
+@dataclass
+class Trace:
+    """What one arm did: held-out loss by step, and DeltaW minus DeltaW at the event after the first and last BEND."""
+
+    loss: dict[int, float] = field(default_factory=dict)
+    moves: list[list[Tensor]] = field(default_factory=list)
+    reached: float = math.inf
+    overshoot: float = 0.0
 
 
 class Run:
     """A model with its optimizer and surgeon, at the state a `Setup` holds."""
 
-    def __init__(self, rank: int, setup: Setup | None = None, lr: float = 1e-3, **surgeon: Any):
+    def __init__(self, rank: int, setup: Setup | None = None, sgd: bool = False, **surgeon: Any):
         torch.manual_seed(0)
         config = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=LINEARS)
         self.model = get_peft_model(minilm_classifier(), config).train()
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=lr)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, momentum=0.9) if sgd else torch.optim.AdamW(trained)
         if setup is not None:
             self.model.load_state_dict(setup.state, strict=False)
             self.optimizer.load_state_dict(copy.deepcopy(setup.optimizer))
         self.adapter = Adapter(self.model)
         self.surgeon = Surgeon(self.adapter, self.optimizer, **surgeon)
 
-    def step(self, batch: Batch, seed: int) -> None:
+    def step(self, batch: Batch, seed: int, lr: float, products: Products | None = None) -> None:
         torch.manual_seed(seed)
         self.model(**batch).loss.backward()
+        if products is not None:
+            for name, site in self.adapter.sites.items():
+                for role, g in (("A", site.a().grad), ("B", site.b().grad.mT)):
+                    now = g[:, None] * g[None]
+                    products[name, role] = products.get((name, role), 0 * now).lerp(now, 1 - BETA2)
+        self.optimizer.param_groups[0]["lr"] = lr
         self.surgeon.ramps.before_step()
         self.optimizer.step()
         self.surgeon.ramps.after_step()
@@ -76,55 +103,105 @@ class Run:
     @torch.inference_mode()
     def loss(self, held_out: list[Batch]) -> float:
         self.model.eval()
-        value = float(np.mean([self.model(**b).loss.item() for b in held_out]))
+        sizes = [len(b["labels"]) for b in held_out]
+        value = float(np.average([self.model(**b).loss.item() for b in held_out], weights=sizes))
         self.model.train()
         return value
 
+    def dense(self) -> list[Tensor]:
+        return [s.scaling * s.b().detach() @ s.a().detach() for s in self.adapter.sites.values()]
 
-def prepare(seed: int, rank: int, options: argparse.Namespace, dead: int = 0) -> Setup:
-    """Train for a while; with `dead`, that many directions of every module are zero from the start and stay so."""
-    train, held_out = reviews()
-    loader = DataLoader(train, options.batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    batches = [b for b, _ in zip(loader, range(options.before + options.steps), strict=False)]
-    run = Run(rank)
-    if dead:
-        with torch.no_grad():
-            for site in run.adapter.sites.values():
-                site.A[-dead:] = 0
-                site.B[:, -dead:] = 0
-    for i, batch in enumerate(batches[: options.before]):
-        run.step(batch, seed * 10_000 + i)
-    return Setup(
-        {n: t.detach().clone() for n, t in run.model.state_dict().items() if "lora_" in n or "classifier" in n},
-        copy.deepcopy(run.optimizer.state_dict()),
-        batches[options.before :],
-        list(DataLoader(Subset(held_out, range(options.eval)), 64)),
-        rank,
-    )
+
+def short(data: Reviews, tokens: int) -> Tensor:
+    """Which reviews have at most so many tokens."""
+    return torch.nonzero(data.encoded["attention_mask"].sum(1) <= tokens)[:, 0]
+
+
+def batch(data: Reviews, at: Tensor) -> Batch:
+    """Those reviews, padded to the longest of them."""
+    longest = int(data.encoded["attention_mask"][at].sum(1).max())
+    return {**{k: v[at, :longest] for k, v in data.encoded.items()}, "labels": data.labels[at]}
+
+
+def rate(step: int, options: argparse.Namespace) -> float:
+    """Learning rate: from 1e-3 in a straight line to 0 at the end of the run."""
+    return 1e-3 * (1 - step / options.total)
+
+
+def prepare(seed: int, options: argparse.Namespace, sgd: bool = False) -> Setup:
+    """Train for a while."""
+    train, held_out = reviews(1600)
+    usable = short(train, options.tokens)
+    usable = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))]
+    batches = [batch(train, at) for at in usable.split(options.batch)][: options.before + options.long]
+    at = short(held_out, options.tokens)[: options.eval]
+    at = at[held_out.encoded["attention_mask"][at].sum(1).argsort()]
+    run, products = Run(options.rank, sgd=sgd), {}
+    for i, b in enumerate(batches[: options.before]):
+        run.step(b, seed * 10_000 + i, 0.1 if sgd else rate(i, options), products)
+    trained = {n: t.detach().clone() for n, t in run.model.state_dict().items() if "lora_" in n or "classifier" in n}
+    state = copy.deepcopy(run.optimizer.state_dict())
+    held = [batch(held_out, part) for part in at.split(32)]
+    return Setup(trained, state, batches[options.before :], held, options.rank, seed, options, products)
+
+
+def padded(setup: Setup, dead: int) -> Setup:
+    """The same run with `dead` more directions in every module, that are and stay exactly zero."""
+    ours, theirs = Run(setup.rank, setup), Run(setup.rank + dead)
+    grown = theirs.model.state_dict()
+
+    def pad(t: Tensor, like: Tensor) -> Tensor:
+        out = torch.zeros_like(like)
+        out[tuple(slice(n) for n in t.shape)] = t
+        return out
+
+    state = {n: pad(t, grown[n]) for n, t in setup.state.items()}
+    optimizer = copy.deepcopy(setup.optimizer)
+    trained = [p for p in theirs.model.parameters() if p.requires_grad]
+    for i, p in enumerate(trained):
+        old = ours.optimizer.state_dict()["state"][i]
+        optimizer["state"][i] = {k: pad(v, p) if v.shape else v for k, v in old.items()}
+    return Setup(state, optimizer, setup.train, setup.held_out, setup.rank + dead, setup.seed, setup.options, {})
 
 
 Event = Callable[[Run], None]
 
 
-def follow(setup: Setup, event: Event | None, seed: int, **surgeon: Any) -> list[float]:
-    """Evaluation loss right after the event, then after each step."""
-    run = Run(setup.rank, setup, **surgeon)
+def follow(setup: Setup, event: Event | None, steps: int, sgd: bool = False, new: int = 0, **surgeon: Any) -> Trace:
+    """Go on for some steps after the event, of whose directions the last `new` are watched."""
+    run, trace = Run(setup.rank, setup, sgd, **surgeon), Trace()
     if event is not None:
         event(run)
-    losses = [run.loss(setup.held_out)]
-    for i, batch in enumerate(setup.train):
-        run.step(batch, seed * 10_000 + 5_000 + i)
-        losses.append(run.loss(setup.held_out))
-    return losses
+    start, sites = run.dense(), run.adapter.sites.values()
+    for i, b in enumerate(setup.train[:steps], start=1):
+        before = [s.b().detach()[:, -new:].clone() for s in sites] if new else []
+        lr = 0.1 if sgd else rate(setup.options.before + i, setup.options)
+        run.step(b, setup.seed * 10_000 + 5_000 + i, lr)
+        if not sgd and (i in BEND or i == steps):
+            trace.loss[i] = run.loss(setup.held_out)
+        if i in (BEND[0], BEND[-1]):
+            trace.moves.append([now - then for now, then in zip(run.dense(), start, strict=True)])
+        for s, then in zip(sites, before, strict=False):
+            moved = float((s.b().detach()[:, -new:] - then).abs().max()) / lr
+            trace.overshoot = max(trace.overshoot, moved)
+        if new and trace.reached == math.inf:
+            young = size(s.b().detach()[:, -new:] @ s.a().detach()[-new:] for s in sites)
+            if young >= 0.05 * size(s.b().detach() @ s.a().detach() for s in sites):
+                trace.reached = i
+    return trace
 
 
-def cut(k: int, **state: Any) -> Event:
+def size(parts: Any) -> float:
+    return math.sqrt(sum(float(p.double().square().sum()) for p in parts))
+
+
+def cut(k: int, gauge: Gauge = "nearest", **state: Any) -> Event:
     """Every module to its best rank k (its present rank: a change of basis and nothing else)."""
 
     def event(run: Run) -> None:
         ops = {}
         for name, site in run.adapter.sites.items():
-            found = spectrum(site.a().detach(), site.b().detach(), site.scaling).cut(k)
+            found = spectrum(site.a().detach(), site.b().detach(), site.scaling).cut(k, gauge)
             ops[name] = (Refactor(found.N, found.M), *([Grow(found.fresh)] if found.fresh else []))
         run.surgeon.apply(RankPlan(ops, "cut", **state))
 
@@ -134,6 +211,27 @@ def cut(k: int, **state: Any) -> Event:
 def keep(n: int, **state: Any) -> Event:
     def event(run: Run) -> None:
         run.surgeon.apply(RankPlan({m: (Keep(tuple(range(n))),) for m in run.adapter.sites}, "keep", **state))
+
+    return event
+
+
+def grow(n: int) -> Event:
+    def event(run: Run) -> None:
+        run.surgeon.apply(RankPlan({m: (Grow(n),) for m in run.adapter.sites}, "grow"))
+
+    return event
+
+
+def rotated(**state: Any) -> Event:
+    """Every module in a basis turned at random, the one change of basis that plain SGD does not see."""
+
+    def event(run: Run) -> None:
+        g = torch.Generator().manual_seed(0)
+        ops = {}
+        for name, site in run.adapter.sites.items():
+            Q = torch.linalg.qr(torch.randn(site.rank, site.rank, generator=g, dtype=torch.float64)).Q
+            ops[name] = (Refactor(Q, Q.mT.contiguous()),)
+        run.surgeon.apply(RankPlan(ops, "rotation", **state))
 
     return event
 
@@ -151,158 +249,196 @@ def zeroed(event: Event) -> Event:
     return naive
 
 
-def grow(n: int) -> Event:
+def true_second(k: int, gauge: Gauge, products: Products) -> Event:
+    """The cut, with the second moments that gradients in the new basis have really had since the run began."""
+
     def event(run: Run) -> None:
-        run.surgeon.apply(RankPlan({m: (Grow(n),) for m in run.adapter.sites}, "grow"))
+        maps = {}
+        for name, site in run.adapter.sites.items():
+            maps[name] = spectrum(site.a().detach(), site.b().detach(), site.scaling).cut(k, gauge)
+        cut(k, gauge)(run)
+        for name, site in run.adapter.sites.items():
+            N, M = maps[name].N.float(), maps[name].M.float()
+            for role, p, map in (("A", site.a(), M), ("B", site.b(), N.mT)):
+                v = torch.einsum("ip,jp,ijx->px", map, map, products[name, role]).clamp(min=0)
+                run.optimizer.state[p]["exp_avg_sq"].copy_(v if role == "A" else v.mT)
 
     return event
-
-
-def worst_excess(arm: list[float], base: list[float]) -> float:
-    return max(a - b for a, b in zip(arm[1:], base[1:], strict=True))
 
 
 def truncation(setup: Setup, k: int) -> tuple[float, float, float]:
     """(loss change, predicted relative change of all DeltaW, the same as measured)."""
     run = Run(setup.rank, setup)
-    before = run.loss(setup.held_out)
-    dense, spectra = {}, {}
-    for name, site in run.adapter.sites.items():
-        dense[name] = site.scaling * site.b().detach().double() @ site.a().detach().double()
-        spectra[name] = spectrum(site.a().detach(), site.b().detach(), site.scaling)
-    cut(k)(run)
-    change = sum(
-        float((dense[n] - s.scaling * s.b().detach().double() @ s.a().detach().double()).square().sum())
-        for n, s in run.adapter.sites.items()
+    before, dense = run.loss(setup.held_out), run.dense()
+    predicted = math.hypot(
+        *(spectrum(s.a().detach(), s.b().detach(), s.scaling).error(k) for s in run.adapter.sites.values())
     )
-    size = sum(float(d.square().sum()) for d in dense.values())
-    predicted = sum(s.error(k) ** 2 for s in spectra.values())
-    return run.loss(setup.held_out) - before, math.sqrt(predicted / size), math.sqrt(change / size)
+    cut(k)(run)
+    change = size(now - then for now, then in zip(run.dense(), dense, strict=True))
+    return run.loss(setup.held_out) - before, predicted / size(dense), change / size(dense)
 
 
-def growth(setup: Setup, n: int, seed: int, seeding: str, warmup: int) -> tuple[list[float], float, float]:
-    """(losses, steps until new directions carry 5 % of |DeltaW|, worst single update of a new entry in units of lr)."""
-    run = Run(setup.rank, setup, seed_v=seeding, warmup=warmup, seed=seed)
-    lr = run.optimizer.param_groups[0]["lr"]
-    grow(n)(run)
-    losses, reached, overshoot = [run.loss(setup.held_out)], math.inf, 0.0
-    for i, batch in enumerate(setup.train):
-        before = [s.b()[..., -n:].detach().clone() for s in run.adapter.sites.values()]
-        run.step(batch, seed * 10_000 + 5_000 + i)
-        losses.append(run.loss(setup.held_out))
-        moved = max(
-            float((s.b().detach()[..., -n:] - b).abs().max())
-            for s, b in zip(run.adapter.sites.values(), before, strict=True)
-        )
-        overshoot = max(overshoot, moved / lr)
-        new = sum(
-            float((s.b().detach()[..., -n:] @ s.a().detach()[-n:]).square().sum()) for s in run.adapter.sites.values()
-        )
-        everything = sum(float((s.b().detach() @ s.a().detach()).square().sum()) for s in run.adapter.sites.values())
-        if reached == math.inf and math.sqrt(new / everything) >= 0.05:
-            reached = i + 1
-    return losses, reached, overshoot
+@dataclass
+class Arm:
+    """One arm of one seed, against the run that was not resized."""
 
-
-def spread(values: list[float], digits: int = 4) -> str:
-    """Mean and standard error over seeds."""
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
-
-
-def arms(rewarm: int, half: int, rank: int) -> Iterator[tuple[str, str, Event]]:
-    """(question, arm, event) of everything that is compared with the run that was not resized."""
-    yield "ii: change of basis", "transport", cut(rank)
-    yield "ii: change of basis", "reset", cut(rank, state="reset")
-    yield "ii: change of basis", "zero moments, old step", zeroed(cut(rank))
-    yield "iii: rank halved", "transport", cut(half)
-    yield "iii: rank halved", "reset", cut(half, state="reset")
-    yield "iii: rank halved", f"reset, re-warm {rewarm}", cut(half, state="reset", rewarm=rewarm)
+    excess: dict[int, float]  # by step
+    distance: list[float]  # after the first and the last step of BEND
+    reached: float
+    overshoot: float
 
 
 @dataclass
 class Outcome:
     """What one seed showed."""
 
-    excess: dict[tuple[str, str], tuple[float, float]]  # (question, arm) -> excess loss at the worst and the last step
+    arms: dict[tuple[str, str], Arm]  # by question and arm
     cut: tuple[float, float, float]
-    reached: dict[str, float]
-    overshoot: dict[str, float]
 
 
 def measure(seed: int, options: argparse.Namespace) -> Outcome:
     """Every arm from the same trained state, one seed."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    rank, half = options.rank, options.rank // 2
-    found = Outcome({}, (0.0, 0.0, 0.0), {}, {})
+    r, half, long = options.rank, options.rank // 2, options.long
+    setup = prepare(seed, options)
+    base = follow(setup, None, long)
+    found = Outcome({}, truncation(setup, half))
 
-    def note(question: str, arm: str, losses: list[float], base: list[float]) -> None:
-        found.excess[question, arm] = worst_excess(losses, base), losses[-1] - base[-1]
+    def note(question: str, arm: str, trace: Trace, base: Trace = base) -> None:
+        distance = [
+            size(x - y for x, y in zip(ours, theirs, strict=True)) / size(theirs)
+            for ours, theirs in zip(trace.moves, base.moves, strict=True)
+        ]
+        excess = {i: value - base.loss[i] for i, value in trace.loss.items()}
+        found.arms[question, arm] = Arm(excess, distance, trace.reached, trace.overshoot)
 
-    setup = prepare(seed, rank, options)
-    base = follow(setup, None, seed)
-    found.cut = truncation(setup, half)
-    for question, arm, event in arms(options.rewarm, half, rank):
-        note(question, arm, follow(setup, event, seed), base)
-    for seeding in SEEDINGS:
-        losses, steps, peak = growth(setup, rank // 2, seed, seeding, warmup=options.rewarm)
-        note("iv: half as much again", f"v seeded by {seeding}", losses, base)
-        found.reached[seeding], found.overshoot[seeding] = steps, peak
-    with_dead = prepare(seed, rank + 2, options, dead=2)
-    base = follow(with_dead, None, seed)
-    removals = {
-        "transport": keep(rank),
-        "reset": keep(rank, state="reset"),
-        "zero moments, old step": zeroed(keep(rank)),
-    }
-    for arm, event in removals.items():
-        note("ii: zero directions removed", arm, follow(with_dead, event, seed), base)
+    turned = "ii: sorted basis, rank kept"
+    note("ii: nearest basis, rank kept", "carried", follow(setup, cut(r), BEND[-1]))
+    note(turned, "carried", follow(setup, cut(r, "keep"), BEND[-1]))
+    note(turned, "true second moments", follow(setup, true_second(r, "keep", setup.products), BEND[-1]))
+    note(turned, "reset", follow(setup, cut(r, "keep", state="reset"), BEND[-1]))
+    note(turned, "zeroed", follow(setup, zeroed(cut(r, "keep")), BEND[-1]))
+
+    with_dead, removal = padded(setup, 2), "ii: zero directions removed"
+    note(removal, "carried", follow(with_dead, keep(r), BEND[-1]))
+    note(removal, "reset", follow(with_dead, keep(r, state="reset"), BEND[-1]))
+    note(removal, "zeroed", follow(with_dead, zeroed(keep(r)), BEND[-1]))
+
+    note("iii: rank halved", "carried, nearest basis", follow(setup, cut(half), long))
+    note("iii: rank halved", "carried, sorted basis", follow(setup, cut(half, "keep"), long))
+    note("iii: rank halved", "reset", follow(setup, cut(half, state="reset"), long))
+    rewarmed = cut(half, state="reset", rewarm=options.rewarm)
+    note("iii: rank halved", f"reset, re-warm {options.rewarm}", follow(setup, rewarmed, long))
+
+    for v in SEEDINGS:
+        young = follow(setup, grow(half), BEND[-1], new=half, seed_v=v, warmup=options.rewarm, seed=seed)
+        note("iv: half as much again", f"v seeded by {v}", young)
+
+    plain = prepare(seed, argparse.Namespace(**{**vars(options), "before": 40}), sgd=True)
+    base = follow(plain, None, BEND[-1], sgd=True)
+    for arm, event in {"carried": rotated(), "reset": rotated(state="reset")}.items():
+        note("control: SGD with momentum, basis turned", arm, follow(plain, event, BEND[-1], sgd=True), base)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--before", type=int, default=60, help="steps before the event")
-    parser.add_argument("--steps", type=int, default=20, help="steps after it")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--eval", type=int, default=64, help="held-out reviews")
-    parser.add_argument("--rewarm", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=2, help="seeds at a time, one thread each")
-    options = parser.parse_args()
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and standard error over seeds."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
 
-    outcomes: list[Outcome] = []
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        done = pool.map(measure, range(options.seeds), [options] * options.seeds)
-        outcomes += track(done, "seeds", total=options.seeds, console=console)
 
+def report(outcomes: list[Outcome], options: argparse.Namespace) -> None:
+    halves = f"{options.rank} -> {options.rank // 2}"
     table(
-        f"(i) Truncation {options.rank} -> {options.rank // 2}, at once, {options.seeds} seeds ({machine()})",
+        f"(i) Truncation {halves}, at once, {len(outcomes)} seeds ({machine()})",
         ("", "change of loss", "predicted |change| / |DeltaW|", "measured"),
         [("all arms alike", *(spread([o.cut[i] for o in outcomes], 6 if i else 4) for i in range(3)))],
     )
+
+    def curves(key: tuple[str, str]) -> np.ndarray:
+        """[seeds, steps], up to the last of BEND."""
+        return np.array([[o.arms[key].excess[i] for i in BEND] for o in outcomes])
+
+    rows = []
+    for key in outcomes[0].arms:
+        arms = [o.arms[key] for o in outcomes]
+        distance = [spread([a.distance[i] for a in arms], 3) for i in range(2)]
+        losses = ["", "", ""]
+        if arms[0].excess:
+            values = curves(key)
+            at = int(values.mean(0).argmax())
+            last = max(arms[0].excess)
+            losses = [
+                f"{spread(values[:, at].tolist())} (step {BEND[at]})",
+                spread(values.max(1).tolist()),
+                f"{spread([a.excess[last] for a in arms])} (step {last})",
+            ]
+        rows.append((": ".join(key), *distance, *losses))
     table(
-        f"Excess evaluation loss over the run that was not resized, {options.steps} steps, mean ± standard error",
-        ("question", "arm", "worst step", "last step"),
-        [
-            (*key, *(spread([o.excess[key][i] for o in outcomes], 5) for i in range(2)))
-            for key in sorted(outcomes[0].excess)
-        ],
+        "Against the run that was not resized, mean ± standard error over seeds",
+        ("arm", "distance, 1 step", f"{BEND[-1]} steps", "excess loss, worst step of mean", "worst of each", "last"),
+        rows,
+    )
+
+    def worst_ratio(pick: np.ndarray, arm: tuple[str, str], other: tuple[str, str]) -> float:
+        at = pick.astype(int)
+        worst, least = (curves(key)[at].mean(0).max() for key in (arm, other))
+        return worst / max(least, 1e-9)  # losing state may cost nothing, or help: then there is no bound
+
+    def distance_ratio(pick: np.ndarray, arm: tuple[str, str], other: tuple[str, str]) -> float:
+        ours, theirs = (np.array([o.arms[key].distance[0] for o in outcomes]) for key in (arm, other))
+        return float(ours[pick.astype(int)].mean() / theirs[pick.astype(int)].mean())
+
+    rows = []
+    for question, arm in outcomes[0].arms:
+        for other in ("reset", "zeroed"):
+            against = question if (question, other) in outcomes[0].arms else "ii: zero directions removed"
+            if not question.startswith("ii:") or arm not in ("carried", "true second moments"):
+                continue
+            cells = []
+            for statistic in (worst_ratio, distance_ratio):
+                keys = (question, arm), (against, other)
+                value, low, high = interval(range(len(outcomes)), lambda pick, k=keys, f=statistic: f(pick, *k))
+                cells.append(f"{value:.3f} ({low:.3f} to {f'{high:.3f}' if high < 1e3 else 'no bound'})")
+            rows.append((f"{question}: {arm} / {other}", *cells))
+    table(
+        "Transport over losing state: ratio and 95 % bootstrap interval over seeds (limit 0.1)",
+        ("", "worst excess loss", "distance after 1 step"),
+        rows,
     )
     table(
         "(iv) New directions",
         ("v seeded by", "steps until they carry 5 % of |DeltaW|", "largest update of an entry, in lr"),
         [
             (
-                seeding,
-                ", ".join("-" if o.reached[seeding] == math.inf else f"{o.reached[seeding]:.0f}" for o in outcomes),
-                spread([o.overshoot[seeding] for o in outcomes], 2),
+                v,
+                ", ".join("-" if a.reached == math.inf else f"{a.reached:.0f}" for a in arms),
+                spread([a.overshoot for a in arms], 2),
             )
-            for seeding in SEEDINGS
+            for v in SEEDINGS
+            for arms in [[o.arms["iv: half as much again", f"v seeded by {v}"] for o in outcomes]]
         ],
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--before", type=int, default=150, help="steps before the event")
+    parser.add_argument("--total", type=int, default=250, help="steps at whose end the learning rate is 0")
+    parser.add_argument("--long", type=int, default=50, help="steps after a real cut")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=20, help="reviews of at most so many")
+    parser.add_argument("--eval", type=int, default=192, help="held-out reviews")
+    parser.add_argument("--rewarm", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2, help="seeds at a time, one thread each")
+    options = parser.parse_args()
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        done = pool.map(measure, range(options.seeds), [options] * options.seeds)
+        outcomes = list(track(done, "seeds", total=options.seeds, console=console))
+    report(outcomes, options)
 
 
 if __name__ == "__main__":
