@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from rankflow.errors import OptimizerError, PlanError
 from rankflow.gate import Gate
 from rankflow.gated import fit, gated, unfit
 from rankflow.journal import Journal
+from rankflow.learnt import Learnt
 from rankflow.linalg import Factor
 from rankflow.optim import Carrier
-from rankflow.plan import Drop, Grow, Keep, Op, Open, RankPlan, Refactor, Slot
+from rankflow.plan import Open, RankPlan, Refactor, Slot
 from rankflow.seeds import keyed_generator
 from rankflow.sites import Site
 
@@ -356,56 +358,26 @@ class Gates:
         if self.gate is None:
             return
         journal.write(lambda: None, self._refit)  # undone last, when everything below is back
-        theta: dict[str, dict[str, Tensor]] = {
-            n: {k: p.detach() for k, p in of.items()} for n, of in self._theta.items()
-        }
-        state = {n: {k: self._adam.state.get(p, {}) for k, p in of.items()} for n, of in self._theta.items()}  # type: ignore[union-attr]
+        learnt = {name: self._learnt(name) for name in self._adapter.sites if name in self._theta or name in plan.ops}
         for name, ops in plan.ops.items():
-            theta[name], state[name] = self._follow(name, ops, theta.get(name), state.get(name, {}), slots[name])
-            if slots[name].rank == 0:
-                del theta[name], state[name]
+            learnt[name] = learnt[name].through(ops, partial(self._directions, name, slots[name]))
+        learnt = {name: of for name, of in learnt.items() if slots[name].rank}
         for attr in ("_theta", "_adam", "_rates"):
             journal.attr(self, attr, getattr(self, attr))  # `_train` makes new ones
-        self._train({name: theta[name] for name in self._adapter.sites if name in theta}, state)
+        self._train({n: of.theta for n, of in learnt.items()}, {n: of.adam for n, of in learnt.items()})
         self._refit()
 
-    def _follow(
-        self, name: str, ops: Sequence[Op], theta: dict[str, Tensor] | None, state: Mapping[str, Any], slot: Slot
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-        """Parameters of one module, and Adam's state of each, after `ops`."""
-        assert self.gate is not None
+    def _directions(self, name: str, slot: Slot, n: int) -> dict[str, Tensor]:
+        """Parameters of `n` new ones."""
         site = self._adapter.sites[name]
-        state = {key: dict(entries) for key, entries in state.items()}
-        for op in ops:
-            if isinstance(op, Drop):
-                theta, state = None, {}
-            elif isinstance(op, Keep) and theta is not None:
-                theta = {k: self._along(k, t, lambda u, op=op: u[list(op.idx)]) for k, t in theta.items()}
-                for key, entries in state.items():
-                    for entry, t in entries.items():
-                        entries[entry] = self._along(key, t, lambda u, op=op: u[list(op.idx)])
-            elif isinstance(op, Open) and theta is not None:
-                at = torch.tensor(op.idx, device=site.A.device)
-                theta = {**theta, "value": theta["value"].index_fill(0, at, op.to)}
-                for entry, t in state.get("value", {}).items():
-                    state["value"][entry] = self._along("value", t, lambda u, at=at: u.index_fill(0, at, 0.0))
-            elif isinstance(op, Grow):
-                fresh = self._fresh(name, site, replace(slot, rank=op.n)) if site.present else {}
-                if theta is None:
-                    theta = fresh
-                    continue
-                for key, new in fresh.items():
-                    theta = {**theta, key: self._along(key, theta[key], lambda u, new=new: torch.cat([u, new]))}
-                    for entry, t in state.get(key, {}).items():
-                        zeros = torch.zeros_like(new)
-                        state[key][entry] = self._along(key, t, lambda u, zeros=zeros: torch.cat([u, zeros]))
-        return theta or {}, state
+        return self._fresh(name, site, replace(slot, rank=n)) if site.present else {}
 
-    def _along(self, key: str, t: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        """`t` with its directions changed, where it has any: not a module's own parameter, nor a step count."""
+    def _learnt(self, name: str) -> Learnt:
         assert self.gate is not None
-        per_direction = self.gate.scope == "component" and key in self.gate.per_direction
-        return change(t) if per_direction and isinstance(t, Tensor) and t.dim() > 0 else t
+        assert self._adam is not None
+        params = self._theta.get(name, {})
+        theta = {key: p.detach() for key, p in params.items()}
+        return Learnt(self.gate, theta, {key: self._adam.state.get(p, {}) for key, p in params.items()})
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

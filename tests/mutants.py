@@ -320,9 +320,9 @@ MUTANTS = [
     ),
     Mutant(
         "let gates forget Adam's averages in a resize",
-        "gates.py",
-        "state[key][entry] = self._along(key, t, lambda u, zeros=zeros: torch.cat([u, zeros]))",
-        "state[key][entry] = self._along(key, t, lambda u, zeros=zeros: 0 * torch.cat([u, zeros]))",
+        "learnt.py",
+        "torch.cat([t, torch.zeros_like(fresh[key])])",
+        "0 * torch.cat([t, torch.zeros_like(fresh[key])])",
         "tests/test_gates.py",
     ),
     Mutant(

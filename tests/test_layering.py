@@ -17,6 +17,7 @@ CORE = [
     "limits",
     "budget",
     "gate",
+    "learnt",
     "policy",
     "opening",
     "pruning",
