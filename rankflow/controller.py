@@ -22,13 +22,13 @@ from rankflow.heldout import HeldOut
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force
-from rankflow.plan import Keep, Layout, RankPlan, Share, Train
+from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
 from rankflow.surgeon import Surgeon
-from rankflow.transitions import ops_to
+from rankflow.transitions import first, ops_to
 
 FORMAT = 1
 logger = logging.getLogger(__name__)
@@ -353,8 +353,9 @@ class Controller:
     def reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,
         their state afresh. Not an event of the run: `load_state_dict` is to follow."""
-        first = lambda rank: [Keep(tuple(range(rank)))]  # noqa: E731
-        ops = {name: ops_to(layout[name].rank, slot.rank, first) for name, slot in self.layout.items()}
+        ops = {
+            name: ops_to(layout[name].rank, slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()
+        }
         self._surgeon.apply(RankPlan(ops, "reshape", state="reset"), self.step)
 
     # -- inside -----------------------------------------------------------------------------------------------------

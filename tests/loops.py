@@ -96,25 +96,6 @@ class Run:
         self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def resumed(self, folder: Path) -> Run:
-        """What another process would go on with, through files in `folder`."""
-        self.model.save_pretrained(folder)
-        save_state(self.flow, folder)
-        torch.save([self.optimizer.state_dict(), self.scheduler.state_dict()], folder / "optimizer.pt")
-        model = tiny_llama(seed=7)
-        for name, p in model.named_parameters():
-            if "lora_" not in name:
-                p.data.copy_(dict(self.model.named_parameters())[name])
-        rankflow.restore(model, folder)
-        run = Run(self.policy, self.steps, model=model)
-        optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
-        run.optimizer.load_state_dict(optimizer)
-        run.scheduler.load_state_dict(scheduler)
-        state = load_state(folder)
-        assert state is not None
-        run.flow.load_state_dict(state)
-        return run
-
     def until(self, step: int) -> Run:
         while self.flow.step < step:
             self.step()

@@ -531,8 +531,8 @@ MUTANTS = [
     Mutant(
         "compare directions without their scaling",
         "policies/rigl.py",
-        "(abs(scaling) * a.norm(dim=-1)",
-        "(a.norm(dim=-1)",
+        "obs[name][Signal.B], slot.scaling)",
+        "obs[name][Signal.B], 1.0)",
         "tests/test_rigl.py",
     ),
     Mutant(

@@ -12,9 +12,9 @@ import torch
 from helpers import lora, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loops import Run
+from loops import Run, resumed
 from peft import LoraConfig, get_peft_model
-from test_controller import STEPS, CountingMode, assert_one_run, resumed
+from test_controller import STEPS, CountingMode, assert_one_run
 from test_gates import Rounded, Spread
 from test_probes import checkpointed, encoder, reviews, sentence_loss
 from test_statistics import mixing, ops_from
@@ -409,7 +409,7 @@ def test_a_resumed_run_has_them_to_the_bit_and_cuts_by_them_alike(tmp_path, stop
         "params": {"metric": "loss", "window": 2, "shape": "linear"},
     }
     whole = Run(policy, STEPS).until(stop)
-    second = resumed(whole, policy, tmp_path)
+    second = resumed(whole, policy, STEPS, tmp_path)
     assert same(second.flow.state_dict()["averages"], whole.flow.state_dict()["averages"])
     whole.until(9)
     assert_one_run(whole, second.until(9), stop)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from loops import GROW_THEN_SQUEEZE, Run, same_weights, tiny_llama, token_batches, weights
+from loops import GROW_THEN_SQUEEZE, Run, resumed, same_weights, tiny_llama, token_batches, weights
 from peft import PeftModel, get_peft_model_state_dict
 
 import rankflow
@@ -95,25 +95,6 @@ def test_same_seed_same_bits_and_global_rng_untouched():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def resumed(first: Run, policy, folder, **options) -> Run:
-    """A run made anew, as in another process, that goes on from where `first` is."""
-    first.model.save_pretrained(folder)
-    save_state(first.flow, folder)
-    torch.save([first.optimizer.state_dict(), first.scheduler.state_dict()], folder / "optimizer.pt")
-
-    model = tiny_llama(seed=7)
-    for name, p in model.named_parameters():
-        if "lora_" not in name:
-            p.data.copy_(dict(first.model.named_parameters())[name])
-    rankflow.restore(model, folder)
-    second = Run(policy, STEPS, model=model, **options)
-    optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
-    second.optimizer.load_state_dict(optimizer)
-    second.scheduler.load_state_dict(scheduler)
-    second.flow.load_state_dict(load_state(folder))
-    return second
-
-
 def assert_one_run(whole: Run, second: Run, stop: int) -> None:
     """That `second`, resumed after `stop` steps, is bit for bit the run that was not stopped."""
     assert second.flow.layout == whole.flow.layout
@@ -128,7 +109,7 @@ def assert_one_run(whole: Run, second: Run, stop: int) -> None:
 def test_resume_is_bit_for_bit_the_run_that_was_not_stopped(tmp_path, stop):
     whole = Run(GROW_THEN_SQUEEZE, STEPS).until(STEPS)
     first = Run(GROW_THEN_SQUEEZE, STEPS).until(stop)
-    assert_one_run(whole, resumed(first, GROW_THEN_SQUEEZE, tmp_path).until(STEPS), stop)
+    assert_one_run(whole, resumed(first, GROW_THEN_SQUEEZE, STEPS, tmp_path).until(STEPS), stop)
 
 
 @pytest.mark.parametrize("init", ["zero_b", "grad"])  # what the surgeon draws, and what the probes do
@@ -139,7 +120,7 @@ def test_a_resumed_run_keeps_its_seed_whatever_it_is_attached_with(tmp_path, ini
     other = Run(policy, STEPS, seed=4).until(8)
     assert not same_weights(weights(whole.model), weights(other.model)), "the seed is of no consequence here"
     first = Run(policy, STEPS, seed=3).until(4)
-    second = resumed(first, policy, tmp_path, seed=4)
+    second = resumed(first, policy, STEPS, tmp_path, seed=4)
     assert second.flow.seed == 3
     assert_one_run(whole, second.until(8), 4)
 

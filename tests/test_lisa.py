@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import Run, same_weights, tiny_llama
+from loops import Run, resumed, same_weights, tiny_llama
 from synthetic import World
 from test_trainer import default_weights, trainer
 
@@ -281,7 +281,7 @@ def test_what_the_user_froze_stays_frozen():
 def test_resume_is_bit_for_bit(tmp_path, stop):
     whole = Run(THEN_GROW, STEPS).until(STEPS)
     first = Run(THEN_GROW, STEPS).until(stop)
-    second = first.resumed(tmp_path)
+    second = resumed(first, THEN_GROW, STEPS, tmp_path)
     assert frozen(second) == frozen(first)
     second.until(STEPS)
     assert second.flow.layout == whole.flow.layout

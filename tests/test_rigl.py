@@ -11,7 +11,7 @@ import torch
 from helpers import lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import Run, same_weights, tiny_llama, weights
+from loops import Run, resumed, same_weights, tiny_llama, weights
 from synthetic import World, run
 
 from rankflow.adapters import Adapter
@@ -424,6 +424,6 @@ def test_a_real_run_empties_modules_and_brings_them_back():
 @pytest.mark.parametrize("stop", [4, 10])
 def test_resume_is_bit_for_bit(tmp_path, stop):
     whole = Run(REAL, 20).until(20)
-    second = Run(REAL, 20).until(stop).resumed(tmp_path).until(20)
+    second = resumed(Run(REAL, 20).until(stop), REAL, 20, tmp_path).until(20)
     assert second.flow.layout == whole.flow.layout
     assert same_weights(*({n: t for n, t in weights(r.model).items() if ".default." in n} for r in (whole, second)))

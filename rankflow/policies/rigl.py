@@ -17,6 +17,7 @@ from rankflow.errors import ConfigError
 from rankflow.growth import gradient_directions
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Slot
 from rankflow.policy import Observation, Policy, Signal, State
+from rankflow.pruning import direction_sizes
 from rankflow.schedule import curve
 
 Queue = list[tuple[float, int | None]]  # (gain, direction) by gain; None for a direction that is new
@@ -90,7 +91,11 @@ class RigL(Policy):
                 if not bool(signals[signal].isfinite().all()):
                     return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing moves")
         moving = [name for name, slot in layout.items() if slot.trainable and Signal.SKETCH in obs.get(name, {})]
-        sizes = {name: _sizes(obs[name], slot.scaling) for name, slot in layout.items() if slot.rank > 0}
+        sizes = {
+            name: direction_sizes(obs[name][Signal.A], obs[name][Signal.B], slot.scaling).tolist()
+            for name, slot in layout.items()
+            if slot.rank > 0
+        }
         dropped = self._weakest({name: sizes[name] for name in moving}, layout, step)
         queues: dict[str, Queue] = {}
         for name, slot in layout.items():
@@ -130,12 +135,6 @@ class RigL(Policy):
         strongest = max((gain for queue in queues.values() for gain, _ in queue if 0 < gain < math.inf), default=1.0)
         gains = {name: [min(gain, _KEPT * strongest) for gain, _ in queue] for name, queue in queues.items()}
         return allocate(gains, layout, budget)
-
-
-def _sizes(signals: Mapping[Signal, Tensor], scaling: float) -> list[float]:
-    """|s| |b_i| |a_i| of every direction."""
-    a, b = signals[Signal.A].double(), signals[Signal.B].double()
-    return (abs(scaling) * a.norm(dim=-1) * b.norm(dim=-2)).tolist()
 
 
 def _again(signals: Mapping[Signal, Tensor], dropped: set[int]) -> Queue:
