@@ -6,26 +6,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankflow.checkpoint import squeeze, squeeze_model
+    from rankflow.calibration import calibrate, save_statistics
+    from rankflow.checkpoint import canonicalize, pad, squeeze, squeeze_each
     from rankflow.config import load_policy
     from rankflow.controller import Controller
+    from rankflow.difference import diff
     from rankflow.errors import (
         AdapterError,
         CheckpointError,
         ConfigError,
+        DistributedError,
         OptimizerError,
         PlanError,
         RankFlowError,
     )
     from rankflow.gate import Gate
+    from rankflow.in_memory import squeeze_model
     from rankflow.inspection import inspect
     from rankflow.ledger import Ledger
     from rankflow.loop import attach
+    from rankflow.measured import Statistics
+    from rankflow.mismatches import check
     from rankflow.plan import Layout, RankPlan, Slot
     from rankflow.policy import Observation, Policy, Signal, Study
     from rankflow.quantized import load_quantized, save_quantized
     from rankflow.resume import restore
     from rankflow.surgeon import resize
+    from rankflow.tails import expand
+    from rankflow.targets import Target
     from rankflow.trainer import RankFlowCallback
 
 # Loaded on first use: torch and transformers take seconds, `rankflow --help` should not.
@@ -36,12 +44,22 @@ _HOME = {
     "load_quantized": "quantized",
     "save_quantized": "quantized",
     "resize": "surgeon",
+    "calibrate": "calibration",
+    "save_statistics": "calibration",
+    "canonicalize": "checkpoint",
+    "check": "mismatches",
+    "diff": "difference",
+    "expand": "tails",
+    "pad": "checkpoint",
     "squeeze": "checkpoint",
-    "squeeze_model": "checkpoint",
+    "squeeze_each": "checkpoint",
+    "squeeze_model": "in_memory",
+    "Target": "targets",
     "inspect": "inspection",
     "load_policy": "config",
     "Controller": "controller",
     "Ledger": "ledger",
+    "Statistics": "measured",
     "Layout": "plan",
     "RankPlan": "plan",
     "Slot": "plan",
@@ -53,6 +71,7 @@ _HOME = {
     "AdapterError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "DistributedError": "errors",
     "OptimizerError": "errors",
     "PlanError": "errors",
     "RankFlowError": "errors",
@@ -63,6 +82,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Controller",
+    "DistributedError",
     "Gate",
     "Layout",
     "Ledger",
@@ -75,15 +95,25 @@ __all__ = [
     "RankPlan",
     "Signal",
     "Slot",
+    "Statistics",
     "Study",
+    "Target",
     "attach",
+    "calibrate",
+    "canonicalize",
+    "check",
+    "diff",
+    "expand",
     "inspect",
     "load_policy",
     "load_quantized",
+    "pad",
     "resize",
     "restore",
     "save_quantized",
+    "save_statistics",
     "squeeze",
+    "squeeze_each",
     "squeeze_model",
 ]
 

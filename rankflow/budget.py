@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -18,6 +18,7 @@ from rankflow.plan import Layout, Slot
 
 BudgetKind = Literal["mean_rank", "total_rank", "max_params", "size", "fraction"]
 _LATER = 1e-100  # puts a gain that is multiplied by it behind all that are not
+_UNHEARD_OF = 1e30  # an amount
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in get_args(BudgetKind):
             raise ConfigError(f"unknown budget {self.kind!r}; known: {', '.join(get_args(BudgetKind))}")
-        if not (math.isfinite(self.amount) and self.amount > 0):
-            raise ConfigError(f"budget {self.kind}: {self.amount} is not a positive number")
+        if not 0 < self.amount < _UNHEARD_OF:
+            raise ConfigError(
+                f"budget {self.kind}: {str(self.amount)[:80]} is not a positive number, or beyond all use"
+            )
         if self.kind in ("total_rank", "max_params", "size"):
             if self.amount != int(self.amount):
                 raise ConfigError(f"budget {self.kind}: {self.amount} is not a whole number")
@@ -82,6 +85,10 @@ class Budget:
             return 1
         return slot.params_per_rank * (slot.itemsize if self.kind == "size" else 1)
 
+    def price(self, unit: Unit) -> int:
+        """`cost` of all modules of a unit."""
+        return sum(self.cost(slot) for slot in unit.slots)
+
     def spent(self, layout: Layout) -> int:
         """What `layout` costs, in the unit of the resolved budget."""
         return sum(slot.rank * self.cost(slot) for slot in layout.values())
@@ -89,7 +96,7 @@ class Budget:
 
 def reachable(layout: Layout, budget: Budget) -> tuple[int, int]:
     """The smallest and the largest total that limits allow, in what the resolved budget counts."""
-    spans = [(unit.span, _cost(unit, budget)) for unit in units(layout)]
+    spans = [(unit.span, budget.price(unit)) for unit in units(layout)]
     return sum(low * cost for (low, _), cost in spans), sum(high * cost for (_, high), cost in spans)
 
 
@@ -110,10 +117,6 @@ def check_lowers(policy: str, layout: Layout, budget: Budget) -> None:
             f"{budget}; lower the budget, or put a policy that grows before it"
         )
     check_reachable(layout, budget)
-
-
-def _cost(unit: Unit, budget: Budget) -> int:
-    return sum(budget.cost(slot) for slot in unit.slots)
 
 
 def round_scores(scores: Mapping[str, float]) -> dict[str, float]:
@@ -145,34 +148,89 @@ def allocate(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budge
         ConfigError: limits demand more than the budget, or the budget does not buy a single direction.
         PlanError: a gain is not finite.
     """
-    moving = units(layout)
-    costs = [_cost(unit, budget) for unit in moving]
-    have = [min(len(gains.get(name, ())) for name in unit.names) for unit in moving]
-    ranks = [unit.span[0] for unit in moving]
-    left = budget.amount - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-    if left < 0:
-        least = budget.unit(budget.amount - left)
-        raise ConfigError(f"budget is {budget} but limits allow no less than {least}; raise it or lower the minima")
-    offers: list[tuple[float, int, int, int]] = []  # (-gain per cost, rank, unit, next rank)
+    options = Options.of(gains, layout, budget)
+    ranks, left = list(options.least), options.left
+    for i, rank in options.best_first(ranks):
+        price = (rank - ranks[i]) * options.costs[i]
+        if price <= left:  # a unit whose next step is too dear stays behind; cheaper ones go on
+            left -= price
+            ranks[i] = rank
+    return options.bought(ranks)
 
-    def offer(i: int) -> None:
-        a, b = ranks[i], next(moving[i].ranks(ranks[i] + 1, have[i]), None)
-        if b is not None:
-            gain = math.fsum(g for name in moving[i].names for g in gains[name][a:b])
-            heapq.heappush(offers, (-rounded(gain / ((b - a) * costs[i]), str(moving[i])), a, i, b))
 
-    for i in range(len(moving)):
-        offer(i)
-    while offers:
-        _, a, i, b = heapq.heappop(offers)
-        if (b - a) * costs[i] <= left:  # a unit whose next step is too dear stays behind; cheaper ones go on
-            left -= (b - a) * costs[i]
-            ranks[i] = b
+@dataclass(frozen=True)
+class Options:
+    """What there is to choose from: units, and of each the cost of one more rank, how many directions can be had, and
+    the least rank that limits allow."""
+
+    gains: Mapping[str, Sequence[float]]
+    layout: Layout
+    budget: Budget
+    units: Sequence[Unit]
+    costs: Sequence[int]
+    have: Sequence[int]
+    least: Sequence[int]
+
+    @classmethod
+    def of(cls, gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budget) -> Options:
+        """`gains` as for `allocate`, `budget` resolved."""
+        moving = units(layout)
+        have = [min(len(gains.get(name, ())) for name in unit.names) for unit in moving]
+        costs, least = [budget.price(unit) for unit in moving], [unit.span[0] for unit in moving]
+        return cls(gains, layout, budget, moving, costs, have, least)
+
+    @property
+    def left(self) -> int:
+        """What the least ranks leave of the budget.
+
+        Raises:
+            ConfigError: they cost more.
+        """
+        spent = sum(rank * cost for rank, cost in zip(self.least, self.costs, strict=True))
+        if spent > self.budget.amount:
+            raise ConfigError(
+                f"budget is {self.budget} but limits allow no less than {self.budget.unit(spent)}; raise it or lower "
+                "the minima"
+            )
+        return int(self.budget.amount) - spent
+
+    def gain(self, i: int, first: int, last: int) -> float:
+        """Of the directions from `first` to before `last` of unit i."""
+        return math.fsum(g for name in self.units[i].names for g in self.gains.get(name, ())[first:last])
+
+    def best_first(self, ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(unit, its next allowed rank), the most gain per cost first. A unit comes again if, in `ranks`, it was given
+        that rank."""
+        offers: list[tuple[float, int, int, int]] = []  # (-gain per cost, rank, unit, next rank)
+
+        def offer(i: int) -> None:
+            a, b = ranks[i], next(self.units[i].ranks(ranks[i] + 1, self.have[i]), None)
+            if b is not None:
+                worth = self.gain(i, a, b) / ((b - a) * self.costs[i])
+                heapq.heappush(offers, (-rounded(worth, str(self.units[i])), a, i, b))
+
+        for i in range(len(self.units)):
             offer(i)
-    if not any(ranks):
-        raise ConfigError(f"budget of {budget} does not buy a single direction in any module; raise it")
-    chosen = {name: rank for unit, rank in zip(moving, ranks, strict=True) for name in unit.names}
-    return {name: chosen[name] for name in layout}
+        while offers:
+            _, _, i, b = heapq.heappop(offers)
+            yield i, b
+            if ranks[i] == b:
+                offer(i)
+
+    def by_module(self, ranks: Sequence[int]) -> dict[str, int]:
+        """Module -> rank, in the order of the layout."""
+        chosen = {name: rank for unit, rank in zip(self.units, ranks, strict=True) for name in unit.names}
+        return {name: chosen[name] for name in self.layout}
+
+    def bought(self, ranks: Sequence[int]) -> dict[str, int]:
+        """`by_module`, of which something must be left.
+
+        Raises:
+            ConfigError: every rank is 0.
+        """
+        if not any(ranks):
+            raise ConfigError(f"budget of {self.budget} does not buy a single direction in any module; raise it")
+        return self.by_module(ranks)
 
 
 def even(layout: Layout, budget: Budget) -> dict[str, int]:
@@ -214,7 +272,7 @@ def grow_by_score(
     """
     moving = units(layout)
     ranks = [max(unit.rank, unit.span[0]) for unit in moving]
-    costs = [_cost(unit, budget) for unit in moving]
+    costs = [budget.price(unit) for unit in moving]
     left = int(budget.amount) - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     if left < 0 and any(rank > unit.rank for rank, unit in zip(ranks, moving, strict=True)):
         raise ConfigError(f"budget is {budget} but minima ask for {budget.unit(budget.amount - left)}; raise it")
@@ -240,7 +298,7 @@ def next_ranks(layout: Layout, budget: Budget, grow_by: int) -> dict[str, int]:
     left = int(budget.amount) - budget.spent(layout)
     found = {}
     for unit in units(layout):
-        rank = _next_rank(unit, unit.rank, grow_by, left // _cost(unit, budget))
+        rank = _next_rank(unit, unit.rank, grow_by, left // budget.price(unit))
         if rank > unit.rank > 0 and unit.allows(unit.rank):
             found |= dict.fromkeys(unit.names, rank)
     return found

@@ -7,26 +7,41 @@ rankflow.inspect("out/checkpoint-500").modules[0].rank_effective
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankflow.crew import Crew, Progress
-from rankflow.errors import ConfigError
+from rankflow.devices import usable
+from rankflow.errors import ConfigError, naming
+from rankflow.fitting import Fitting, fitting_for, padded
+from rankflow.formats.adapter import Put, Sketch
+from rankflow.formats.detect import open_adapter
 from rankflow.formats.peft import PeftAdapter
-from rankflow.formats.tensors import all_finite, check_destination
+from rankflow.formats.tensors import all_finite
 from rankflow.growth import new_rows
-from rankflow.linalg import Gauge, Spectrum, refactor, spectrum
-from rankflow.plan import Drop, Grow, Layout, Op, RankPlan, Refactor
+from rankflow.linalg import Gauge, Spectrum, refactor
+from rankflow.measured import Statistics
+from rankflow.plan import Layout
 from rankflow.rsvd import Backend, check_backend
 from rankflow.seeds import keyed_generator
-from rankflow.squeezed import SqueezeReport, Target, report
+from rankflow.squeezed import SqueezeReport, report
+from rankflow.tails import check_tail, tail_writer
+from rankflow.targets import Goal, Target, every_rank
+from rankflow.trials import Judge, accepted, contradictions, search
+from rankflow.yardstick import Yardstick
 
-__all__ = ["SqueezeReport", "Target", "squeeze", "squeeze_model"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SqueezeReport", "Target", "canonicalize", "pad", "squeeze", "squeeze_each"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -42,174 +57,278 @@ def squeeze(
     src: str | Path,
     out: str | Path | None = None,
     *,
-    target_rank: int | None = None,
-    energy: float | None = None,
-    max_params: int | None = None,
     metric: str = "weights",
-    backend: Backend = "exact",
+    statistics: Statistics | str | Path | None = None,
+    backend: Backend | None = None,
     dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     gauge: Gauge = "balanced",
     force: bool = False,
     dry_run: bool = False,
+    keep_tail: str | Path | None = None,
+    gate: Judge | None = None,
+    kind: str | None = None,
+    to: str | None = None,
+    engine: str | None = None,
+    base: str | Path | None = None,
     progress: Progress | None = None,
+    **target: Unpack[Goal],
 ) -> SqueezeReport:
-    """The best adapter of smaller rank, from one saved by PEFT; the source is only read.
+    """The best adapter of smaller rank, from a saved one; the source is only read.
 
     Every module becomes the truncated SVD of its DeltaW (LoRA-Squeeze, arXiv 2602.10993, computed exactly from r x r
-    matrices), with its scaling unchanged. See `Target` for the three targets, of which one is to be given. Modules at
-    or below their new rank stay as they are, bit for bit. A uniform `target_rank` keeps directions that are zero, so
-    that a fresh adapter (B = 0) still learns afterwards; the other targets drop them.
+    matrices), with its scaling unchanged. See `rankflow.Target` for the targets, of which one is to be given. Modules
+    at or below their new rank stay as they are, bit for bit. A uniform `target_rank` keeps directions that are zero,
+    so that a fresh adapter (B = 0) still learns afterwards; targets that look at singular values drop them.
 
     Args:
-        src: adapter folder, or its `.safetensors` or `.bin` file with `adapter_config.json` beside it.
-        out: folder to write; `<src>-r8` and the like beside the source if left out.
-        metric: `weights`; the other metrics need statistics of data, which no file has.
-        backend: `exact`, or a randomised SVD of the full update, as the paper's (`rankflow.rsvd`).
+        src: adapter folder, its `.safetensors` or `.bin` file with `adapter_config.json` beside it, or a single file
+            as kohya's sd-scripts, LyCORIS, ComfyUI or diffusers write it; or the folder of a whole fine-tuned model,
+            of which the difference from `base` is taken, up to the highest rank asked for, or 64 where none is.
+        out: folder or file to write; `<src>-r8` and the like beside the source if left out.
+        metric: what is preserved: `weights`, or what data make of them: `outputs` of layers, or the `loss`.
+        statistics: of data, for the latter two: a `Statistics` of this very adapter, or its file.
+        backend: `exact`, or a randomised SVD of the full update, as the paper's (`rankflow.rsvd`). Left out, it is
+            `exact` from factors, and `torch` where the update comes as a full matrix.
         dtype: of the factors written (`float32`, `bfloat16`, `float16`); that of the source if left out.
         gauge: `balanced` splits singular values evenly between A and B; `keep` keeps |A| / |B|.
-        force: replace `out` if it is an adapter folder.
+        force: replace `out` if it is an adapter.
         dry_run: compute the report and write nothing.
+        keep_tail: a `.safetensors` file for what is cut off, with which `rankflow.expand` goes back.
+        gate: in place of a target: takes the path of a candidate and says whether it is good enough; the smallest
+            uniform rank that it accepts is written, to `<src>-accepted` if `out` is left out. Found by bisection.
+        kind: the source's format (`peft`, `kohya`, `comfyui`, `diffusers`, `full`); told from its tensors if left out.
+        to: the output's format (`peft`, `kohya`, `diffusers`, `gguf`); the source's if left out.
+        engine: what is to load it (`rankflow.engines.ENGINES`): written so that it is scaled as it should be, padded
+            with zeros to one rank where the engine wants that.
+        base: the base model's folder: what a whole model is compared with, whose shapes some adapters need, and whose
+            config.json `gguf` reads; the one the adapter names if left out.
+        target: the fields of `rankflow.Target`.
 
     Raises:
         ConfigError: an impossible or contradictory option.
         AdapterError: a source that is no LoRA adapter, damaged, or of a variant that cannot be resized.
     """
+    (found,) = squeeze_each(
+        src,
+        [Target(**target)] if gate is None else every_rank(open_adapter(src, kind, base).layout, **target),
+        None if out is None else [out],
+        metric=metric,
+        statistics=statistics,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        gauge=gauge,
+        force=force,
+        dry_run=dry_run,
+        keep_tail=keep_tail,
+        gate=gate,
+        kind=kind,
+        fitting=fitting_for(engine, to=to, base=base),
+        progress=progress,
+    )
+    return found
+
+
+def pad(
+    src: str | Path,
+    out: str | Path | None = None,
+    *,
+    rank: int | None = None,
+    engine: str | None = None,
+    force: bool = False,
+    kind: str | None = None,
+    to: str | None = None,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SqueezeReport:
+    """The same adapter with zeros to one rank in every module, in PEFT's format also with alpha equal to it and no
+    patterns; and whatever else `engine` wants. DeltaW stays as it is.
+
+    Raises:
+        ConfigError, AdapterError: as `squeeze`.
+    """
+    if rank is None and engine is None:
+        raise ConfigError("padding needs a rank or an engine; give --rank or --for")
+    outs = None if out is None else [out]
+    fitting = fitting_for(engine, rank=rank, to=to, base=base)
+    (found,) = squeeze_each(src, [Target(keep=True)], outs, force=force, kind=kind, fitting=fitting, progress=progress)
+    return found
+
+
+def squeeze_each(
+    src: str | Path,
+    targets: Sequence[Target],
+    outs: Sequence[str | Path] | None = None,
+    *,
+    metric: str = "weights",
+    statistics: Statistics | str | Path | None = None,
+    backend: Backend | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    gauge: Gauge = "balanced",
+    force: bool = False,
+    dry_run: bool = False,
+    keep_tail: str | Path | None = None,
+    canonical: bool = False,
+    gate: Judge | None = None,
+    kind: str | None = None,
+    fitting: Fitting | None = None,
+    progress: Progress | None = None,
+) -> list[SqueezeReport]:
+    """`squeeze` to several targets, every module decomposed once; one output and one report for each.
+
+    With `canonical` modules that keep their rank have their directions sorted too. `fitting`: how outputs are written.
+    With `gate` only the first of `targets`, which are uniform ranks and grow, that it accepts is written, to the one of
+    `outs`.
+
+    Raises:
+        ConfigError, AdapterError: as `squeeze`; nothing is written if one of the targets or outputs cannot be had, or
+            none passes the gate.
+    """
     began = time.perf_counter()
-    target = Target(target_rank, energy, max_params)
-    _check_metric(metric)
-    check_backend(backend)
-    where, wanted = _device(device), _dtype(dtype)
-    adapter = PeftAdapter(src)
-    out = Path(out) if out is not None else _beside(adapter, target)
+    if backend is not None:
+        check_backend(backend)
+    where, wanted = usable(device), _dtype(dtype)
+    fitting = fitting or Fitting()
+    adapter = fitting.open(src, kind, _sketch(targets, backend))
+    if adapter.sketch is not None:
+        backend, used = "exact", adapter.sketch.backend  # of what the full matrices came down to
+    else:
+        used = backend = backend or "exact"
+    suffixes = [fitting.suffix if target.keep else target.suffix for target in targets]
+    suffixes = suffixes if gate is None else ["accepted"]
+    paths = [Path(out) for out in outs] if outs is not None else [adapter.beside(suffix) for suffix in suffixes]
+    if len({path.resolve() for path in paths}) < len(suffixes):
+        raise ConfigError(f"{len(suffixes)} targets need as many different outputs")
+    tail = None if keep_tail is None else Path(keep_tail)
+    if tail is not None and (len(suffixes) > 1 or gauge != "balanced"):
+        raise ConfigError("a tail is that of one output with directions sorted: give one target, and gauge 'balanced'")
+    if tail is not None and replace(fitting, base=None) != Fitting():
+        raise ConfigError("a tail belongs to an adapter that is not made for an engine or another format; leave it out")
+    if fitting.pads and any(target.size is not None for target in targets):
+        raise ConfigError(
+            "size is for ranks that differ, and zeros fill all up to the largest; give target_rank instead"
+        )
+    if tail is not None and not isinstance(adapter, PeftAdapter):
+        raise ConfigError(f"{adapter.path}: tails are kept of adapters in PEFT's format, read and written, only")
     if not dry_run:
-        check_destination(out, adapter.path, force=force)
+        for path in paths:
+            adapter.check_out(path, force=force)
+        if tail is not None:
+            check_tail(tail, force=force)
+    if tail is not None and metric != "weights":
+        raise ConfigError(f"a cut by metric {metric!r} leaves nothing that puts it back; keep tails with 'weights'")
     layout = adapter.layout
-    passes = 2 if target_rank is None and not dry_run else 1
-    crew = Crew(progress, passes * len(layout))
+    with naming(adapter.path, statistics):
+        yardstick = Yardstick.of(metric, statistics, layout, targets)
+    sized = Layout({n: replace(s, itemsize=(wanted or s).itemsize) for n, s in layout.items()})  # as it is written
+    at_once = len(suffixes) == 1 and (not dry_run or gate is not None) and not targets[0].needs_spectra
+    passes = (0 if at_once else 1) + (0 if dry_run else len(targets))
+    crew = Crew(progress if gate is None else None, passes * len(layout))
 
     def factors(name: str) -> tuple[Tensor, Tensor]:
         a, b = (t.to(where) for t in adapter.factors(name))
-        if backend == "exact" and torch.bfloat16 not in (a.dtype, b.dtype):
-            return a.double(), b.double()  # once for all; bfloat16 may do with less
+        if a.dtype != b.dtype or (backend == "exact" and (metric != "weights" or a.dtype != torch.bfloat16)):
+            return a.double(), b.double()  # once for all; bfloat16 may do with less where weights are all that counts
         return a, b
 
+    def measured(name: str, a: Tensor, b: Tensor) -> Spectrum:
+        found = yardstick.spectrum(name, a, b, layout[name].scaling, backend)
+        return replace(found, outside=adapter.outside(name))
+
     def measure(name: str) -> Spectrum:
-        return spectrum(*factors(name), layout[name].scaling, backend=backend)
+        return measured(name, *factors(name))
 
-    spectra = {} if target_rank is not None and not dry_run else crew.each(measure, layout)
-    ranks = target.ranks(layout, spectra)
-
-    def write(name: str, put: Callable[[str, Tensor, Tensor], None]) -> Spectrum:
+    def write(name: str, rank: int, rows: int, put: Put, put_tail: Put | None) -> Spectrum:
         dtype = wanted or adapter.entries[name].dtype
         a, b = factors(name)
-        found = spectra.get(name) or spectrum(a, b, layout[name].scaling, backend=backend)
-        if 0 < ranks[name] < layout[name].rank:
-            a, b = _cut(found, a, b, ranks[name], gauge, name, layout[name].kind)
-        if ranks[name]:
-            put(name, _round(a, dtype, name), _round(b, dtype, name))
+        slot = layout[name]
+        found = spectra.get(name) or measured(name, a, b)
+        if canonical or (rank < slot.rank and put_tail is not None):
+            a, b = _cut(found, a, b, slot.rank, gauge, name, slot.kind)
+        elif 0 < rank < slot.rank:
+            a, b = _cut(found, a, b, rank, gauge, name, slot.kind)
+        if rows:
+            kept = padded(a[..., :rank, :], b[..., :rank], rows)
+            put(name, *(_round(t, dtype, name) for t in kept))
+        if rank < slot.rank and put_tail is not None:
+            put_tail(name, _round(a[..., rank:, :], dtype, name), _round(b[..., rank:], dtype, name))
         return found
 
-    if not dry_run:
-        with adapter.rewrite(out, ranks, dtype=wanted, force=force) as put:
-            spectra = crew.each(lambda name: write(name, put), layout)
-    after = Layout({n: replace(s, rank=ranks[n], itemsize=(wanted or s).itemsize) for n, s in layout.items()})
-    return report(
-        layout,
-        after,
-        spectra,
-        source=str(adapter.path),
-        out=None if dry_run else str(out),
-        target=target.given,
-        backend=backend,
-        gauge=gauge,
-        dtype=None if wanted is None else _name(wanted),
-        dry_run=dry_run,
-        file_bytes_before=adapter.file_bytes,
-        file_bytes_after=None if dry_run else (out / f"adapter_model{adapter.weights.suffix}").stat().st_size,
-        copied=() if dry_run else tuple(file.name for file in adapter.companions),
-        notes=(*adapter.notes, *_notes(layout, ranks)),
-        seconds=time.perf_counter() - began,
-    )
+    with naming(adapter.path):
+        spectra = {} if at_once else crew.each(measure, layout)
 
-
-def squeeze_model(
-    model: nn.Module,
-    *,
-    target_rank: int | None = None,
-    energy: float | None = None,
-    max_params: int | None = None,
-    metric: str = "weights",
-    backend: Backend = "exact",
-    gauge: Gauge = "keep",
-    optimizer: torch.optim.Optimizer | None = None,
-    adapter_name: str = "default",
-    progress: Progress | None = None,
-) -> SqueezeReport:
-    """`squeeze` for an adapter in memory: the model's factors, its PEFT config and, if given, the optimizer's state
-    shrink in place. Save afterwards with `model.save_pretrained`.
-
-    Raises:
-        ConfigError: an impossible or contradictory option.
-        AdapterError: no such adapter, or one that cannot be resized; the model is as it was.
-        OptimizerError: an optimizer that does not hold the adapter, or whose state nobody knows how to carry.
-    """
-    from rankflow.adapters import Adapter  # imports peft, which files do not need
-    from rankflow.surgeon import Surgeon
-
-    began = time.perf_counter()
-    target = Target(target_rank, energy, max_params)
-    _check_metric(metric)
-    check_backend(backend)
-    adapter = Adapter(model, adapter_name)
-    surgeon = Surgeon(adapter, optimizer)
-    layout = Layout({name: slot for name, slot in adapter.layout().items() if slot.rank})
-
-    def measure(name: str) -> Spectrum:
-        site = adapter.sites[name]
-        return spectrum(site.a(), site.b(), layout[name].scaling, backend=backend)
-
-    spectra = Crew(progress, len(layout)).each(measure, layout)
-    ranks = target.ranks(layout, spectra)
-    ops: dict[str, list[Op]] = {}
-    for name, rank in ranks.items():
-        if rank == 0:
-            ops[name] = [Drop()]
-        elif rank < layout[name].rank:
-            cut = spectra[name].cut(rank, gauge)
-            ops[name] = [Refactor(cut.N, cut.M), *([Grow(cut.fresh)] if cut.fresh else [])]
-    after = surgeon.apply(RankPlan(ops, f"squeeze to {target.given}"))
-    return report(
-        layout,
-        Layout({name: after[name] for name in layout}),
-        spectra,
-        source=f"adapter {adapter_name!r} of {type(model).__name__}",
-        out=None,
-        target=target.given,
-        backend=backend,
-        gauge=gauge,
-        dtype=None,
-        dry_run=False,
-        notes=_notes(layout, ranks),
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _check_metric(metric: str) -> None:
-    if metric != "weights":
-        raise ConfigError(
-            f"metric {metric!r} needs statistics of data, which an adapter alone does not have; use metric 'weights', "
-            "or squeeze while training with policy squeeze"
+    def produce(target: Target, ranks: Mapping[str, int], out: Path | None, tail: Path | None) -> SqueezeReport:
+        nonlocal spectra
+        if out is not None:
+            rows = fitting.ranks(ranks)
+            with ExitStack() as files:
+                put_tail = None
+                if tail is not None and isinstance(adapter, PeftAdapter):
+                    put_tail = files.enter_context(tail_writer(tail, adapter, ranks, wanted))
+                put = files.enter_context(adapter.rewrite(out, rows, dtype=wanted, force=force))
+                with naming(adapter.path):
+                    spectra = crew.each(lambda name: write(name, ranks[name], rows[name], put, put_tail), layout)
+        return report(
+            layout,
+            sized.with_ranks(ranks),
+            spectra,
+            yardstick.metrics,
+            source=str(adapter.path),
+            out=None if out is None else str(out),
+            target=target.given,
+            shortfall=target.shortfall(sized, spectra, ranks, adapter.overhead),
+            backend=used,
+            gauge=gauge,
+            dtype=None if wanted is None else _name(wanted),
+            dry_run=dry_run,
+            file_bytes_before=adapter.file_bytes,
+            file_bytes_after=None if out is None else adapter.weights_in(out).stat().st_size,
+            copied=() if out is None else tuple(file.name for file in adapter.companions),
+            notes=(*adapter.notes, *yardstick.notes, *fitting.notes(ranks)),
+            seconds=time.perf_counter() - began,
         )
 
+    with naming(adapter.path):
+        chosen = [target.choose(sized, spectra, adapter.overhead) for target in targets]
+        for ranks in chosen:
+            fitting.ranks(ranks)  # refuses what cannot be, before the first is written
+    ends = [None if dry_run else path for path in paths]
+    if gate is None:
+        return [produce(*each, tail) for each in zip(targets, chosen, ends, strict=True)]
 
-def _notes(layout: Layout, ranks: Mapping[str, int]) -> tuple[str, ...]:
-    notes = []
-    if ranks == layout.ranks:
-        notes.append("no module is above its target, so all factors are as they were")
-    if left := [name for name, rank in ranks.items() if not rank]:
-        notes.append(f"left the adapter, being zero or not worth a direction: {', '.join(left)}")
-    return tuple(notes)
+    uniform = {target.target_rank or 0: (target, ranks) for target, ranks in zip(targets, chosen, strict=True)}
+
+    def passes_gate(rank: int) -> bool:
+        with tempfile.TemporaryDirectory(prefix="rankflow-") as folder:
+            candidate = Path(folder) / adapter.beside(f"r{rank}").name
+            produce(*uniform[rank], candidate, None)
+            return gate(candidate)
+
+    trials = search(list(uniform), passes_gate)
+    target, ranks = uniform[accepted(trials)]
+    found = produce(target, ranks, ends[0], tail)
+    return [replace(found, trials=tuple(trials), notes=(*found.notes, *contradictions(trials)))]
+
+
+def canonicalize(
+    src: str | Path, out: str | Path, *, force: bool = False, progress: Progress | None = None
+) -> SqueezeReport:
+    """The same adapter with the directions of every module sorted by what they add: whatever number of them is taken
+    from the front is the best adapter of that rank.
+
+    Raises:
+        ConfigError, AdapterError: as `squeeze`.
+    """
+    return squeeze_each(src, [Target(keep=True)], [out], force=force, canonical=True, progress=progress)[0]
+
+
+def _sketch(targets: Sequence[Target], backend: Backend | None) -> Sketch:
+    """How far full matrices have to be looked at for these targets."""
+    known = Sketch()
+    highest = max((target.highest or known.rank for target in targets), default=known.rank)
+    return Sketch(highest, backend or known.backend)
 
 
 def _cut(found: Spectrum, A: Tensor, B: Tensor, rank: int, gauge: Gauge, name: str, kind: str) -> tuple[Tensor, Tensor]:
@@ -233,23 +352,6 @@ def _round(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _beside(adapter: PeftAdapter, target: Target) -> Path:
-    """`<src>-r8` and the like: beside the adapter's folder, or beside the file where it has a name of its own."""
-    base = adapter.folder if adapter.weights.stem == "adapter_model" else adapter.weights.with_suffix("")
-    if base.name in ("", ".."):
-        base = base.resolve()
-    return base.with_name(f"{base.name}-{target.suffix}")
-
-
-def _device(device: str) -> torch.device:
-    """A device to compute on, in float64 and with real numbers."""
-    try:
-        torch.zeros(1, device=device, dtype=torch.float64).item()
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
-        raise ConfigError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

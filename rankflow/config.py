@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rankflow import grammar
 from rankflow.errors import ConfigError
@@ -21,6 +21,8 @@ from rankflow.policy import Lifecycle, Policy
 from rankflow.schedule import When
 
 PolicyLike = str | os.PathLike[str] | Mapping[str, Any] | Policy | Lifecycle
+
+T = TypeVar("T")
 
 schema = grammar.schema
 
@@ -36,15 +38,13 @@ def load_policy(policy: PolicyLike) -> Lifecycle:
             _check_object(name, member)
         return policy
     if isinstance(policy, Policy):
-        shipped = type(policy).__module__.startswith("rankflow.policies.")
-        name = type(policy).__module__.rpartition(".")[2] if shipped else type(policy).__name__
-        return load_policy(Lifecycle(((name, policy, None),), source=name))
+        return load_policy(Lifecycle(((policy.name, policy, None),), source=policy.name))
     if isinstance(policy, Mapping):
         return _parse(dict(policy), "policy mapping")
     if not isinstance(policy, str | os.PathLike):
         raise ConfigError(f"a policy is a path, a shipped name, a mapping or a Policy, not {type(policy).__name__}")
     path = _find(policy)
-    return _parse(_read(path), str(path))
+    return _parse(read_yaml(path), str(path))
 
 
 def shipped() -> dict[str, Path]:
@@ -114,8 +114,33 @@ def _find(policy: str | os.PathLike[str]) -> Path:
     return known[str(policy)]
 
 
+_LARGEST = 100_000  # values that a file may come to, aliases spelt out
+_DEEPEST = 64
+
+
 class _Loader(yaml.SafeLoader):
-    """safe_load, but a key that stands twice in a mapping is an error instead of silently winning."""
+    """safe_load, but a key that stands twice in a mapping is an error instead of silently winning, and so are aliases
+    of aliases that a small file would fill the memory with."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}  # of nodes, aliases spelt out
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and id(node) not in self._sizes:
+            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = (part for item in inside for part in (item if isinstance(item, tuple) else (item,)))
+            size = 1 + sum(self._sizes.get(id(part), 0) for part in parts)
+            if size > _LARGEST:
+                raise yaml.constructor.ConstructorError(None, None, "too many values", node.start_mark)
+            self._sizes[id(node)] = size
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -126,19 +151,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says; a key that stands twice is an error.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read: {e}") from None
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, KeyError) as e:  # what becomes of a date or number that is none
+        raise ConfigError(f"{path}: not valid YAML: a value is not what its form or tag says: {e}") from None
     except yaml.MarkedYAMLError as e:
         place = f"line {e.problem_mark.line + 1}: " if e.problem_mark is not None else ""
         hint = "; a pattern that begins with * needs quotes" if "alias" in f"{e.context} {e.problem}" else ""
         raise ConfigError(f"{path}: {place}not valid YAML: {e.problem}{hint}") from None
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {e}") from None
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
 
 
 # -- checking and building --------------------------------------------------------------------------------------------
@@ -153,21 +187,11 @@ def _parse(data: Any, source: str) -> Lifecycle:
         for i, phase in enumerate(data["phases"][:-1]):
             if isinstance(phase, dict) and phase.get("until") is None:
                 errors[f"phases[{i}].until"] = ["is missing; only the last phase may leave it out"]
-    spec: Any = None
-    try:
-        if several:
-            spec = grammar.lifecycle_model().model_validate(data)
-        else:
-            spec = grammar.single_model().validate_python(data)
-    except ValidationError as e:
-        for error in e.errors(include_url=False):
-            place, message = _explain(error, data)
-            errors.setdefault(place, []).append(message)
-    if errors:
-        raise ConfigError("\n".join(f"{source}: {place}: {', or '.join(found)}" for place, found in errors.items()))
+    model: TypeAdapter[Any] = TypeAdapter(grammar.lifecycle_model()) if several else grammar.single_model()
+    spec = validated(model, data, source, errors)
     phases = spec.phases if several else [spec]
     policies = tuple((phase.policy, _build(phase), getattr(phase, "until", None)) for phase in phases)
-    return Lifecycle(policies, _limits(spec, data), source)
+    return Lifecycle(policies, limits_of(spec, data), source)
 
 
 def _build(phase: grammar.PhaseSpec) -> Policy:
@@ -179,7 +203,29 @@ def _build(phase: grammar.PhaseSpec) -> Policy:
     return grammar.policy_class(phase.policy)(**settings)
 
 
-def _limits(spec: grammar.Shared, data: Mapping[str, Any]) -> Limits:
+def validated(
+    model: TypeAdapter[T], data: Any, source: str, errors: Mapping[str, list[str]] = MappingProxyType({})
+) -> T:
+    """`data` as `model` has it; `errors` are what was found wrong already, by place.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    found = {place: list(messages) for place, messages in errors.items()}
+    spec: Any = None
+    try:
+        spec = model.validate_python(data)
+    except ValidationError as e:
+        for error in e.errors(include_url=False):
+            place, message = _explain(error, data)
+            found.setdefault(place, []).append(message)
+    if found:
+        raise ConfigError("\n".join(f"{source}: {place}: {', or '.join(lines)}" for place, lines in found.items()))
+    return spec
+
+
+def limits_of(spec: grammar.Shared, data: Mapping[str, Any]) -> Limits:
+    """The limits of a file that was read as `data` and checked as `spec`."""
     entries = (
         Limit(pattern, limit.min, limit.max, peft=type(data["limits"][pattern]) is int)
         for pattern, limit in spec.limits.items()
@@ -207,38 +253,45 @@ def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
     policy = loc.pop(tag) if len(loc) > tag and loc[tag] in grammar.policy_names() else None
     if "params" in loc:
         del loc[loc.index("params") + 2 :]  # nor are those of a union of values
-    message, given, context = error["msg"], error["input"], error.get("ctx", {})
+    message, context = error["msg"], error.get("ctx", {})
+    given = _short(error["input"])
     match error["type"]:
         case "extra_forbidden":
             key = loc[-1]
             if "phases" in data and loc == [key] and key in grammar.PhaseSpec.model_fields:
                 message = "stands beside `phases`; a file has one policy or several phases: move it into a phase"
             else:
-                message = f"unknown key{_nearest(str(key), _keys(loc[:-1], policy, 'phases' in data))}"
+                message = f"unknown key{_nearest(str(key)[:100], _keys(loc[:-1], policy, 'phases' in data))}"
         case "missing":
             message = "is missing"
         case "union_tag_invalid":
             loc.append("policy")
-            message = f"no policy is called {context['tag']!r}{_nearest(context['tag'], grammar.policy_names())}"
+            tag = context["tag"]
+            message = f"no policy is called {_short(tag)}{_nearest(str(tag)[:100], grammar.policy_names())}"
         case "union_tag_not_found":
             loc.append("policy")
             message = f"is missing; known: {', '.join(grammar.policy_names())}"
         case "value_error":
             message = message.removeprefix("Value error, ")
         case "literal_error":
-            message = f"is {given!r}, but should be {context['expected']}"
-            message += _nearest(str(given), re.findall(r"'(\w+)'", context["expected"]), known=False)
+            message = f"is {given}, but should be {context['expected']}"
+            message += _nearest(str(error["input"])[:100], re.findall(r"'(\w+)'", context["expected"]), known=False)
         case "model_type" | "dict_type":
-            message = f"should be a mapping, not {given!r}"
+            message = f"should be a mapping, not {given}"
         case _:
-            message = f"{message.removeprefix('Input ').lower()}, not {given!r}"
+            message = f"{message.removeprefix('Input ').lower()}, not {given}"
     return _place(loc), message
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]} ..."
 
 
 def _place(loc: Iterable[Any]) -> str:
     def parts() -> Iterator[str]:
         for part in loc:
-            yield f".{part}" if isinstance(part, str) and part.isidentifier() else f"[{part!r}]"
+            yield f".{part}" if isinstance(part, str) and part.isidentifier() else f"[{_short(part)}]"
 
     return "".join(parts()).removeprefix(".") or "the file"
 

@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from itertools import zip_longest
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, 
 from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
+from rankflow.processes import Alone
 from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
 from rankflow.surgeon import Surgeon
@@ -64,12 +65,14 @@ class Controller:
         on_unknown_state: OnUnknownState = "error",
         penalty: PenaltyMode = "gradient",
         state: dict[str, Any] | None = None,
+        processes: Callable[[Adapter], Alone] = lambda adapter: Alone(),
     ):
-        _refuse_several_processes()
         if adapter_name in _attached.get(model, ()):
             raise ConfigError(
                 f"adapter {adapter_name!r} of this model already has a controller; .finish() or .detach() it first"
             )
+        self._adapter = Adapter(model, adapter_name)
+        self._processes = processes(self._adapter)
         self.model = model
         self.seed = seed
         self.total_steps = total_steps
@@ -82,9 +85,9 @@ class Controller:
         self._scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper knows its own, and where it is
         self._accumulating = getattr(optimizer, "gradient_state", None)
 
-        self._adapter = Adapter(model, adapter_name)
         self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, on_unknown_state=on_unknown_state)
         self._gates = self._surgeon.gates
+        self._gates.average_gradients = self._processes.average_gradients
         self._probes = Probes(self._adapter, gates=self._gates, seed=seed)
         self._held_out = HeldOut(outer_batches, seed) if outer_batches is not None else None
         self._first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
@@ -133,10 +136,14 @@ class Controller:
             # They heard the backward pass, which ran at the loss scale whatever has been unscaled since.
             scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
             self._gates.collect(scale)
-            self._pending = self._probes.collect(scale) if self._probes.armed else None
+            self._pending = self._collect(scale) if self._probes.armed else None
         share_gradients(self._adapter, self.layout)
         if self._penalty == "gradient" and self._policy.penalty is not None:
             add_penalty_gradient(self._policy, self._adapter, scale_in_force(scaler, self._optimizer))
+
+    def _collect(self, scale: float) -> Observation:
+        """What the probes of all processes heard."""
+        return self._processes.average(self._processes.attempt(lambda: self._probes.collect(scale)))
 
     def after_step(self) -> None:
         """The optimizer has stepped and gradients are done with: decide and resize when due.
@@ -194,12 +201,14 @@ class Controller:
 
     def detach(self) -> None:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are."""
-        self._gates.fold()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._probes.disarm()
-        _attached.get(self.model, set()).discard(self._adapter.name)
+        try:
+            self._gates.fold()
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self._probes.disarm()
+            _attached.get(self.model, set()).discard(self._adapter.name)
 
     @property
     def stored(self) -> dict[str, dict[str, Tensor]]:
@@ -279,7 +288,7 @@ class Controller:
             "phase": self._phase,
             "version": self.version,
             "seed": self.seed,
-            "lifecycle": {"title": str(self.lifecycle), "written": self.lifecycle.written()},
+            "lifecycle": {"title": str(self.lifecycle), "settings": self.lifecycle.settings()},
             "layout": self.layout.to_json(),
             "first_layout": self._first_layout.to_json(),
             "ledger": self.ledger.events,
@@ -340,14 +349,16 @@ class Controller:
         self._listen()
 
     def _check_lifecycle(self, state: dict[str, Any]) -> None:
-        saved, own = state["lifecycle"], self.lifecycle.written()
-        if own == saved["written"]:
+        title, saved, own = state["lifecycle"]["title"], state["lifecycle"]["settings"], self.lifecycle.settings()
+        if own == saved:
             return
-        was, now = next(pair for pair in zip_longest(saved["written"], own, fillvalue="nothing") if pair[0] != pair[1])
+        differ = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
+        named = [f"{key} is {saved.get(key, 'not there')} there and {own.get(key, 'not there')} here" for key in differ]
+        named = next(([line] for line in named if ".policy is" in line), named)  # all else follows from that
         raise CheckpointError(
-            f"the checkpoint (step {state['step']}) was made under the policy {saved['title']}, and this run has "
-            f"{self.lifecycle}: there it says {was!r}, here {now!r}; go on under the checkpoint's policy, or begin a "
-            "new run from its adapter, without its state"
+            f"the checkpoint (step {state['step']}) was made under the policy {title}, and this run has "
+            f"{self.lifecycle}: {', '.join(named[:4])}; go on under the checkpoint's policy, or begin a new run from "
+            "its adapter, without its state"
         )
 
     def reshape(self, layout: Layout) -> None:
@@ -356,7 +367,7 @@ class Controller:
         ops = {
             name: ops_to(layout[name].rank, slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()
         }
-        self._surgeon.apply(RankPlan(ops, "reshape", state="reset"), self.step)
+        self._operate(RankPlan(ops, "reshape", state="reset"))
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -393,8 +404,15 @@ class Controller:
         self._state = self._policy.init(self.layout)
         for note in self._policy.notes:
             logger.info(note)
+        budget, events = self._policy.budget, self._policy.when.events
         self.ledger.append(
-            "phase", self.step, policy=self.phase.name, end=self.phase.end, notes=list(self._policy.notes)
+            "phase",
+            self.step,
+            policy=self.phase.name,
+            end=self.phase.end,
+            budget=None if budget is None else str(budget),
+            decides={"first": events.start, "every": events.step, "before": events.stop},
+            notes=list(self._policy.notes),
         )
         self._change(lambda: self._policy.enter(self._state, self.layout))
         if (observed := self._study("start")) is not None:
@@ -408,8 +426,9 @@ class Controller:
     def _leave(self) -> None:
         """The phase ends: its policy leaves, and its gates become part of the factors."""
         self._change(lambda: self._policy.leave(self._state, self.layout))
-        if self._gates:
-            self.ledger.append("fold", self.step, policy=self.phase.name, gates=self._gates.fold())
+        if (gate := self._gates.gate) is not None:
+            reports = self._gates.fold()
+            self.ledger.append("fold", self.step, policy=self.phase.name, gates=reports, total=gate.total(reports))
 
     def _outer_when_due(self) -> None:
         gate = self._gates.gate
@@ -470,7 +489,7 @@ class Controller:
         """Carry out the plan that the policy gives when asked; an empty one changes nothing."""
         began = time.perf_counter()
         try:
-            plan = ask()
+            plan = self._processes.agree(ask, self.layout, self.step)
             if plan:
                 self._apply(plan, began)
         except PlanError as e:
@@ -483,7 +502,7 @@ class Controller:
         """Let these modules and no others be frozen as by this phase's plans: `requires_grad` is in no adapter file."""
         changed = {name: (Train(name not in names),) for name in self.layout if name in names ^ self._frozen}
         if changed:
-            self._surgeon.apply(RankPlan(changed, "resume"), self.step)
+            self._operate(RankPlan(changed, "resume"))
         self._frozen = names
 
     def _thaw(self) -> None:
@@ -495,7 +514,8 @@ class Controller:
 
     def _apply(self, plan: RankPlan, began: float) -> None:
         before = self.layout
-        after = self._surgeon.apply(plan, self.step)
+        self._operate(plan)
+        after = self.layout
         for name, ops in plan.ops.items():
             if any(isinstance(op, Train) for op in ops):
                 if after[name].trainable:
@@ -515,6 +535,10 @@ class Controller:
             seconds=round(time.perf_counter() - began, 6),
         )
 
+    def _operate(self, plan: RankPlan) -> None:
+        self._processes.attempt(lambda: self._surgeon.apply(plan, self.step))
+        self._processes.resized(self.layout, self.step)
+
     def _skip(self, reason: str, *, warn: bool = False) -> None:
         self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason)
         if warn:
@@ -527,9 +551,9 @@ class Controller:
             if study.when == when:
                 data = self._data[study.split]
                 assert data is not None, "checked at attach"
-                observed = run_study(
-                    study, self._adapter, self.model, data, self._loss_fn, seed=self.seed, step=self.step
-                )
+                study_of = (study, self._adapter, self.model, data, self._loss_fn)
+                work = partial(run_study, *study_of, seed=self.seed, step=self.step)
+                observed = self._processes.average(self._processes.attempt(work))
                 if bad := _non_finite(observed):
                     self._skip(f"study {study.name}: {bad} is not finite", warn=True)
                     return None
@@ -564,12 +588,3 @@ def _non_finite(observed: Observation) -> str | None:
         return None
     finite = torch.stack([torch.isfinite(t).all() for _, t in named]).tolist()
     return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
-
-
-def _refuse_several_processes() -> None:
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ConfigError(
-            f"rankflow resizes on one process and this run has {dist.get_world_size()}: replicas would drift apart. "
-            "Train on one process, or squeeze the saved adapter afterwards"
-        )

@@ -1,5 +1,8 @@
 """Everything rankflow raises on purpose. Catch `RankFlowError` to catch them all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RankFlowError(Exception):
     """Base of all errors that a user can cause and mend; the message names the thing and the remedy."""
@@ -21,5 +24,20 @@ class OptimizerError(RankFlowError):
     """The optimizer does not hold the adapter's parameters, or holds state nobody knows how to resize."""
 
 
+class DistributedError(RankFlowError):
+    """Processes that train together have parted: one failed, is gone, or is at other ranks."""
+
+
 class CheckpointError(RankFlowError):
     """Training state on disk is missing, damaged, or belongs to another run."""
+
+
+@contextmanager
+def naming(source: object, *others: object) -> Iterator[None]:
+    """Errors from within that name none of these files say that they are about the first."""
+    try:
+        yield
+    except RankFlowError as e:
+        if any(str(file) in str(e) for file in (source, *others)):
+            raise
+        raise type(e)(f"{source}: {e}") from None

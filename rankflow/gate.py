@@ -110,6 +110,10 @@ class Gate:
         """Numbers about one module for the ledger, read when its gate is folded."""
         return {}
 
+    def total(self, reports: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Those of the same numbers that can be told of all modules together, from `report` of each."""
+        return {}
+
     def stored(self, theta: Theta, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """For gates whose folded factors are better kept in another form than as floats: that form of A and B."""
         return {}

@@ -8,15 +8,17 @@ and every kind of layer then see the gated factor, while the Parameter stays whe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankflow.errors import AdapterError
 from rankflow.gate import Draw, Gate
 from rankflow.linalg import Factor
 from rankflow.sites import Site, canonical_a, canonical_b, stored_b
@@ -25,19 +27,27 @@ _FITTED = "_rankflow_fitted"  # attribute of a module that holds factors: parame
 
 
 class Fitted:
-    """One factor under a gate. `draw` is shared by both factors of a module and filled anew before forwards."""
+    """One factor under a gate. `draw` and `still`, the same without noise, are shared by both factors of a module;
+    `draw` is filled anew before forwards."""
 
-    def __init__(self, gate: Gate, factor: Factor, experts: int, draw: dict[str, Tensor]):
+    def __init__(self, gate: Gate, factor: Factor, experts: int, draw: dict[str, Tensor], still: dict[str, Tensor]):
         self.gate = gate
         self.factor = factor
         self.experts = experts
-        self.draw: Draw = draw
+        self.draw = draw
+        self.still: Draw = still
 
-    def __call__(self, raw: Tensor) -> Tensor:
+    def __call__(self, raw: Tensor, draw: Draw | None = None) -> Tensor:
         """The gated factor, in the stored shape of `raw`."""
+        draw = self.draw if draw is None else draw
         if self.factor == "A":
-            return self.gate.a(self.draw, canonical_a(raw, self.experts)).reshape(raw.shape)
-        return stored_b(self.gate.b(self.draw, canonical_b(raw, self.experts)), self.experts).reshape(raw.shape)
+            return self.gate.a(draw, canonical_a(raw, self.experts)).reshape(raw.shape)
+        return stored_b(self.gate.b(draw, canonical_b(raw, self.experts)), self.experts).reshape(raw.shape)
+
+    def settle(self) -> None:
+        """Let forwards read what has no noise."""
+        self.draw.clear()
+        self.draw.update(self.still)
 
 
 class _GatedWeight:
@@ -64,16 +74,16 @@ def _gated(cls: type[nn.Module]) -> Any:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
 
 
-def fit(site: Site, gate: Gate, draw: dict[str, Tensor]) -> None:
-    """Put a site's factors under `gate`, which reads `draw`; a factor that the gate leaves alone stays as it is."""
+def fit(site: Site, gate: Gate, draw: dict[str, Tensor], still: dict[str, Tensor]) -> None:
+    """Put a site's factors under `gate`, which reads the two draws; a factor that it leaves alone stays as it is."""
     for factor, (module, name) in site.holders.items():
         if factor == "B" and type(gate).b is Gate.b:
             continue
         fitted = module.__dict__.setdefault(_FITTED, {})
         if not fitted:
             module.__class__ = _gated(type(module))
-        fitted[name] = Fitted(gate, factor, site.experts, draw)
-    _fold_when_saving()
+        fitted[name] = Fitted(gate, factor, site.experts, draw, still)
+    _still_when_written()
 
 
 def unfit(module: nn.Module, name: str) -> None:
@@ -85,12 +95,22 @@ def unfit(module: nn.Module, name: str) -> None:
         module.__class__ = type(module).__mro__[2]
 
 
-def gated(module: nn.Module, name: str) -> Tensor:
-    """The factor that `module` holds under `name`, as its gate makes it; the Parameter itself where it has none."""
+def gated(module: nn.Module, name: str, *, still: bool = False) -> Tensor:
+    """The factor that `module` holds under `name`, as its gate makes it, `still` without noise; the Parameter itself
+    where it has none."""
     fitted: Mapping[str, Fitted] = module.__dict__.get(_FITTED, {})
     raw = module._parameters[name]
     assert raw is not None
-    return fitted[name](raw) if name in fitted else raw
+    return fitted[name](raw, fitted[name].still if still else None) if name in fitted else raw
+
+
+def refuse_gates(sites: Iterable[Site]) -> None:
+    """Raise AdapterError where factors are under a gate, which a change made from outside would no longer fit."""
+    for site in sites:
+        if site.present and any(name in module.__dict__.get(_FITTED, ()) for module, name in site.holders.values()):
+            raise AdapterError(
+                f"{site.name} is under the gate of a run that is not over; call its flow.finish() (or detach()) first"
+            )
 
 
 def shown(site: Site, factor: Factor) -> Tensor:
@@ -98,7 +118,7 @@ def shown(site: Site, factor: Factor) -> Tensor:
     return site.a(gated(*site.holders["A"])) if factor == "A" else site.b(gated(*site.holders["B"]))
 
 
-# -- saving -----------------------------------------------------------------------------------------------------------
+# -- saving and merging -----------------------------------------------------------------------------------------------
 
 
 def _fitted_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -108,14 +128,16 @@ def _fitted_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]
 
 
 @cache
-def _fold_when_saving() -> None:
-    """Let adapters be saved as plain LoRA that does what the gated model does.
+def _still_when_written() -> None:
+    """Let adapters be saved as plain LoRA that does what the gated model does, and merged as that.
 
-    `save_pretrained` is wrapped on the class, once: the Trainer saves through it before any callback runs, and people
-    call it by hand. Models without gates pass through.
+    Methods are wrapped on their classes, once: the Trainer saves through them before any callback runs, and people
+    call them by hand. Models without gates pass through.
     """
     for cls in (PeftModel, PreTrainedModel):
         cls.save_pretrained = _folding(cls.save_pretrained)  # type: ignore[method-assign, assignment]
+    for method in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+        setattr(BaseTuner, method, _settling(getattr(BaseTuner, method)))
 
 
 def _folding(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,8 +147,18 @@ def _folding(save: Callable[..., Any]) -> Callable[..., Any]:
         if found:
             state = dict(kwargs.get("state_dict") or self.state_dict())
             with torch.no_grad():
-                state |= {key: gated(module, name).detach() for key, module, name in found if key in state}
+                state |= {key: gated(module, name, still=True).detach() for key, module, name in found if key in state}
             kwargs["state_dict"] = state
         return save(self, *args, **kwargs)
 
     return save_pretrained
+
+
+def _settling(merge: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(merge)
+    def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for _, module, name in _fitted_parameters(self):
+            module.__dict__[_FITTED][name].settle()
+        return merge(self, *args, **kwargs)
+
+    return settled

@@ -52,6 +52,7 @@ class Gates:
         self._adam: torch.optim.Adam | None = None
         self._rates: list[tuple[int, str]] = []  # of each of Adam's groups: which group it follows, and its key
         self._live: Draws = {}  # what forwards read now; the dicts are those that the fitted factors hold
+        self._still: Draws = {}  # the last ones without noise: what is saved and merged
         self._drawn: list[tuple[Draws | None, Draws]] = []  # (noise, leaves) of every draw since the last step
         self._gradient: dict[str, Tensor] = {}
         self._step = 0  # optimizer steps done
@@ -59,6 +60,7 @@ class Gates:
         self._noisy = False
         self._hook: Any = None
         self._stored: dict[str, dict[str, Tensor]] = {}  # of the gates folded last
+        self.average_gradients: Callable[[Sequence[nn.Parameter]], None] = lambda parameters: None  # over processes
 
     def __bool__(self) -> bool:
         return self.gate is not None
@@ -77,13 +79,20 @@ class Gates:
         """Put every module that is in the adapter under `gate`, with fresh parameters."""
         if self._carrier is None:
             raise OptimizerError("gates are trained beside the factors and need their optimizer")
+        if any(group["lr"] is None for group in self._carrier.optimizer.param_groups):
+            raise OptimizerError(
+                "gates follow the optimizer's learning rate and it has none of its own (Adafactor with relative_step); "
+                "give it a learning rate"
+            )
         self.gate, self._step = gate, step
-        theta = {}
-        for name, site in self._adapter.sites.items():
-            if site.present:
-                theta[name] = self._fresh(name, site, site.slot())
-        self._train(theta, {})
-        self._refit()
+        try:
+            self._train(
+                {n: self._fresh(n, site, site.slot()) for n, site in self._adapter.sites.items() if site.present}, {}
+            )
+            self._refit()
+        except BaseException:
+            self.remove()
+            raise
         if type(gate).noise is not Gate.noise:
             # Noise must be there before the forward that uses it, and not be drawn again when a checkpoint recomputes.
             # A compiled forward must not take the hook into its graph
@@ -131,7 +140,7 @@ class Gates:
         if self._hook is not None:
             self._hook.remove()
         self.gate, self._adam, self._hook = None, None, None
-        self._theta, self._live, self._drawn, self._gradient, self._rates = {}, {}, [], {}, []
+        self._theta, self._live, self._still, self._drawn, self._gradient, self._rates = {}, {}, {}, [], {}, []
 
     def _fold_site(self, journal: Journal, site: Site, value: Tensor) -> None:
         for factor, (module, name) in site.holders.items():
@@ -154,10 +163,10 @@ class Gates:
 
     def _refit(self) -> None:
         """Let exactly the modules that have a gate be under it, in deterministic state."""
-        self._live, self._drawn = {name: {} for name in self._theta}, []
+        self._live, self._still, self._drawn = {n: {} for n in self._theta}, {n: {} for n in self._theta}, []
         for name, site in self._adapter.sites.items():
             if self.gate is not None and name in self._theta:
-                fit(site, self.gate, self._live[name])
+                fit(site, self.gate, self._live[name], self._still[name])
             elif site.present or site.kind == "embedding":
                 for module, key in site.holders.values():
                     unfit(module, key)
@@ -172,8 +181,9 @@ class Gates:
         for name, draw in made.items():
             trained = wanted and self._adapter.sites[name].trainable
             leaves = {key: t.detach().clone().requires_grad_(trained) for key, t in draw.items()}
-            self._live[name].clear()
-            self._live[name].update(leaves)
+            for current in (self._live[name], *([self._still[name]] if noise is None else [])):
+                current.clear()
+                current.update(leaves)
         if wanted:
             self._drawn.append((noise, {name: dict(draw) for name, draw in self._live.items()}))
         self._noisy = noise is not None
@@ -185,7 +195,7 @@ class Gates:
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         assert self.gate is not None
-        if module.training and torch.is_grad_enabled() and self.gate.noisy(self._step + 1):
+        if module.training and torch.is_grad_enabled() and self.gate.noisy(self._step + 1) and not self._merged():
             noise = {}
             for name, theta in self._theta.items():
                 random = keyed_generator(self.seed, self._step, self._micro, name, "noise")
@@ -195,6 +205,10 @@ class Gates:
             self._draw(noise)
         elif self._noisy:
             self._draw(None)
+
+    def _merged(self) -> bool:
+        """Whether the base weights hold the adapter: taking it out again needs the very factors that went in."""
+        return any(getattr(site.layer, "merged", False) for site in self._adapter.sites.values() if site.present)
 
     def values(self) -> dict[str, Tensor]:
         """Deterministic v of every module, ``[r]`` or ``[1]``."""
@@ -250,6 +264,7 @@ class Gates:
                 if g is not None:
                     g = torch.where(g.isfinite(), g, 0.0)  # a step that the factors survive must not lose the gates
                     p.grad = g if p.grad is None else p.grad + g
+        self.average_gradients(everything)
         self._gradient = {n: t["value"].grad for n, t in self._theta.items() if _graded(t.get("value"))}  # type: ignore[misc]
         if reached:
             self._add_penalty(everything)
@@ -326,10 +341,12 @@ class Gates:
                     self._adam.state[p] = dict(entries)
 
     def _followed(self, name: str) -> int:
-        """The place of the optimizer's group that holds the module's A; loading a state makes new group dicts."""
+        """The place of the optimizer's group that holds the module's A, else its B; loading a state makes new group
+        dicts. Of a module that is in none, whose gate does not learn either, the first."""
         assert self._carrier is not None
-        group = self._carrier.group(self._adapter.sites[name].A)
-        return next(i for i, g in enumerate(self._carrier.optimizer.param_groups) if g is group)
+        site, groups = self._adapter.sites[name], self._carrier.optimizer.param_groups
+        places = ((i, p) for p in (site.A, site.B) for i, g in enumerate(groups) if any(p is q for q in g["params"]))
+        return next((i for i, _ in places), 0)
 
     def _lr(self, followed: int) -> float:
         assert self._carrier is not None

@@ -7,6 +7,7 @@ its meaning are written once. The published JSON schema comes from the same mode
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import re
 from dataclasses import fields
@@ -44,13 +45,21 @@ def _step(value: Any) -> Any:
     return value
 
 
-def _size(value: Any) -> int:
+def parse_size(value: Any) -> int:
+    """Bytes, from a number of them or a size such as `32MiB`.
+
+    Raises:
+        ValueError: neither.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})", value.strip()) if isinstance(value, str) else None
     if found is None:
-        raise ValueError(f"{value!r} is neither a number of bytes nor a size such as '32MiB' or '500KB'")
-    return int(float(found[1]) * _UNITS[found[2]])
+        raise ValueError(f"{str(value)[:80]!r} is neither a number of bytes nor a size such as '32MiB' or '500KB'")
+    size = float(found[1]) * _UNITS[found[2]]
+    if not math.isfinite(size):
+        raise ValueError(f"{found[1][:20]}... is more than anything has")
+    return int(size)
 
 
 Step = Annotated[
@@ -60,7 +69,7 @@ Step = Annotated[
 ]
 Size = Annotated[
     Any,
-    PlainValidator(_size),
+    PlainValidator(parse_size),
     WithJsonSchema(
         {
             "anyOf": [
@@ -151,6 +160,21 @@ class Shared(Strict):
     ] = []
     rank_buckets: Annotated[list[PositiveInt], Field(description="the only ranks a module may have, beside 0")] = []
     rank_multiple: Annotated[PositiveInt, Field(description="every rank is a multiple of this")] = 1
+
+
+class BudgetFile(Shared):
+    """How large a saved adapter may be, and what ranks its modules may have."""
+
+    budget: BudgetSpec | None = None
+
+
+class PlanFile(Strict):
+    """What `rankflow plan` writes: the rank of every module; the rest is for the reader."""
+
+    ranks: Annotated[dict[str, NonNegativeInt], Field(min_length=1, description="module -> rank; 0 leaves it out")]
+    adapter: str | None = None
+    target: dict[str, Any] | None = None
+    summary: str | None = None
 
 
 class PhaseSpec(Strict):

@@ -1,16 +1,20 @@
 """Append-only record of what was done and why: a JSON object a line. Replayed on the first layout it gives the last.
 
 Events: `attach` (the layout everything starts from), `resize` (plan, new ranks), `skip` (a decision that was due and
-not taken, and why), `phase`, `restore` (everything after the first `events` ones is void) and `finish`.
+not taken, and why), `phase` (its budget, and when it decides), `fold` (what gates report as they become part of the
+factors), `restore` (everything after the first `events` ones is void) and `finish`. On disk a line has the `time` it
+was written too, in seconds since 1970, which is no part of the event: two equal runs have equal events.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
 
 from rankflow.errors import CheckpointError
@@ -19,23 +23,98 @@ from rankflow.plan import Layout, RankPlan, replay
 Event = dict[str, Any]
 
 
+def _plain(text: str) -> str:
+    if not text.replace("\n", " ").isprintable():
+        raise ValueError("has characters that cannot be printed")
+    return text
+
+
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Text = Annotated[str, Field(max_length=10_000), AfterValidator(_plain)]
+Name = Annotated[str, Field(max_length=1000), AfterValidator(_plain)]
+
+
+class _Spec(BaseModel):
+    """What there is more in a line is for people."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Op(_Spec):
+    op: str
+    idx: list[Count] = []
+    shape: Annotated[list[Count], Field(min_length=2)] = [0, 0]
+    n: Count = 0
+    on: bool = True
+    group: Name | None = None
+
+
+class _Plan(_Spec):
+    ops: dict[Name, list[_Op]]
+
+
+class _Slot(_Spec):
+    rank: Count
+    in_features: Count
+    out_features: Count
+    scaling: FiniteFloat
+    buckets: list[Count] = []
+
+
+class _Phase(_Spec):
+    begin: Count
+
+
+class _Decides(_Spec):
+    first: Count
+    before: Count
+    every: Annotated[Count, Field(ge=1)]
+
+
+class _Event(_Spec):
+    """What every reader of a ledger relies on."""
+
+    event: Name
+    step: Count
+    time: Annotated[FiniteFloat, Field(ge=0, le=1e12)] = 0.0
+    layout: dict[Name, _Slot] | None = None
+    total_steps: Count = 0
+    plan: _Plan | None = None
+    phases: list[_Phase] = []
+    decides: _Decides | None = None
+    budget: Text | None = None
+    policy: Name = ""
+    reason: Text = ""
+    notes: list[Text] = []
+    ranks: dict[Name, Count] = {}
+    total_rank: Count = 0
+    events: NonNegativeInt = 0
+    gates: dict[Name, dict[Name, FiniteFloat]] = {}
+    total: dict[Name, FiniteFloat] | None = None
+
+
+_REQUIRED = {"attach": {"layout"}, "resize": {"plan"}, "phase": {"policy"}, "fold": {"policy", "gates", "total"}}
+_REQUIRED |= {"restore": {"events"}}
+
+
 class Ledger:
     """The events of one run, in memory and, with a `path`, line by line on disk.
 
-    A line is written whole, in one call, and synced before `append` returns; a last line cut short by a crash is
+    A line is written whole or not at all, and synced before `append` returns; a last line cut short by a crash is
     dropped when the file is next opened. With `keep_matrices` the matrices of each plan lie beside the ledger.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, keep_matrices: bool = False):
         self.path = Path(path) if path is not None else None
         self.keep_matrices = keep_matrices
+        self._source = self.path  # what messages are about
         self.events: list[Event] = []
         if self.path is not None and self.path.exists():
             self.events = _effective(_read_lines(self.path, mend=True))
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Ledger:
-        """Load a ledger to look at; the file is not touched.
+    def read(cls, path: str | os.PathLike[str], *, times: bool = False) -> Ledger:
+        """Load a ledger to look at; the file is not touched. With `times` events have the `time` of their lines.
 
         Raises:
             CheckpointError: no such file, or a line that is not a ledger's.
@@ -43,7 +122,8 @@ class Ledger:
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such ledger")
         ledger = cls()
-        ledger.events = _effective(_read_lines(Path(path)))
+        ledger._source = Path(path)
+        ledger.events = _effective(_read_lines(Path(path), times=times))
         if not ledger.events:
             raise CheckpointError(f"{path}: the ledger is empty")
         return ledger
@@ -94,14 +174,20 @@ class Ledger:
         return RankPlan.from_json(event["plan"], load_file(self.path.parent / event["matrices"])["flat"])
 
     def _layouts(self) -> list[tuple[int, Layout]]:
+        what = self._source or "the ledger"
         if not self.events or self.events[0]["event"] != "attach":
-            raise CheckpointError("the ledger does not begin with an attach event; it is not whole")
-        layout = Layout.from_json(self.events[0]["layout"])
-        out = [(int(self.events[0]["step"]), layout)]
-        for event in self.events:
-            if event["event"] == "resize":
-                layout = replay(layout, event["plan"])
-                out.append((int(event["step"]), layout))
+            raise CheckpointError(f"{what}: does not begin with an attach event; it is not whole")
+        try:
+            layout = Layout.from_json(self.events[0]["layout"])
+            out = [(int(self.events[0]["step"]), layout)]
+            for event in self.events:
+                if event["event"] == "resize":
+                    layout = replay(layout, event["plan"])
+                    out.append((int(event["step"]), layout))
+        except (KeyError, TypeError, ValueError) as e:
+            raise CheckpointError(f"{what}: cannot be replayed ({ascii(str(e))[:200]}); it is damaged") from None
+        if not layout:
+            raise CheckpointError(f"{what}: is of a run without modules; it is damaged")
         return out
 
     def _save_matrices(self, step: int, plan: RankPlan) -> str:
@@ -129,13 +215,20 @@ def _effective(events: list[Event]) -> list[Event]:
 def _append_line(path: Path, line: Event) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(fd, (json.dumps(line, allow_nan=False) + "\n").encode())
+        timed = {**line, "time": round(time.time(), 3)}
+        left, size = (json.dumps(timed, allow_nan=False) + "\n").encode(), os.fstat(fd).st_size
+        try:
+            while left:  # a disk that is nearly full takes a part of it first
+                left = left[os.write(fd, left) :]
+        except OSError:
+            os.ftruncate(fd, size)
+            raise
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _read_lines(path: Path, *, mend: bool = False) -> list[Event]:
+def _read_lines(path: Path, *, mend: bool = False, times: bool = False) -> list[Event]:
     raw = path.read_bytes()
     whole = raw.rfind(b"\n") + 1
     if mend and whole < len(raw):
@@ -144,9 +237,20 @@ def _read_lines(path: Path, *, mend: bool = False) -> list[Event]:
     for number, text in enumerate(raw[:whole].splitlines(), 1):
         try:
             event = json.loads(text)
-            if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-                raise ValueError
-        except ValueError:
-            raise CheckpointError(f"{path}, line {number}: not a ledger event; the file is damaged") from None
+            seen = _Event.model_validate(event).model_fields_set
+            if missing := _REQUIRED.get(event["event"], set()) - seen:
+                raise ValueError(f"{missing.pop()} is missing")
+            if not times:
+                event.pop("time", None)
+        except (ValueError, RecursionError) as e:
+            raise CheckpointError(f"{path}, line {number}: not a ledger event{_why(e)}; the file is damaged") from None
         events.append(event)
     return events
+
+
+def _why(e: Exception) -> str:
+    if not isinstance(e, ValidationError):
+        return ""
+    first = e.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part)[:80] for part in first["loc"])
+    return f" ({place!a}: {first['msg']})"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from rankflow.errors import ConfigError
+from rankflow.patterns import compiled, matches
 from rankflow.plan import Layout, Slot
 
 
@@ -110,17 +110,23 @@ class Limits:
 
 def matching(pattern: str, names: Mapping[str, Slot], errors: list[str], *, peft: bool = False) -> dict[str, str]:
     """Modules that `pattern`, of the kind `Limit` has, names -> what its groups captured. Mistakes go to `errors`."""
-    regex = fnmatch.translate(pattern)
+    expression = fnmatch.translate(pattern)
     try:
         if pattern.startswith("re:"):
-            regex = re.compile(pattern.removeprefix("re:"))
+            expression = pattern.removeprefix("re:")
+            compiled(expression)
         elif peft:
-            regex = re.compile(rf"(?:.*\.)?(?:{pattern})$")
-    except re.error as e:
+            compiled(whole := rf"(?:.*\.)?(?:{pattern})$")
+            expression = whole
+    except ConfigError as e:
         if not peft:
-            errors.append(f"{pattern!r} is not a regular expression: {e}")
+            errors.append(str(e))
             return {}
-    hits = {name: "/".join(map(str, m.groups())) for name in names if (m := re.fullmatch(regex, name))}
+    try:
+        hits = {name: "/".join(map(str, m.groups())) for name in names if (m := matches(expression, name))}
+    except ConfigError as e:
+        errors.append(str(e))
+        return {}
     if not hits:
         errors.append(f"{pattern!r} matches no module; the nearest is {_nearest(pattern, names)!r}")
     return hits

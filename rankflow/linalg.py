@@ -77,6 +77,7 @@ class Spectrum:
     wide: torch.dtype
     _roots: tuple[Tensor, Tensor]  # [*e, r, r] of A A^T and B^T B
     _directions: Callable[[int], tuple[Tensor, Tensor]] = field(repr=False)  # k -> N [*e, k, r], M [*e, r, k] at a = 1
+    outside: float = 0.0  # energy of an update that the factors are only the leading directions of, beside them
 
     @property
     def rank(self) -> int:
@@ -88,10 +89,14 @@ class Spectrum:
         """What each direction adds to the energy: sigma squared, summed over experts ``[r]``, non-increasing."""
         return self.sigma.square().reshape(-1, self.sigma.shape[-1]).sum(0)
 
+    @property
+    def total(self) -> float:
+        """The energy there is."""
+        return float(self.gains.sum()) + self.outside
+
     def energy(self, k: int) -> float:
         """Share of the energy that the best rank-k adapter retains; 1.0 of nothing."""
-        total = float(self.gains.sum())
-        return float(self.gains[:k].sum()) / total if total > 0 else 1.0
+        return float(self.gains[:k].sum()) / self.total if self.total > 0 else 1.0
 
     def rank_for(self, energy: float) -> int:
         """The smallest rank >= 1 that retains at least this share of the energy."""
@@ -100,7 +105,15 @@ class Spectrum:
     def error(self, k: int) -> float:
         """Distance, in the metric, from the adapter to its best rank-k one: the root of the discarded energy."""
         first = torch.arange(self.sigma.shape[-1], device=self.sigma.device) < k
-        return float(torch.linalg.vector_norm(self.sigma * ~(self.live & first)))
+        return math.hypot(float(torch.linalg.vector_norm(self.sigma * ~(self.live & first))), math.sqrt(self.outside))
+
+    def weight_change(self, k: int) -> tuple[float, float]:
+        """|B A - B' A'|_F, with B' A' the best rank-k adapter in the metric, and |B A|_F; without the scaling."""
+        root_A, root_B = self._roots
+        N, M = self._directions(k)
+        whole = root_B @ root_A.mT
+        lost = whole - root_B @ M @ N @ root_A.mT
+        return float(torch.linalg.vector_norm(lost)), float(torch.linalg.vector_norm(whole))
 
     def cut(self, k: int, gauge: Gauge = "keep") -> Cut:
         """The best rank-k adapter in the metric.
@@ -226,7 +239,10 @@ def spectrum(
         raise AdapterError(f"{bad} {list(shape)} holds NaN or infinity; restore it from a good checkpoint")
     R_A = root_A if S_A is None else root(f64(S_A))
     R_B = scaling * root_B if S_B is None else root(f64(S_B))
-    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.mT)
+    core = R_B @ R_A.mT
+    if not bool(core.square().sum().isfinite()):
+        raise AdapterError("a DeltaW is too large for float64; restore it from a good checkpoint")
+    U, sigma, Vh = torch.linalg.svd(core)
     scale = _largest_term(R_A, R_B)
     noise = 64 * torch.finfo(torch.float64).eps
     if S_A is not None:
@@ -271,6 +287,11 @@ def orthogonality(A: Tensor, B: Tensor) -> Tensor:
     A, B = A.float(), B.float()
     one = torch.eye(A.shape[-2], device=A.device)
     return (torch.linalg.matrix_norm(A @ A.mT - one) + torch.linalg.matrix_norm(B.mT @ B - one)).mean()
+
+
+def orthogonality_term(weight: float) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """weight / 2 * `orthogonality` as a penalty on (A, B); None for weight 0."""
+    return (lambda A, B: weight / 2 * orthogonality(A, B)) if weight > 0 else None
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

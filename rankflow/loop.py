@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller
+from rankflow.distributed import own_ledger, processes_of, unwrapped
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState
 from rankflow.penalties import PenaltyMode
@@ -35,7 +37,8 @@ def attach(
     """Manage the ranks of a PEFT LoRA adapter during training.
 
     Args:
-        model: a PeftModel, or any model that PEFT has put LoRA layers into.
+        model: a PeftModel, or any model that PEFT has put LoRA layers into. Train through it, not through the model
+            inside it: gates with noise (`bayesian_lora`) draw it when this one is called.
         optimizer: holds the adapter's parameters; accelerate's wrapper is fine.
         policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
         total_steps: optimizer steps of the whole run; percentages in the policy refer to it.
@@ -65,7 +68,7 @@ def attach(
         ConfigError, AdapterError, OptimizerError: before anything is changed.
     """
     return Controller(
-        model,
+        unwrapped(model),
         optimizer,
         load_policy(policy),
         total_steps=total_steps,
@@ -73,9 +76,10 @@ def attach(
         batches=batches,
         outer_batches=outer_batches,
         loss_fn=loss_fn,
-        ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger),
+        ledger=own_ledger(ledger),
         seed=seed,
         on_unknown_state=on_unknown_state,
         penalty=penalty,
         state=state,
+        processes=partial(processes_of, model),
     )

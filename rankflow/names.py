@@ -15,24 +15,30 @@ class Row:
     layer: str  # the layer numbers, dotted; empty where there are none
 
     @property
+    def label(self) -> str:
+        """The type as a heading: from its first word on."""
+        return self.type.lstrip("*._")
+
+    @property
     def short(self) -> str:
         """Layer numbers in the places of the stars of the type, behind what all names begin with."""
         numbers = self.layer.split(".") if self.layer else []
-        return " ".join([self.type.lstrip("*."), *numbers])
+        return " ".join([self.label, *numbers])
 
 
 def arrange(names: Iterable[str]) -> list[Row]:
     """Rows by type, in order of first appearance, and by layer within."""
     names = list(names)
-    types = {name: ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
-    shared = _shared_prefix([t.split(".") for t in types.values()])
+    dot = "." if any("." in name for name in names) else "_"  # which kohya's names have in the places of dots
+    types = {name: dot.join("*" if part.isdecimal() else part for part in name.split(dot)) for name in names}
+    shared = _shared_prefix([t.split(dot) for t in types.values()])
     order = {t: i for i, t in enumerate(dict.fromkeys(types.values()))}
 
     def layers(name: str) -> list[int]:
-        return [int(part) for part in name.split(".") if part.isdigit()]
+        return [int(part) for part in name.split(dot) if part.isdecimal()]
 
     return [
-        Row(name, ".".join(types[name].split(".")[shared:]), ".".join(map(str, layers(name))))
+        Row(name, dot.join(types[name].split(dot)[shared:]), ".".join(map(str, layers(name))))
         for name in sorted(names, key=lambda n: (order[types[n]], layers(n)))
     ]
 

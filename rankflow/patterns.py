@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import NamedTuple
+
+import regex
+
+from rankflow.errors import ConfigError
+
+_LONGEST_PATTERN = 4096
+_SECONDS = 1.0  # that an expression may take over one name; a sound one takes microseconds
 
 
 class RankConfig(NamedTuple):
@@ -88,3 +97,40 @@ def layer_of(name: str) -> str:
     """The layer that a module belongs to: its name up to the last part that is a number; its own name without one."""
     parts = name.split(".")
     return ".".join(parts[: max((i for i, part in enumerate(parts, 1) if part.isdecimal()), default=len(parts))])
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key by which layers.2 comes before layers.10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+
+
+@lru_cache(maxsize=4096)
+def compiled(pattern: str) -> regex.Pattern[str]:
+    """A regular expression as Python's own `re` understands it, for `matches`.
+
+    Raises:
+        ConfigError: it is none, or is longer than any that is meant to name modules.
+    """
+    try:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError(f"longer than {_LONGEST_PATTERN} characters")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            re.compile(pattern)  # which is stricter, and the judge of what is meant
+            return regex.compile(pattern, regex.V0)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as e:
+        raise ConfigError(f"{pattern[:80]!r} is not a regular expression: {e}") from None
+
+
+def matches(pattern: str, name: str) -> regex.Match[str] | None:
+    """The match of a whole name, from an expression that may be a stranger's: one that backtracks for ever is an error.
+
+    Raises:
+        ConfigError: it is no regular expression, or takes for ever.
+    """
+    try:
+        return compiled(pattern).fullmatch(name, timeout=_SECONDS)
+    except TimeoutError:
+        raise ConfigError(
+            f"{pattern[:80]!r} takes more than {_SECONDS:g} s to match {name[:80]!r}; take repeats out of repeats"
+        ) from None

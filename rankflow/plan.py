@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -106,6 +107,15 @@ class Layout(Mapping[str, Slot]):
     @property
     def bytes(self) -> int:
         return sum(slot.rank * slot.params_per_rank * slot.itemsize for slot in self.values())
+
+    @cached_property
+    def sharing(self) -> tuple[tuple[str, ...], ...]:
+        """The modules of each group that shares one pair of factors, where it has any rank."""
+        groups: dict[str, list[str]] = {}
+        for name, slot in self.items():
+            if slot.shared is not None and slot.rank > 0:
+                groups.setdefault(slot.shared, []).append(name)
+        return tuple(map(tuple, groups.values()))
 
     @property
     def digest(self) -> str:

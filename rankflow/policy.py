@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -88,6 +88,19 @@ class Observation(Mapping[str, Mapping[Signal, Tensor]]):
             values[name] |= {s: value for s, value in more.get(name, {}).items() if s in wanted}
         return Observation(self.step, values, self.study)
 
+    def measured(self) -> dict[tuple[str, Signal], Tensor]:
+        """What was taken from passes over data, by (module, signal); not what is computed when read."""
+        return {
+            (n, s): v for n, record in self._values.items() for s, v in record.given.items() if isinstance(v, Tensor)
+        }
+
+    def replaced(self, values: Mapping[tuple[str, Signal], Tensor]) -> Observation:
+        """The same but for these."""
+        merged: dict[str, dict[Signal, Lazy]] = {n: dict(record.given) for n, record in self._values.items()}
+        for (name, signal), value in values.items():
+            merged.setdefault(name, {})[signal] = value
+        return Observation(self.step, merged, self.study)
+
     def gather(self, signal: Signal) -> dict[str, Tensor]:
         """One signal of every module that has it."""
         return {name: record[signal] for name, record in self._values.items() if signal in record}
@@ -97,6 +110,11 @@ class _Record(Mapping[Signal, Tensor]):
     def __init__(self, name: str, values: Mapping[Signal, Lazy]):
         self._name = name
         self._values: dict[Signal, Lazy] = dict(values)
+
+    @property
+    def given(self) -> Mapping[Signal, Lazy]:
+        """Tensors, and callables that nobody has asked yet."""
+        return self._values
 
     def __getitem__(self, signal: Signal) -> Tensor:
         try:
@@ -178,8 +196,19 @@ class Policy:
         """What somebody who starts this run should be told about how the settings work out in it."""
         return ()
 
+    @property
+    def name(self) -> str:
+        """What it is called in YAML: the name of its file. One from elsewhere goes by its class."""
+        package, _, module = type(self).__module__.rpartition(".")
+        return module if package == "rankflow.policies" else type(self).__name__
+
     def check(self, layout: Layout) -> None:
         """Raise ConfigError if the budget cannot be met from `layout` with this cadence and these limits."""
+
+    def require_events(self) -> None:
+        """Raise ConfigError if the phase has no step on which to decide."""
+        if not self.when.events:
+            raise ConfigError(f"{self.name} has no due step in its phase; check when.start, when.every and when.stop")
 
     def listen(self, step: int) -> frozenset[Signal]:
         """Signals to take on the step whose optimizer update is the `step`-th. Nothing listens on other steps."""
@@ -208,6 +237,12 @@ class Policy:
         return state
 
 
+def _flat(place: str, value: Any) -> dict[str, str]:
+    if not is_dataclass(value):
+        return {place: re.sub(r" at 0x[0-9a-f]+", "", str(value))}  # of a function in a policy of the user's own
+    return {k: v for f in fields(value) for k, v in _flat(f"{place}.{f.name}", getattr(value, f.name)).items()}
+
+
 @dataclass(frozen=True)
 class Phase:
     """One policy from step `begin` on, up to but without step `end`."""
@@ -229,10 +264,12 @@ class Lifecycle:
     limits: Limits = field(default_factory=Limits)
     source: str = ""  # where it was read from, for messages
 
-    def written(self) -> list[str]:
-        """A line for each phase and one for the limits: two lifecycles that do the same have the same lines."""
-        phases = [f"{name} until {until}: {policy}" for name, policy, until in self.policies]
-        return [re.sub(r" at 0x[0-9a-f]+", "", line) for line in [*phases, str(self.limits)]]
+    def settings(self) -> dict[str, str]:
+        """Everything that is set, by place: two lifecycles that do the same have the same settings."""
+        found: dict[str, str] = _flat("limits", self.limits)
+        for i, (name, policy, until) in enumerate(self.policies):
+            found |= {f"phases[{i}].policy": name, f"phases[{i}].until": str(until), **_flat(f"phases[{i}]", policy)}
+        return found
 
     def __str__(self) -> str:
         names = " -> ".join(name for name, _, _ in self.policies)

@@ -26,6 +26,7 @@ from torch import Tensor
 from rankflow.controller import Controller
 from rankflow.errors import AdapterError, CheckpointError, ConfigError
 from rankflow.formats.peft import PeftAdapter
+from rankflow.formats.strict_json import strict_loads
 from rankflow.formats.tensors import open_tensors
 
 FILE = "rankflow_quantized.safetensors"
@@ -94,11 +95,12 @@ def load_quantized(folder: str | os.PathLike[str]) -> dict[str, QuantizedModule]
     path = Path(folder) / FILE
     try:
         tensors, metadata = open_tensors(path)
-        about = json.loads(metadata["rankflow_quantized"])
+        about = strict_loads(metadata["rankflow_quantized"])
         known = about["format"] == FORMAT
         modules = {name: _read(name, tensors, **of) for name, of in about["modules"].items()} if known else {}
-    except (AdapterError, KeyError, ValueError, TypeError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: no quantised adapter, or damaged ({e})") from e
+    except (AdapterError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{path}: no quantised adapter, or damaged ({reason})") from e
     if not known:
         raise CheckpointError(f"{path}: has format {about['format']!r}; this rankflow reads format {FORMAT}")
     _check(modules, path)
@@ -112,8 +114,13 @@ def _module(form: Mapping[str, Tensor]) -> QuantizedModule:
 
 
 def _read(name: str, tensors: Mapping[str, Tensor], bits: list[int], shapes: list[list[int]]) -> QuantizedModule:
+    if not all(type(n) is int and 0 < n <= 32 for n in bits):
+        raise ValueError(f"{name} has numbers of {bits} bits")
     a, b, e = (_unpack(tensors[f"{name}.{key}"], n, s) for key, n, s in zip(_TENSORS, bits, shapes, strict=True))
-    return QuantizedModule(a, b, e, tensors[f"{name}.step"].clone(), (bits[0], bits[1], bits[2]))
+    step = tensors[f"{name}.step"]
+    if step.shape != (3,) or e.ndim != 1 or a.ndim < 2 or b.ndim < 2 or not a.shape[-2] == b.shape[-1] == len(e):
+        raise ValueError(f"{name} has integers of shapes that do not go together")
+    return QuantizedModule(a, b, e, step.clone(), (bits[0], bits[1], bits[2]))
 
 
 def _check(modules: Mapping[str, QuantizedModule], path: Path) -> None:

@@ -8,8 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankflow.errors import ConfigError
+from rankflow.canvas import LIGHT, Paper, new_figure, new_title, plain, save
 from rankflow.names import Row, arrange
+from rankflow.panels import spectra_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,59 +19,16 @@ if TYPE_CHECKING:
     from rankflow.inspection import Inspection
     from rankflow.ledger import Event, Ledger
 
-_INK, _FAINT, _ABSENT = "#222222", "#8a8a8a", "#e9e9e9"
 _PHASES = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6ab8", "#b8892f")
 
 
 def plot_spectra(inspection: Inspection, path: str | Path) -> Path:
-    """Singular values of every module as a heat map, with each module's effective rank on it.
+    """Singular values of every module as heat maps, a panel for each type, with effective ranks and noise edges.
 
     Raises:
         ConfigError: the path ends in no format that matplotlib writes.
     """
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LogNorm
-
-    modules = {m.name: m for m in inspection.modules}
-    rows = arrange(modules)
-    places = _places(rows)
-    width = max(m.rank for m in inspection.modules)
-    top = max((s for m in inspection.modules for s in m.sigma), default=0.0) or 1.0
-    fig = _figure(_height(places))
-    ax = fig.add_subplot()
-    norm, cmap = LogNorm(top * 1e-3, top), colormaps["magma"].with_extremes(bad=_ABSENT)
-    for _, members in _by_type(rows, places):
-        values = np.full((len(members), width), np.nan)
-        for i, (row, _) in enumerate(members):
-            values[i, : modules[row.name].rank] = np.maximum(modules[row.name].sigma, top * 1e-3)
-        edges = [place for _, place in members] + [members[-1][1] + 1]
-        ax.pcolormesh(np.arange(width + 1) + 0.5, edges, values, norm=norm, cmap=cmap, rasterized=True)
-    effective = [modules[row.name].rank_effective for row in rows]
-    ax.plot(
-        [e + 0.5 for e in effective],
-        [p + 0.5 for p in places],
-        "|",
-        color="#39d0d8",
-        markersize=_marker(fig, places),
-        markeredgewidth=2.2,
-        label="effective rank",
-    )
-    ax.set_xlim(0.5, width + 0.5)
-    ax.set_xlabel("singular direction", fontsize=9)
-    _label_rows(ax, rows, places)
-    _title(ax, f"Spectra of {Path(inspection.source).resolve().name}", _summary(inspection))
-    fig.colorbar(
-        ScalarMappable(norm, cmap),
-        ax=ax,
-        label="singular value of ΔW",
-        pad=0.02,
-        fraction=0.05,
-        extend="min",
-    )
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-    return _save(fig, path)
+    return save(spectra_figure(inspection), path)
 
 
 def plot_ledger(ledger: Ledger, path: str | Path, losses: Sequence[tuple[int, float]] = ()) -> Path:
@@ -80,6 +38,14 @@ def plot_ledger(ledger: Ledger, path: str | Path, losses: Sequence[tuple[int, fl
 
     Raises:
         ConfigError: the path ends in no format that matplotlib writes.
+        CheckpointError: the ledger does not begin with an attach.
+    """
+    return save(ledger_figure(ledger, losses), path)
+
+
+def ledger_figure(ledger: Ledger, losses: Sequence[tuple[int, float]] = (), paper: Paper = LIGHT) -> Figure:
+    """
+    Raises:
         CheckpointError: the ledger does not begin with an attach.
     """
     import numpy as np
@@ -93,11 +59,11 @@ def plot_ledger(ledger: Ledger, path: str | Path, losses: Sequence[tuple[int, fl
     end = max(int(events[0].get("total_steps", 0)), *(int(e["step"]) for e in events), begin + 1)
     steps = [step for step, _ in history]
     height = _height(places)
-    fig = _figure(height + 1.9)
+    fig = new_figure(height + 1.9, paper)
     upper, lower = fig.subplots(2, 1, sharex=True, height_ratios=[1.5, height - 0.6])
     numbered = len(rows) <= 60
     top = max(1, *(max(ranks.values()) for _, ranks in history))
-    cmap, norm = _rank_colours(top)
+    cmap, norm = _rank_colours(top, paper)
     for _, members in _by_type(rows, places):
         values = np.array([[ranks[row.name] or np.nan for _, ranks in history] for row, _ in members], dtype=float)
         edges = [place for _, place in members] + [members[-1][1] + 1]
@@ -105,37 +71,46 @@ def plot_ledger(ledger: Ledger, path: str | Path, losses: Sequence[tuple[int, fl
         if numbered:
             for row, place in members:
                 lower.text(
-                    end, place + 0.5, f" {history[-1][1][row.name]}", va="center", fontsize=7, color=_INK, clip_on=False
+                    end,
+                    place + 0.5,
+                    f" {history[-1][1][row.name]}",
+                    va="center",
+                    fontsize=7,
+                    color=paper.ink,
+                    clip_on=False,
                 )
     lower.set_xlim(begin, end)
-    lower.set_xlabel("optimizer step", fontsize=9)
-    _label_rows(lower, rows, places)
+    lower.set_xlabel("optimizer step", fontsize=9, color=paper.ink)
+    _label_rows(lower, rows, places, paper)
     if numbered:
-        lower.text(end, -0.15, " last", va="bottom", fontsize=7, color=_FAINT, clip_on=False)
+        lower.text(end, -0.15, " last", va="bottom", fontsize=7, color=paper.faint, clip_on=False)
     totals = [sum(ranks.values()) for _, ranks in history]
-    upper.step([*steps, end], [*totals, totals[-1]], where="post", color=_INK, linewidth=1.6)
+    upper.step([*steps, end], [*totals, totals[-1]], where="post", color=paper.ink, linewidth=1.6)
     upper.set_ylim(0, max(totals) * 1.25)
-    upper.set_ylabel("total rank", fontsize=9)
-    upper.tick_params(labelsize=8)
+    upper.set_ylabel("total rank", fontsize=9, color=paper.ink)
+    upper.tick_params(labelsize=8, colors=paper.ink)
     upper.spines[["top", "right"]].set_visible(False)
-    _mark_phases(upper, lower, events, end)
-    _mark_events(upper, events)
+    upper.spines[["bottom", "left"]].set_color(paper.faint)
+    for ax in (upper, lower):
+        ax.set_facecolor(paper.ground)
+    _mark_phases(upper, lower, events, end, paper)
+    _mark_events(upper, events, paper)
     if losses:
         _draw_losses(upper, losses)
     changes = sum(e["event"] == "resize" for e in events)
-    _title(upper, "Ranks over the run", f"{len(rows)} modules, {changes} resizes, total {totals[0]} to {totals[-1]}")
-    bar = fig.colorbar(ScalarMappable(norm, cmap), ax=[upper, lower], label="rank", pad=0.05, fraction=0.04, shrink=0.8)
-    _whole_ticks(bar, top)
-    return _save(fig, path)
+    new_title(
+        upper,
+        "Ranks over the run",
+        f"{len(rows)} modules, {changes} resizes, total {totals[0]} to {totals[-1]}",
+        paper,
+    )
+    bar = fig.colorbar(ScalarMappable(norm, cmap), ax=[upper, lower], pad=0.05, fraction=0.04, shrink=0.8)
+    bar.set_label("rank", color=paper.ink)
+    _whole_ticks(bar, top, paper)
+    return fig
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
-
-
-def _figure(height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(10.5, height), dpi=150, layout="constrained")
 
 
 def _places(rows: Sequence[Row]) -> list[float]:
@@ -153,82 +128,63 @@ def _height(places: Sequence[float]) -> float:
     return min(16.0, max(3.0, 1.4 + 0.16 * (places[-1] + 1)))
 
 
-def _marker(fig: Figure, places: Sequence[float]) -> float:
-    """Points that a marker may have to fill one row."""
-    return max(2.0, min(9.0, (fig.get_figheight() - 1.4) * 72 / (places[-1] + 1) * 0.8))
-
-
 def _by_type(rows: Sequence[Row], places: Sequence[float]) -> Iterator[tuple[str, list[tuple[Row, float]]]]:
     for kind, members in groupby(zip(rows, places, strict=True), key=lambda pair: pair[0].type):
         yield kind, list(members)
 
 
-def _label_rows(ax: Axes, rows: Sequence[Row], places: Sequence[float]) -> None:
+def _label_rows(ax: Axes, rows: Sequence[Row], places: Sequence[float], paper: Paper) -> None:
     """Types at the left, layers between them and the picture where there is room."""
     ax.set_ylim(places[-1] + 1, 0)
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
-    ax.tick_params(axis="x", colors=_INK, labelsize=8)
+    ax.tick_params(axis="x", colors=paper.ink, labelsize=8)
     beside = ax.get_yaxis_transform()
 
     def write(x: float, y: float, text: str, size: float, colour: str) -> None:
-        ax.text(x, y, text, fontsize=size, color=colour, transform=beside, va="center", ha="right", clip_on=False)
+        ax.text(
+            x, y, plain(text), fontsize=size, color=colour, transform=beside, va="center", ha="right", clip_on=False
+        )
 
     for kind, members in _by_type(rows, places):
         first, last = members[0][1], members[-1][1] + 1
         layered = len(members) > 1 or members[0][0].layer
-        write(-0.06 if layered else -0.01, (first + last) / 2, kind, 8.5, _INK)
+        write(-0.06 if layered else -0.01, (first + last) / 2, kind, 8.5, paper.ink)
         if not layered:
             continue
         every = max(1, math.ceil(len(members) / 12))
         for i, (row, place) in enumerate(members):
             if i % every == 0:
-                write(-0.008, place + 0.5, row.layer, 6, _FAINT)
+                write(-0.008, place + 0.5, row.layer, 6, paper.faint)
         ax.plot(
             [-0.045, -0.045],
             [first + 0.1, last - 0.1],
-            color=_FAINT,
+            color=paper.faint,
             linewidth=0.8,
             transform=beside,
             clip_on=False,
         )
 
 
-def _title(ax: Axes, title: str, under: str) -> None:
-    ax.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=20)
-    ax.annotate(
-        under, (0, 1), xytext=(0, 7), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_FAINT
-    )
-
-
-def _summary(inspection: Inspection) -> str:
-    ranks = sum(m.rank for m in inspection.modules)
-    effective = sum(m.rank_effective for m in inspection.modules)
-    return (
-        f"{len(inspection.modules)} modules, {inspection.params:,} parameters; "
-        f"total rank {ranks}, effective {effective:.0f}; grey: beyond its rank"
-    )
-
-
-def _rank_colours(top: int) -> tuple[Any, Any]:
+def _rank_colours(top: int, paper: Paper) -> tuple[Any, Any]:
     """One colour a rank while they can be told apart."""
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm, Normalize
 
-    cmap = colormaps["viridis"].with_extremes(bad=_ABSENT)
+    cmap = colormaps["viridis"].with_extremes(bad=paper.absent)
     if top > 16:
         return cmap, Normalize(0, top)
-    return cmap.resampled(top).with_extremes(bad=_ABSENT), BoundaryNorm([r + 0.5 for r in range(top + 1)], top)
+    return cmap.resampled(top).with_extremes(bad=paper.absent), BoundaryNorm([r + 0.5 for r in range(top + 1)], top)
 
 
-def _whole_ticks(bar: Any, top: int) -> None:
+def _whole_ticks(bar: Any, top: int, paper: Paper) -> None:
     every = max(1, math.ceil(top / 10))
     bar.set_ticks(list(range(every, top + 1, every)))
-    bar.ax.tick_params(labelsize=8, length=2)
+    bar.ax.tick_params(labelsize=8, length=2, colors=paper.ink)
     bar.outline.set_visible(False)
 
 
-def _mark_phases(upper: Axes, lower: Axes, events: Sequence[Event], end: int) -> None:
+def _mark_phases(upper: Axes, lower: Axes, events: Sequence[Event], end: int, paper: Paper) -> None:
     phases = [e for e in events if e["event"] == "phase"]
     for i, phase in enumerate(phases):
         last = phases[i + 1]["step"] if i + 1 < len(phases) else end
@@ -237,7 +193,7 @@ def _mark_phases(upper: Axes, lower: Axes, events: Sequence[Event], end: int) ->
         upper.text(
             (phase["step"] + last) / 2,
             0.93,
-            phase["policy"],
+            plain(phase["policy"]),
             transform=upper.get_xaxis_transform(),
             ha="center",
             va="top",
@@ -246,7 +202,7 @@ def _mark_phases(upper: Axes, lower: Axes, events: Sequence[Event], end: int) ->
             fontweight="bold",
         )
         if i:
-            for ax, ink in ((upper, _INK), (lower, "white")):
+            for ax, ink in ((upper, paper.ink), (lower, "white")):
                 ax.axvline(phase["step"], color=ink, linewidth=0.9, linestyle=(0, (3, 3)))
 
 
@@ -259,9 +215,12 @@ def _draw_losses(ax: Axes, losses: Sequence[tuple[int, float]]) -> None:
     twin.spines[["top", "left"]].set_visible(False)
 
 
-def _mark_events(ax: Axes, events: Sequence[Event]) -> None:
+def _mark_events(ax: Axes, events: Sequence[Event], paper: Paper) -> None:
     """Ticks along the foot of the picture: resizes, and decisions that were due and not taken."""
-    for kind, mark, colour, label in (("resize", 6, _INK, "resize"), ("skip", "x", _PHASES[1], "decision skipped")):
+    for kind, mark, colour, label in (
+        ("resize", 6, paper.ink, "resize"),
+        ("skip", "x", _PHASES[1], "decision skipped"),
+    ):
         steps = [e["step"] for e in events if e["event"] == kind]
         if steps:
             ax.plot(
@@ -277,19 +236,6 @@ def _mark_events(ax: Axes, events: Sequence[Event]) -> None:
                 zorder=3,
             )
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8)
-
-
-def _save(fig: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    kinds = fig.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in kinds:
-        raise ConfigError(f"{path}: a picture is one of {', '.join(sorted(kinds))}, by the end of its name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        fig.savefig(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+        ax.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8, labelcolor=paper.ink
+        )

@@ -78,9 +78,13 @@ def match_layout(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_n
 def saved_layout(checkpoint: str | os.PathLike[str], live: Layout) -> Layout:
     """The layout of a saved adapter in terms of a live one: modules it does not have are at rank 0."""
     try:
-        saved = PeftAdapter(Path(checkpoint)).layout
+        adapter = PeftAdapter(Path(checkpoint))
     except AdapterError as e:
         raise CheckpointError(str(e)) from None
+    if adapter.folded:
+        what = adapter.notes[0].partition(",")[0]
+        raise CheckpointError(f"{checkpoint}: is {what}, which LoRA cannot load; `rankflow squeeze` makes LoRA of it")
+    saved = adapter.layout
     if missing := [name for name in saved if name not in live]:
         raise CheckpointError(f"{checkpoint}: {missing[0]} is in the checkpoint but not in the model's adapter")
     return Layout({name: saved.get(name, replace(slot, rank=0)) for name, slot in live.items()})

@@ -7,20 +7,16 @@ from torch import nn
 
 from rankflow.adapters import Adapter
 from rankflow.plan import Layout
-from rankflow.sites import Site
 
 
 def share_gradients(adapter: Adapter, layout: Layout) -> None:
-    """Give all modules of a group (`Slot.shared`) the sum of their gradients: that of the pair they share.
+    """Give all modules of a group (`Layout.sharing`) the sum of their gradients: that of the pair they share.
 
     Equal copies with equal optimizer state then take equal steps, bit for bit. Where a copy has had no gradient it
     counts as 0; where none has, none gets one.
     """
-    groups: dict[str, list[Site]] = {}
-    for name, slot in layout.items():
-        if slot.shared is not None and slot.rank > 0:
-            groups.setdefault(slot.shared, []).append(adapter.sites[name])
-    for sites in groups.values():
+    for names in layout.sharing:
+        sites = [adapter.sites[name] for name in names]
         _sum([site.A for site in sites])
         _sum([site.B for site in sites])
 

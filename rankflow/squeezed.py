@@ -1,4 +1,4 @@
-"""What a squeeze is asked for, and what came of it."""
+"""What came of a squeeze."""
 
 from __future__ import annotations
 
@@ -7,80 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankflow.budget import Budget, allocate
-from rankflow.errors import ConfigError
-from rankflow.linalg import Spectrum
+from rankflow.difference import relative
+from rankflow.engines import ENGINES
+from rankflow.linalg import Metric, Spectrum
 from rankflow.plan import Layout
-
-
-@dataclass(frozen=True)
-class Target:
-    """How far to squeeze: exactly one of the three.
-
-    target_rank: this rank in every module that has more. energy: per module the smallest rank whose singular values
-    keep this share of the sum of squares. max_params: LoRA parameters in all, spent where singular values are largest.
-    """
-
-    target_rank: int | None = None
-    energy: float | None = None
-    max_params: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.given:
-            raise ConfigError("no target: give one of target_rank, energy and max_params")
-        if len(self.given) > 1:
-            raise ConfigError(f"{' and '.join(self.given)} are {len(self.given)} targets; give one")
-        if self.energy is not None and not (isinstance(self.energy, int | float) and 0 < self.energy <= 1):
-            raise ConfigError(f"energy is {self.energy!r}; it is the share to keep, above 0 and at most 1")
-        for name, whole in (("target_rank", self.target_rank), ("max_params", self.max_params)):
-            if whole is not None and (isinstance(whole, bool) or not isinstance(whole, int) or whole < 1):
-                raise ConfigError(f"{name} is {whole!r}; it must be a whole number, at least 1")
-
-    @property
-    def given(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    @property
-    def suffix(self) -> str:
-        """What the default name of the output ends in."""
-        if self.target_rank is not None:
-            return f"r{self.target_rank}"
-        return f"e{self.energy:g}" if self.energy is not None else f"p{self.max_params}"
-
-    def ranks(self, layout: Layout, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
-        """Module -> rank, never above the present one. `spectra` is not looked at for a uniform target.
-
-        By energy and by parameters, directions that are nothing but rounding are not kept, and a module without a
-        real one leaves the adapter, if PEFT can do without it.
-        """
-        if self.target_rank is not None:
-            return {name: min(slot.rank, self.target_rank) for name, slot in layout.items()}
-        if not any(s.rank for s in spectra.values()):
-            raise ConfigError(
-                "the adapter is zero (never trained?), so there is no energy to go by; give target_rank instead"
-            )
-        if self.max_params is not None:
-            gains = {name: s.gains[: s.rank].tolist() for name, s in spectra.items()}
-            return allocate(gains, layout, Budget("max_params", self.max_params))
-        assert self.energy is not None
-        wanted = {name: _rank_for(spectra[name], self.energy, layout[name].min_rank) for name in layout}
-        tied: dict[str, int] = {}
-        for name, slot in layout.items():
-            if slot.tie is not None:
-                tied[slot.tie] = max(wanted[name], tied.get(slot.tie, 0))
-        return {name: tied.get(slot.tie or "", wanted[name]) for name, slot in layout.items()}
-
-
-def _rank_for(spectrum: Spectrum, energy: float, least: int) -> int:
-    """The smallest rank that keeps `energy`, 0 for a module that is zero; the last bits of a sum decide nothing."""
-    ranks = range(least, spectrum.rank)
-    return max(least, next((k for k in ranks if k and spectrum.energy(k) >= energy * (1 - 1e-12)), spectrum.rank))
+from rankflow.trials import Trial
 
 
 @dataclass(frozen=True)
 class SqueezedModule:
-    """`energy_kept` is the share of the sum of squared singular values of DeltaW that is left, `error` the predicted
-    Frobenius norm of the change of DeltaW."""
+    """`energy_kept` is the share of the sum of squared singular values, in the module's metric, that is left, `error`
+    the predicted norm of the change in that metric (`weights`: of DeltaW, Frobenius; `outputs`: of the layer's output,
+    root mean square over tokens; `loss`: of the loss, likewise and to first order). `relative_error` is that over the
+    norm of what the adapter adds, `weight_error` the relative error of DeltaW, whatever the metric."""
 
     name: str
     rank_before: int
@@ -89,15 +28,20 @@ class SqueezedModule:
     error: float
     params_before: int
     params_after: int
+    metric: Metric
+    relative_error: float
+    weight_error: float
 
 
 @dataclass(frozen=True)
 class SqueezeReport:
-    """What a squeeze did, or with `dry_run` would do. `energy_kept` and `error` are over all modules together."""
+    """What a squeeze did, or with `dry_run` would do. `energy_kept` and the errors are over all modules together that
+    were cut in `metric`, `weight_error` over all; `metric` is `weights` where no module was measured enough for what
+    was asked for."""
 
     source: str
     out: str | None
-    target: dict[str, float]
+    target: dict[str, Any]
     metric: str
     backend: str
     gauge: str
@@ -106,12 +50,16 @@ class SqueezeReport:
     modules: tuple[SqueezedModule, ...]
     energy_kept: float
     error: float
+    relative_error: float
+    weight_error: float
+    shortfall: float  # by how much energy_kept may be below the best there is at this cost, at most
     bytes_before: int  # of the LoRA factors
     bytes_after: int
     file_bytes_before: int | None = None
     file_bytes_after: int | None = None
     copied: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()  # of a gate
     seconds: float = 0.0
 
     @property
@@ -126,32 +74,72 @@ class SqueezeReport:
     def ranks(self) -> dict[str, int]:
         return {m.name: m.rank_after for m in self.modules}
 
+    @property
+    def serving_bucket(self) -> int | None:
+        """The smallest maximal rank that vLLM, which has but a few of them, can be set to for this adapter; None
+        where there is none."""
+        return ENGINES["vllm"].room(max(self.ranks.values(), default=0))
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "params_before": self.params_before, "params_after": self.params_after}
+        more = ("params_before", "params_after", "serving_bucket")
+        return {**asdict(self), **{name: getattr(self, name) for name in more}}
 
 
-def report(before: Layout, after: Layout, spectra: Mapping[str, Spectrum], **about: Any) -> SqueezeReport:
-    modules = tuple(
-        SqueezedModule(
+def report(
+    before: Layout,
+    after: Layout,
+    spectra: Mapping[str, Spectrum],
+    metrics: Mapping[str, Metric],
+    *,
+    notes: tuple[str, ...] = (),
+    **about: Any,
+) -> SqueezeReport:
+    """`metrics`: module -> that of its spectrum."""
+    modules, weights = [], []
+    for name, slot in before.items():
+        found, rank = spectra[name], after[name].rank
+        whole = rank == slot.rank and not found.outside
+        error = 0.0 if whole else found.error(rank)
+        size = math.sqrt(found.total)
+        changed, norm = error, size
+        if metrics[name] != "weights":
+            changed, norm = (abs(slot.scaling) * norm for norm in found.weight_change(rank))
+            changed = 0.0 if rank == slot.rank else changed
+        weights.append((changed, norm))
+        module = SqueezedModule(
             name,
-            rank_before=before[name].rank,
-            rank_after=after[name].rank,
-            energy_kept=1.0 if after[name].rank == before[name].rank else found.energy(after[name].rank),
-            error=0.0 if after[name].rank == before[name].rank else found.error(after[name].rank),
-            params_before=before[name].rank * before[name].params_per_rank,
-            params_after=after[name].rank * after[name].params_per_rank,
+            rank_before=slot.rank,
+            rank_after=rank,
+            energy_kept=1.0 if whole else found.energy(rank),
+            error=error,
+            params_before=slot.rank * slot.params_per_rank,
+            params_after=rank * slot.params_per_rank,
+            metric=metrics[name],
+            relative_error=relative(error, size),
+            weight_error=relative(changed, norm),
         )
-        for name in before
-        for found in [spectra[name]]
-    )
-    total = math.fsum(float(spectra[name].gains.sum()) for name in before)
-    lost = math.fsum(m.error**2 for m in modules)
+        modules.append(module)
+    metric = next((m.metric for m in modules if m.metric != "weights"), "weights")
+    total = math.fsum(spectra[m.name].total for m in modules if m.metric == metric)
+    lost = math.fsum(m.error**2 for m in modules if m.metric == metric)
     return SqueezeReport(
-        metric="weights",
-        modules=modules,
+        metric=metric,
+        modules=tuple(modules),
         energy_kept=1 - lost / total if total > 0 else 1.0,
         error=math.sqrt(lost),
+        relative_error=relative(math.sqrt(lost), math.sqrt(total)),
+        weight_error=relative(*(math.hypot(*norms) for norms in zip(*weights, strict=True))),
         bytes_before=before.bytes,
         bytes_after=after.bytes,
+        notes=(*notes, *_notes(before, after, any(found.outside for found in spectra.values()))),
         **about,
     )
+
+
+def _notes(before: Layout, after: Layout, sketched: bool) -> tuple[str, ...]:
+    notes = []
+    if before.ranks == after.ranks and not sketched:
+        notes.append("no module is above its target, so every DeltaW is as it was")
+    if left := [name for name, slot in after.items() if not slot.rank]:
+        notes.append(f"left the adapter, being zero or not worth a direction: {', '.join(left)}")
+    return tuple(notes)

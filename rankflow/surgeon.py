@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from rankflow.adapters import Adapter
 from rankflow.averages import Averages
 from rankflow.errors import ConfigError, PlanError, RankFlowError
+from rankflow.gated import refuse_gates
 from rankflow.gates import Gates
 from rankflow.journal import Journal
 from rankflow.linalg import Spectrum, spectrum
@@ -230,7 +231,9 @@ def resize(
     """
     if metric != "weights":
         raise ConfigError(f"metric {metric!r} needs statistics of data; attach the squeeze policy, or use 'weights'")
-    surgeon = Surgeon(Adapter(model, adapter_name), optimizer, seed=seed, on_unknown_state=on_unknown_state, warmup=0)
+    adapter = Adapter(model, adapter_name)
+    refuse_gates(adapter.sites.values())
+    surgeon = Surgeon(adapter, optimizer, seed=seed, on_unknown_state=on_unknown_state, warmup=0)
     layout = surgeon.layout
     wanted: dict[str, int] = {}
     for pattern, rank in ({"*": ranks} if isinstance(ranks, int) else ranks).items():

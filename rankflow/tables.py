@@ -1,4 +1,4 @@
-"""Tables for the terminal: squeezes, inspections, ledgers, policies."""
+"""Tables for the terminal: squeezes, inspections, ledgers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
+from rankflow.difference import relative
 from rankflow.names import arrange
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from rankflow.config import Description
+    from rankflow.difference import Difference
     from rankflow.inspection import Inspection
+    from rankflow.intruders import Intruders
     from rankflow.ledger import Event
-    from rankflow.plan import Layout
-    from rankflow.policy import Phase
+    from rankflow.mismatches import Verdict
     from rankflow.squeezed import SqueezeReport
+    from rankflow.trials import Trial
 
 _MOST_ROWS = 48  # a table longer than this is summed up by type of module
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
     """A table of numbers, and of text in columns whose heading ends in a colon."""
     table = Table(
         title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0
@@ -39,40 +39,44 @@ def _table(title: str, *columns: str, caption: str | None = None) -> Table:
     return table
 
 
-def _span(values: Iterable[int]) -> str:
+def _shares(values: Iterable[float]) -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:.2%}" if len(values) == 1 else f"{low:.2%} to {high:.2%}"
+
+
+def span(values: Iterable[int]) -> str:
     low, high = min(values := list(values)), max(values)
     return str(low) if low == high else f"{low} to {high}"
 
 
 def squeeze_table(report: SqueezeReport) -> Table:
-    """Rank, energy and parameters before and after, by module, or by type where there are many."""
+    """Rank, energy, errors and parameters before and after, by module, or by type where there are many."""
     size = f"{decimal(report.bytes_before)} to {decimal(report.bytes_after)}"
-    table = _table(
+    metric = report.metric
+    largest = max(report.ranks.values(), default=0)
+    bucket = f"vLLM's --max-lora-rank {report.serving_bucket}" if report.serving_bucket else "more than vLLM serves"
+    table = new_table(
         f"{report.source}: {size} of factors",
         "module:",
         "rank",
         "to",
         "energy kept",
-        "error |dW|",
+        "weight error",
+        *([f"{metric} error"] if metric != "weights" else []),
         "parameters",
-        caption="\n".join(report.notes) or None,
+        caption="\n".join((f"largest rank {largest}: {bucket}", *report.notes)),
     )
     modules = {m.name: m for m in report.modules}
-    rows = arrange(modules)
-    if len(rows) <= _MOST_ROWS:
-        groups = [(row.short, [modules[row.name]]) for row in rows]
-    else:
-        types = dict.fromkeys(row.type for row in rows)
-        groups = [(t, [modules[row.name] for row in rows if row.type == t]) for t in types]
-        groups = [(f"{t}  ({len(members)})", members) for t, members in groups]
-    for label, members in groups:
-        kept = sorted(m.energy_kept for m in members)
+    for label, names in _groups(modules):
+        members = [modules[name] for name in names]
+        in_metric = [m.relative_error for m in members if m.metric == metric]
         table.add_row(
             label,
-            _span(m.rank_before for m in members),
-            _span(m.rank_after for m in members),
-            f"{kept[0]:.2%}" if len(kept) == 1 else f"{kept[0]:.2%} to {kept[-1]:.2%}",
-            f"{math.hypot(*(m.error for m in members)):.3g}",
+            span(m.rank_before for m in members),
+            span(m.rank_after for m in members),
+            _shares(m.energy_kept for m in members),
+            _shares(m.weight_error for m in members),
+            *([_shares(in_metric) if in_metric else "by weights"] if metric != "weights" else []),
             f"{sum(m.params_after for m in members):,}",
         )
     table.add_section()
@@ -81,27 +85,85 @@ def squeeze_table(report: SqueezeReport) -> Table:
         str(sum(m.rank_before for m in report.modules)),
         str(sum(m.rank_after for m in report.modules)),
         f"{report.energy_kept:.2%}",
-        f"{report.error:.3g}",
+        f"{report.weight_error:.2%}",
+        *([f"{report.relative_error:.2%}"] if metric != "weights" else []),
         f"{report.params_after:,}",
     )
     return table
 
 
+def verdict_table(found: Verdict) -> Table:
+    """What an engine would get wrong, whether it says so, and what to do."""
+    table = new_table(
+        f"{found.source}, served by {found.engine}", "what:", f"what {found.engine} does:", "told?:", "remedy:"
+    )
+    for problem in found.problems:
+        table.add_row(problem.where, problem.does, problem.fate.value, problem.remedy)
+    return table
+
+
+def trials_table(trials: Sequence[Trial]) -> Table:
+    """What a gate said of which rank, in the order it was asked."""
+    table = new_table("Tried", "rank", "gate:", "seconds")
+    for trial in trials:
+        table.add_row(str(trial.rank), "passed" if trial.passed else "failed", f"{trial.seconds:.1f}")
+    return table
+
+
+def difference_table(found: Difference) -> Table:
+    """Ranks, norms and distances by module, or by type where there are many."""
+    table = new_table(
+        f"{found.first} and {found.second}", "module:", "ranks", "|dW|", "|dW'|", "|dW - dW'|", "over |dW|"
+    )
+    modules = {m.name: m for m in found.modules}
+    for label, names in _groups(modules):
+        members = [modules[name] for name in names]
+        first, second = (math.hypot(*(m.norms[i] for m in members)) for i in range(2))
+        distance = math.hypot(*(m.distance for m in members))
+        ranks = " and ".join(span(m.ranks[i] for m in members) for i in range(2))
+        table.add_row(label, ranks, *(f"{x:.3g}" for x in (first, second, distance, relative(distance, first))))
+    table.add_section()
+    total = (*found.norms, found.distance, found.relative)
+    table.add_row("all", "", *(f"{x:.3g}" for x in total))
+    return table
+
+
+def _groups(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Rows of a table by module, or by type of module where that would be too many: (label, its modules)."""
+    rows = arrange(names)
+    if len(rows) <= _MOST_ROWS:
+        return [(row.short, [row.name]) for row in rows]
+    types = {t: [row.name for row in rows if row.type == t] for t in dict.fromkeys(row.type for row in rows)}
+    return [(f"{t}  ({len(members)})", members) for t, members in types.items()]
+
+
 def inspection_table(inspection: Inspection) -> Table:
     """Every module's spectrum, as bars of log sigma over four decades, and what follows from it."""
     heads = [f"E{k}" for k in inspection.modules[0].energy]
-    table = _table(
+    measured = [m for m in inspection.modules if m.tokens is not None]
+    captions = [
+        *inspection.notes,
+        "eff.: effective rank, exp of the spectrum's entropy; stable: sum of squares over the largest square; noise: "
+        "its edge; above it: as many directions, which squeeze --auto keeps; Ek: energy in the k largest",
+        *(["eff. in outputs, loss: of the spectrum in that metric of data"] if inspection.metrics else []),
+        *([f"intruders: {intruders_mean(inspection)}"] if inspection.base else []),
+    ]
+    table = new_table(
         f"{inspection.source}: {len(inspection.modules)} modules, {inspection.params:,} parameters, "
         f"{decimal(inspection.bytes)} of factors",
         "module:",
         "rank",
         "eff.",
+        "stable",
         "sigma1",
+        "noise",
+        "above it",
         "spectrum:",
         *heads,
-        caption="\n".join(
-            [*inspection.notes, "eff.: effective rank, exp of the spectrum's entropy; Ek: energy in the k largest"]
-        ),
+        *(["tokens"] if measured else []),
+        *(f"eff. in {metric}" for metric in inspection.metrics),
+        *(["intruders"] if inspection.base else []),
+        caption="\n".join(captions),
     )
     modules = {m.name: m for m in inspection.modules}
     before = None
@@ -114,9 +176,48 @@ def inspection_table(inspection: Inspection) -> Table:
             row.short,
             str(m.rank),
             f"{m.rank_effective:.1f}",
+            f"{m.rank_stable:.1f}",
             f"{m.sigma[0]:.3g}",
+            f"{m.noise_edge:.3g}",
+            str(m.rank_above_noise),
             _bars(m.sigma),
             *(f"{share:.0%}" for share in m.energy.values()),
+            *([f"{m.tokens:,}"] if m.tokens is not None else []),
+            *(f"{m.metrics[k].rank_effective:.1f}" if k in m.metrics else "" for k in inspection.metrics),
+            *([_intruders(m.intruders)] if inspection.base else []),
+        )
+    return table
+
+
+def intruders_mean(inspection: Inspection) -> str:
+    return (
+        "left singular vectors of W0 + DeltaW, of so many that were looked at, with no cosine of "
+        f"{inspection.epsilon:g} to any of W0 (arXiv 2410.21228)"
+    )
+
+
+def _intruders(found: Intruders | None) -> str:
+    return "" if found is None else f"{len(found.found)} of {found.top_k}"
+
+
+def types_table(inspection: Inspection) -> Table:
+    """The modules of an adapter summed up by type."""
+    heads = [f"E{k}" for k in inspection.modules[0].energy]
+    table = new_table(
+        "By type of module: means",
+        *("type:", "modules", "ranks", "rank", "eff.", "stable", "above", *heads, "share"),
+        *(["intruders"] if inspection.base else []),
+        caption="above: directions above the noise; share: of the energy of the adapter",
+    )
+    for found in inspection.types:
+        table.add_row(
+            found.type,
+            str(found.modules),
+            span((found.rank_min, found.rank_max)),
+            *(f"{x:.1f}" for x in (found.rank, found.rank_effective, found.rank_stable, found.rank_above_noise)),
+            *(f"{share:.0%}" for share in found.energy.values()),
+            f"{found.energy_share:.1%}",
+            *(["" if found.intruders is None else str(found.intruders)] if inspection.base else []),
         )
     return table
 
@@ -132,7 +233,7 @@ def _bars(sigma: Sequence[float], width: int = 8) -> str:
 
 def events_table(events: Sequence[Event]) -> Table:
     """What happened when, and why."""
-    table = _table("Events", "step", "event:", "modules", "total rank", "why:")
+    table = new_table("Events", "step", "event:", "modules", "total rank", "why:")
     for event in events:
         ranks: Mapping[str, int] = event.get("ranks", {})
         kind = event["event"]
@@ -147,11 +248,37 @@ def events_table(events: Sequence[Event]) -> Table:
     return table
 
 
+def gates_table(fold: Event) -> Table:
+    """What the gates of a phase came to, module by module, from its `fold` event."""
+    reports: Mapping[str, Mapping[str, float]] = fold["gates"]
+    keys = list(dict.fromkeys(key for report in reports.values() for key in report))
+    table = new_table(
+        f"Gates of {fold['policy']}, folded at step {fold['step']}",
+        "module:",
+        *(key.replace("_", "\n") for key in keys),
+    )
+    for row in arrange(reports):
+        table.add_row(row.short, *(_number(reports[row.name].get(key)) for key in keys))
+    if total := fold["total"]:
+        table.add_section()
+        table.add_row("all", *(_number(total.get(key)) for key in keys))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value % 1 or value >= 1e5 else str(int(value))
+
+
+def rank_bars(ranks: Iterable[int], top: int, absent: str = " ") -> str:
+    """A bar for each rank, `top` being the highest."""
+    return "".join(absent if r == 0 else _BARS[math.ceil(r / top * 8) - 1] for r in ranks)
+
+
 def ranks_table(history: Sequence[tuple[int, Mapping[str, int]]]) -> Table:
     """Every module's rank from the first step to the last."""
     first, last = history[0][1], history[-1][1]
     top = max(1, *(max(ranks.values()) for _, ranks in history))
-    table = _table(
+    table = new_table(
         f"Ranks from step {history[0][0]} to {history[-1][0]}", "module:", "first", "over the events:", "last"
     )
     before = None
@@ -160,76 +287,8 @@ def ranks_table(history: Sequence[tuple[int, Mapping[str, int]]]) -> Table:
             table.add_section()
         before = row.type
         ranks = [ranks[row.name] for _, ranks in history]
-        bars = "".join(" " if r == 0 else _BARS[math.ceil(r / top * 8) - 1] for r in ranks)
+        bars = rank_bars(ranks, top)
         table.add_row(row.short, str(first[row.name]), bars, str(last[row.name]))
     table.add_section()
     table.add_row("all", str(sum(first.values())), "", str(sum(last.values())))
-    return table
-
-
-def phases_table(phases: Sequence[Phase], layout: Layout, title: str) -> Table:
-    """When each phase of a lifecycle decides, and what budget it ends with."""
-    table = _table(
-        title,
-        "phase:",
-        "steps",
-        "decisions",
-        "decides after step:",
-        "budget:",
-        caption=f"{len(layout)} modules, total rank {layout.total_rank:,}, {layout.params:,} parameters at the start",
-    )
-    for phase in phases:
-        studied = any(study.when == "start" for study in phase.policy.studies)  # which ends in a decision
-        events = [*([phase.begin] if studied else []), *phase.policy.when.events]
-        shown = events if len(events) <= 8 else [*events[:5], "...", events[-1]]
-        budget = phase.policy.budget
-        mean = f" (mean rank {budget.amount / len(layout):.2f})" if budget and budget.kind == "total_rank" else ""
-        table.add_row(
-            phase.name,
-            f"{phase.begin} to {phase.end - 1}",
-            str(len(events)),
-            ", ".join(map(str, shown)) or "never",
-            f"{budget}{mean}" if budget else "as it is",
-        )
-    return table
-
-
-def limits_table(layout: Layout) -> Table:
-    """Which ranks modules have and may have, by type."""
-    table = _table("Modules and the ranks they may have", "module:", "how many", "rank", "least", "most", "of these:")
-    rows = arrange(layout)
-    for kind in dict.fromkeys(row.type for row in rows):
-        slots = [layout[row.name] for row in rows if row.type == kind]
-        extra = {
-            *(f"buckets {', '.join(map(str, s.buckets))}" for s in slots if s.buckets),
-            *(f"multiples of {s.multiple}" for s in slots if s.multiple > 1),
-            *("tied" for s in slots if s.tie),
-        }
-        table.add_row(
-            kind,
-            str(len(slots)),
-            _span(s.rank for s in slots),
-            _span(s.min_rank for s in slots),
-            _span(s.max_rank for s in slots),
-            "; ".join(sorted(extra)) or "any",
-        )
-    return table
-
-
-def policies_table(policies: Sequence[Description], files: Mapping[str, Path]) -> Table:
-    """The policies there are, and the policy files that ship."""
-    table = _table("Policies", "policy:", "what it does:", "source:")
-    table.caption = f"shipped policy files, by name: {', '.join(files)}"
-    for policy in policies:
-        table.add_row(policy.name, policy.summary, policy.source)
-    return table
-
-
-def policy_table(policy: Description) -> Table:
-    """The parameters of one policy."""
-    table = _table(f"{policy.name}: params", "name:", "type:", "default:", "meaning:")
-    table.caption = policy.source
-    for setting in policy.settings:
-        default = "null" if setting.default is None else str(setting.default)
-        table.add_row(setting.name, setting.type, default, setting.meaning)
     return table

@@ -22,6 +22,7 @@ from transformers.trainer_callback import CallbackHandler
 from rankflow.adapters import Adapter
 from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller
+from rankflow.distributed import own_ledger, processes_of
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.ledger import Ledger
 from rankflow.resume import checkpoint_of, load_state, match_layout, save_state, saved_layout
@@ -45,7 +46,9 @@ class RankFlowCallback(TrainerCallback):
         adapter_name: which adapter of the model.
         seed: of new directions; the Trainer's seed when left out.
         ledger: path of the JSONL record, or a Ledger; `<output_dir>/rankflow.jsonl` when left out.
-        batches, outer_batches, loss_fn: for policies that study data.
+        batches, outer_batches, loss_fn: for policies that study data. Their loss is `loss_fn(model, batch)`, by default
+            `model(**batch).loss`: give the same one as the Trainer's, where that has another (label smoothing,
+            `compute_loss_func`, a `compute_loss` of its own).
         holdout: share of the Trainer's training data that is set aside for a policy that learns from held-out batches,
             where no `outer_batches` are given. The Trainer then trains on the rest.
         on_unknown_state: `error` or `reset`, for optimizer state nobody knows how to resize.
@@ -82,9 +85,10 @@ class RankFlowCallback(TrainerCallback):
         self.ledger = ledger
         self.best = best
         self.flow: Controller | None = None
+        self._outer_batches = outer_batches
         self._options = {
             "batches": batches,
-            "outer_batches": outer_batches,
+            "outer_batches": outer_batches,  # or made from each Trainer's data
             "loss_fn": loss_fn,
             "on_unknown_state": on_unknown_state,
         }
@@ -98,7 +102,7 @@ class RankFlowCallback(TrainerCallback):
         model = kwargs.get("model")
         if model is not None:
             Adapter(model, self.adapter_name)  # a model without LoRA is refused here, not an epoch later
-        if self._options["outer_batches"] is None and any(p.held_out for _, p, _ in self.lifecycle.policies):
+        if self._outer_batches is None and any(p.held_out for _, p, _ in self.lifecycle.policies):
             self._hold_out(args)
 
     def _hold_out(self, args: TrainingArguments) -> None:
@@ -117,7 +121,12 @@ class RankFlowCallback(TrainerCallback):
         if not rest:
             raise ConfigError(f"{len(order)} training examples cannot be split; give outer_batches=...")
         pick: Any = data.select if hasattr(data, "select") else functools.partial(Subset, data)
-        self._options["outer_batches"] = trainer.get_eval_dataloader(pick(outer))
+        # The Trainer would keep a loader with persistent workers, and then evaluate on it.
+        persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+        try:
+            self._options["outer_batches"] = trainer.get_eval_dataloader(pick(outer))
+        finally:
+            args.dataloader_persistent_workers = persistent
         trainer.train_dataset = pick(rest)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -134,9 +143,10 @@ class RankFlowCallback(TrainerCallback):
             self.lifecycle,
             total_steps=state.max_steps,
             adapter_name=self.adapter_name,
-            ledger=ledger if isinstance(ledger, Ledger) else Ledger(ledger),
+            ledger=own_ledger(ledger),
             seed=args.seed if self.seed is None else self.seed,
             state=_state_to_resume(model, state) if state.global_step > 0 else None,
+            processes=functools.partial(processes_of, model),
             **self._options,
         )
         if self.best == "any" and args.load_best_model_at_end:

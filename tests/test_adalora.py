@@ -14,7 +14,7 @@ from rankflow.policies.adalora import AdaLora
 from rankflow.policies.elalora import ElaLora
 from rankflow.policy import Observation, Signal
 from rankflow.schedule import When
-from rankflow.scores import follow, observe_triplets, triplet_scores
+from rankflow.triplets import follow, observe_triplets, triplet_scores
 
 PARTS = ((Signal.A, Signal.GRAD_A), (Signal.B, Signal.GRAD_B), (Signal.GATE, Signal.GATE_GRAD))
 
@@ -124,6 +124,18 @@ def test_elalora_moves_the_weakest_directions_to_the_strongest_module():
     best = int(by_hand([records["weak"]], 0.85, 0.85).argmax())
     assert plan.ops["weak"] == (Keep((best,)),)
     assert [type(op) for op in plan.ops["strong"]] == [Grow]  # nothing of it is dropped and grown again
+
+
+@pytest.mark.parametrize("policy", [AdaLora, ElaLora])
+def test_a_module_that_was_not_seen_neither_loses_nor_gains(policy):
+    before = layout({"seen": 4, "frozen": 4, "other": 4}, min_rank=1)
+    settings = {"move": 1} if policy is ElaLora else {}
+    made = policy(budget=Budget("total_rank", 8), when=When(1, 1, 2), **settings)
+    obs = Observation(1, {"seen": record(4, 1), "other": record(4, 2, 0.1)})
+    plan = made.decide(made.observe(made.init(before), obs, 1), obs, before, 1)
+    after = plan.apply_to(before)
+    assert after.total_rank == 8
+    assert after["frozen"].rank == 4
 
 
 @pytest.mark.parametrize("policy", ["adalora", "elalora"])

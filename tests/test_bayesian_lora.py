@@ -342,6 +342,16 @@ def test_what_is_reported():
         "relative_bops_with_frozen": (bops + 5000 * 1024) / (full + 5000 * 1024),
     }
     json.dumps(report)
+    other = BitsAndRank(diagonal=True).report(theta | {"rank": f32([2.0, 2.0, 2.0, 2.0])})
+    total = BitsAndRank().total({"m": report, "n": other})
+    assert total == {
+        "rank": 6,
+        "bops": 3 * bops,
+        "bops_fp32": 2 * full,
+        "bops_frozen": 2 * 5000 * 1024,
+        "relative_bops": pytest.approx(1.5 * bops / full),
+        "relative_bops_with_frozen": pytest.approx((1.5 * bops + 5000 * 1024) / (full + 5000 * 1024)),
+    }
 
 
 # -- on live adapters -------------------------------------------------------------------------------------------------
@@ -571,6 +581,8 @@ def test_gates_close_ranks_fall_and_a_plain_quantised_adapter_is_left(tmp_path, 
     (fold,) = events(run, "fold")
     assert {n: s.rank for n, s in run.flow.layout.items() if s.rank} == {n: g["rank"] for n, g in fold["gates"].items()}
     assert len({g["bits_b"] for g in fold["gates"].values()}) > 1
+    assert fold["total"]["rank"] == run.flow.layout.total_rank
+    assert 0 < fold["total"]["relative_bops"] < fold["total"]["relative_bops_with_frozen"] < 1
     torch.testing.assert_close(run.model(**run.batches[0]).logits, wanted)
     run.model.save_pretrained(tmp_path, selected_adapters=["default"])
     rankflow.save_quantized(run.flow, tmp_path)

@@ -17,7 +17,7 @@ from helpers import minilm_base
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from loops import tiny_llama, token_batches
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import rankflow
 from rankflow import AdapterError, ConfigError, inspect, squeeze, squeeze_model
 from rankflow.adapters import Adapter
+from rankflow.formats import atomic
 from rankflow.formats import tensors as tensor_files
 from rankflow.formats.peft import PeftAdapter
 
@@ -326,7 +327,7 @@ def test_modules_at_or_below_the_target_are_bit_identical(tmp_path: Path):
 
 def test_nothing_to_do_is_said(plain: Path, tmp_path: Path):
     report = squeeze(plain, tmp_path / "out", target_rank=6)
-    assert any("as they were" in note for note in report.notes)
+    assert any("as it was" in note for note in report.notes)
     assert digest(plain)["adapter_model.safetensors"] == digest(tmp_path / "out")["adapter_model.safetensors"]
     assert (report.error, report.energy_kept) == (0, 1)
 
@@ -631,7 +632,7 @@ DAMAGE = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), r"adapter_config\.json: no such file"),
     "config cut": (lambda f: truncate(f / "adapter_config.json", 0.5), "not JSON"),
     "config a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), "not a JSON object"),
-    "AdaLoRA": (lambda f: configure(f, peft_type="ADALORA"), "ADALORA.*fold lora_E into lora_A"),
+    "AdaLoRA": (lambda f: configure(f, peft_type="ADALORA"), "init_r is None"),
     "unknown type": (lambda f: configure(f, peft_type="GIZMO"), "GIZMO.*convert_to_lora"),
     "no type": (lambda f: configure(f, peft_type=None), "None.*not the config of a PEFT adapter"),
     "zero rank": (lambda f: configure(f, r=0), "r .*is 0"),
@@ -695,13 +696,6 @@ def test_folders_that_are_something_else(plain: Path, tmp_path: Path):
         squeeze(plain / "adapter_config.json", target_rank=2)
 
 
-def test_an_adalora_adapter_as_peft_saves_it(tmp_path: Path):
-    config = AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=TARGETS)
-    get_peft_model(base(), config).save_pretrained(tmp_path / "src")
-    with pytest.raises(AdapterError, match="ADALORA"):
-        squeeze(tmp_path / "src", target_rank=2)
-
-
 def test_grouped_convolutions_are_refused_by_name(tmp_path: Path):
     with pytest.warns(UserWarning, match="groups > 1"):
         model = get_peft_model(base(), LoraConfig(r=4, target_modules=["grouped", "conv2"]))
@@ -718,7 +712,7 @@ def test_expert_parameters_of_different_alpha_on_one_module_are_refused(tmp_path
 
 
 OPTIONS = {
-    "none": ({}, "no target.*target_rank, energy and max_params"),
+    "none": ({}, "no target.*target_rank, energy, error.*max_params"),
     "two": ({"target_rank": 2, "energy": 0.5}, "target_rank and energy are 2 targets"),
     "three": ({"target_rank": 2, "energy": 0.5, "max_params": 9}, "3 targets"),
     "rank 0": ({"target_rank": 0}, "target_rank is 0"),
@@ -802,6 +796,7 @@ def test_a_failing_rename_puts_the_old_output_back(plain: Path, tmp_path: Path, 
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)  # where it takes two renames
     with pytest.raises(OSError, match="Input/output"):
         squeeze(plain, tmp_path / "out", target_rank=2, force=True)
     assert {p.name: digest(p) for p in tmp_path.iterdir()} == before

@@ -22,7 +22,21 @@ from rankflow.cli import app
 from rankflow.ledger import Ledger
 from rankflow.plan import Grow, Layout, RankPlan, Slot
 
-COMMANDS = ["squeeze", "inspect", "check", "policies", "report"]
+COMMANDS = [
+    *(
+        "squeeze",
+        "plan",
+        "calibrate",
+        "expand",
+        "canonicalize",
+        "pad",
+        "diff",
+        "inspect",
+        "check",
+        "policies",
+        "report",
+    ),
+]
 
 
 @pytest.fixture
@@ -100,6 +114,8 @@ def test_squeeze_writes_beside_the_source_and_reports(adapter: Path, tmp_path: P
     assert "adapter-r3" in result.stdout.replace("\n", "")
     report = json.loads((tmp_path / "out.json").read_text())
     assert {m["rank_after"] for m in report["modules"]} == {3}
+    assert report["serving_bucket"] == 8  # of vLLM's 1, 8, 16, ...
+    assert "largest rank 3: vLLM's --max-lora-rank 8" in " ".join(result.stdout.split())
     assert report["out"] == str(tmp_path / "adapter-r3")
     tensors = load_file(tmp_path / "adapter-r3" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}

@@ -136,7 +136,7 @@ budgt: 3
     assert sorted(line.removeprefix(f"{path}: ").split(": ")[0] for line in lines) == sorted(places)
     text = "\n".join(lines)
     assert "phases[0].until: is missing" in text
-    assert "metrc: unknown key; did you mean 'metric'? known: metric, shape" in text
+    assert "metrc: unknown key; did you mean 'metric'? known: shape, metric" in text
     assert "mean_rnk: unknown key; did you mean 'mean_rank'?" in text
     assert (
         "shape: is 'halvin', but should be 'constant', 'linear', 'cubic', 'cosine' or 'halving'; "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+
+import pytest
 import torch
 
 from rankflow.eagerness import stay_eager
@@ -17,6 +20,12 @@ def compiles() -> bool:
     plus = torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     assert plus(torch.ones(2)).tolist() == [2, 2]
     return bool(graphs)
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens():
+    """Runs of other tests that were left in the middle listen until they are collected."""
+    gc.collect()
 
 
 def test_the_last_to_leave_lets_code_compile_again():

@@ -16,10 +16,11 @@ from helpers import KINDS, base_of, inputs_of, lora, loss_of, outputs, randomise
 from loops import Run, same_weights, tiny_llama, token_batches, weights
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
+from transformers.optimization import Adafactor
 
 import rankflow
 from rankflow.adapters import Adapter
-from rankflow.errors import ConfigError, PlanError
+from rankflow.errors import AdapterError, ConfigError, OptimizerError, PlanError
 from rankflow.gate import Gate
 from rankflow.gates import Gates
 from rankflow.optim import Carrier
@@ -280,6 +281,90 @@ def test_evaluation_sees_no_noise_and_the_global_random_state_is_left_alone():
     trained.backward()  # of a forward that lies before the evaluation
     gates.collect()
     assert all(bool(g.any()) for g in gates.gradients.values())
+
+
+def test_after_a_noisy_forward_files_and_merges_hold_what_has_no_noise(tmp_path):
+    model = tiny_llama(dropout=0.0)
+    randomise(model)
+    model.delete_adapter("other")
+    under(model, Noisy())
+    batch = token_batches(1)[0]
+    with torch.no_grad():
+        wanted = model.eval()(**batch).loss
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
+
+    def noisy() -> None:
+        assert not torch.equal(model.train()(**batch).loss, wanted)
+
+    noisy()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path)
+    torch.testing.assert_close(loaded.eval()(**batch).loss, wanted)
+    noisy()
+    model.merge_adapter()
+    model.train()(**batch)  # neither a forward in between
+    torch.testing.assert_close(model(**batch).loss, wanted)
+    with torch.no_grad():
+        model.eval()(**batch)
+    model.unmerge_adapter()
+    for name, p in model.named_parameters():
+        if name in base:
+            torch.testing.assert_close(p.detach(), base[name], atol=1e-6, rtol=0)
+    noisy()
+    torch.testing.assert_close(model.merge_and_unload().eval()(**batch).loss, wanted)
+
+
+@pytest.mark.parametrize("what", ["lora_A", "lora_"])
+def test_a_module_that_the_optimizer_does_not_hold_has_a_gate_that_does_not_learn(what):
+    model = tiny_llama(r=4, dropout=0.0)
+    randomise(model)
+    frozen = {n: p for n, p in model.named_parameters() if f"layers.0.mlp.up_proj.{what}" in n and ".default." in n}
+    for p in frozen.values():
+        p.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in frozen.items()}
+    run = Run(Gating(kind=Threshold(xi=0.3)), 8, model=model).until(8)
+    gates = run.flow._gates.values()
+    if what == "lora_":
+        assert bool((gates["model.layers.0.mlp.up_proj"] == 1).all())
+    run.flow.finish()
+    if what == "lora_":
+        assert same({n: p.detach() for n, p in frozen.items()}, before)
+
+
+def test_a_gate_that_cannot_be_had_leaves_the_model_free():
+    model = tiny_llama()
+    optimizer = Adafactor([p for p in model.parameters() if p.requires_grad], relative_step=True, lr=None)
+    with pytest.raises(OptimizerError, match="relative_step"):
+        rankflow.attach(model, optimizer, Lifecycle((("gating", Gating(), None),), source="test"), total_steps=9)
+    assert not optimizer._optimizer_step_post_hooks
+    with rankflow.attach(model, optimizer, "hold", total_steps=9):
+        pass
+
+
+def test_the_model_is_free_even_if_folding_fails(monkeypatch):
+    run = Run(Gating(), 8).until(2)
+
+    def broken(self):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Gates, "fold", broken)
+    with pytest.raises(RuntimeError, match="no"):
+        run.flow.detach()
+    monkeypatch.undo()
+    assert not run.flow.attached
+    assert not run.optimizer._optimizer_step_post_hooks
+    run.flow = rankflow.attach(run.model, run.optimizer, "hold", total_steps=6)
+
+
+def test_one_shot_changes_are_refused_while_gates_are_on():
+    run = Run(Gating(), 8).until(2)
+    before = snapshot(run.model)
+    for change in (lambda: rankflow.resize(run.model, 1), lambda: rankflow.squeeze_model(run.model, target_rank=1)):
+        with pytest.raises(AdapterError, match=r"call its flow.finish\(\)"):
+            change()
+    assert same(snapshot(run.model), before)
+    run.flow.finish()
+    rankflow.resize(run.model, 1)
 
 
 def test_a_gate_of_an_adapter_that_is_not_active_stays():

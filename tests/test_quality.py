@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 from comparison import arms, jobs
 from comparison.arms import ARMS
 from comparison.jobs import Job, Results, append_line
-from comparison.plan import Protocol, Sweep, halving, plan, seeds, sweep
-from comparison.tables import NOT_RUN, foreign, main_table, spread, tables
+from comparison.plan import Protocol, Sweep, halving, long_seeds, long_sweep, plan, seeds, sweep
+from comparison.tables import NOT_RUN, foreign, long_table, main_table, spread, tables
 
 PROTOCOL = Protocol(main="newsgroups", side="rotten_tomatoes")
 STEPS = PROTOCOL.steps
@@ -94,6 +95,21 @@ def test_halving_tries_all_rates_at_half_the_steps_and_the_better_half_at_all(re
     assert halving(results, "newsgroups", "rigl", 4, STEPS).best == 2e-3
 
 
+def test_longer_runs_try_the_best_rate_of_the_usual_length_and_its_neighbours(results):
+    assert plan(results, PROTOCOL, ("long",)) == []  # no rate is known to start from
+    fill(results, sweep(results, "newsgroups", "lora", 4, STEPS), best=2e-3)
+    found = long_sweep(results, PROTOCOL, "lora")
+    assert [(job.rate, job.steps) for job in found.missing] == [(r, 4 * STEPS) for r in (1e-3, 2e-3, 4e-3)]
+    fill(results, found, best=1e-3)
+    assert long_seeds(results, PROTOCOL, "lora") is None  # the best is at the edge: one more
+    assert [job.rate for job in plan(results, PROTOCOL, ("long",))] == [5e-4]
+    fill(results, long_sweep(results, PROTOCOL, "lora"), best=1e-3)
+    rows = long_seeds(results, PROTOCOL, "lora")
+    assert [(job.rate, job.seed, job.steps) for job in rows] == [(1e-3, seed, 4 * STEPS) for seed in range(3)]
+    assert f"| LoRA, fixed rank | 30.0 | 1.0 | 1.0000 |  | 1 | {1e-3:g} |" in long_table(results, PROTOCOL)
+    assert foreign(results, PROTOCOL) == 0
+
+
 def test_a_torn_line_costs_its_own_run_only(results, tmp_path):
     first, second, third = sweep(results, "newsgroups", "lora", 4, STEPS).jobs[:3]
     results.append(first, **fields(0.2, 1.0))
@@ -156,20 +172,48 @@ def test_every_table_says_not_run_before_anything_ran_and_shows_the_mean_after(r
     for job, accuracy in zip(seeds(results, PROTOCOL, "newsgroups", "lora", 4), (0.2, 0.3, 0.4), strict=True):
         results.append(job, **fields(accuracy, 1.0))
     # mean 0.3, standard deviation 0.1, Student's t of 2 degrees of freedom 4.303: 4.303 * 0.1 / sqrt(3)
-    assert "| LoRA, fixed rank | 30.0 ± 24.8 | 1.0 | 1.000 ± 0.000 | 3 |" in main_table(
+    assert "| LoRA, fixed rank | 30.0 ± 24.8 | 1.0 | 1.0000 ± 0.0000 |  | 3 |" in main_table(
         results, PROTOCOL, "newsgroups", 4
     )
     assert spread([25.04]) == "25.0"
+
+
+def test_an_arm_is_set_against_lora_of_the_same_seed(results):
+    for arm in ("lora", "squeeze"):
+        fill(results, sweep(results, "newsgroups", arm, 4, STEPS), best=2e-3)
+        for job in seeds(results, PROTOCOL, "newsgroups", arm, 4):
+            results.append(job, **fields(0.5, 1.0 + job.seed + (0.01 if arm == "squeeze" else 0.0)))
+    row = next(r for r in main_table(results, PROTOCOL, "newsgroups", 4).splitlines() if "LoRA-Squeeze" in r)
+    assert "| 2.0100 ± 2.4841 | 0.0100 ± 0.0000 | 3 |" in row  # between seeds losses differ by 1, within one by 0.01
+
+
+def test_recovery_asks_a_pruned_model_for_what_the_unharmed_one_says():
+    from comparison.recovery import Embedder, Recovery
+
+    rows = [[101, 2000 + 7 * i, 3000 + i, 102] for i in range(8)]
+    task = Recovery("recovery", 0, {"test": (rows, [0] * 8)})
+    harmed = task.model(0)
+    for module in harmed.modules():
+        if isinstance(module, torch.nn.Linear):
+            kept = module.weight[module.weight != 0].abs()
+            assert kept.numel() == pytest.approx(module.weight.numel() / 2, rel=1e-3)
+    score = task.score(harmed, "test")
+    assert 0.1 < score["loss"] < 1  # halving a model does harm
+    assert task.score(Embedder(), "test") == {"accuracy": 1.0, "se": 0.0, "loss": pytest.approx(0, abs=1e-6)}
+    (batch,) = task.held_out("test")
+    harmed.eval()
+    assert harmed(**batch).loss.item() == pytest.approx(score["loss"], abs=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["lora", "peft_adalora", "squeeze"])
 def test_arms_end_at_the_same_size_and_scale(arm):
     from comparison.tasks import load
-    from comparison.training import score, sizes, train
+    from comparison.training import sizes, train
 
     job = Job("rotten_tomatoes", arm, 2, 1e-3, 0, 20)
-    model, losses, _ = train(job, load("rotten_tomatoes"))
+    task = load("rotten_tomatoes")
+    model, losses, _ = train(job, task)
     if arm == "peft_adalora":  # it counts ranks, not parameters
         assert sizes(model)["total_rank"] == 2 * 36
     else:
@@ -181,4 +225,4 @@ def test_arms_end_at_the_same_size_and_scale(arm):
             ranknum = float(module.ranknum["default"]) if hasattr(module, "ranknum") else 1.0
             scales.add(round(module.scaling["default"] / ranknum, 6))
     assert scales == {2.0}
-    assert score(model, load("rotten_tomatoes"), "validation") == score(model, load("rotten_tomatoes"), "validation")
+    assert task.score(model, "validation") == task.score(model, "validation")

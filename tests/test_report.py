@@ -19,7 +19,7 @@ from rankflow.names import arrange
 from rankflow.plan import Drop, Grow, Layout, RankPlan, Slot
 from rankflow.report import plot_ledger, plot_spectra
 from rankflow.squeezed import SqueezedModule, SqueezeReport
-from rankflow.tables import events_table, inspection_table, ranks_table, squeeze_table
+from rankflow.tables import events_table, gates_table, inspection_table, ranks_table, squeeze_table
 
 TYPES = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"]
 
@@ -62,10 +62,12 @@ def inspected(layers: int, rank: int = 4, *, zero: bool = False) -> Inspection:
 
 
 def squeezed(layers: int) -> SqueezeReport:
-    modules = tuple(SqueezedModule(n, 8, 3 + (i % 2), 0.9, 0.5, 80, 30) for i, n in enumerate(names(layers)))
+    modules = tuple(
+        SqueezedModule(n, 8, 3 + (i % 2), 0.9, 0.5, 80, 30, "weights", 0.3, 0.3) for i, n in enumerate(names(layers))
+    )
     return SqueezeReport(
-        "a", "b", {"energy": 0.9}, "weights", "exact", "balanced", None, False, modules, 0.91, 2.0, 4000, 1500,
-        notes=("DoRA: an estimate",),
+        "a", "b", {"energy": 0.9}, "weights", "exact", "balanced", None, False, modules, 0.91, 2.0, 0.3, 0.3, 0.0,
+        4000, 1500, notes=("DoRA: an estimate",),
     )  # fmt: skip
 
 
@@ -110,6 +112,20 @@ def test_ledger_tables():
     assert ranks.split("all ")[1].split() == [
         str(sum(ranks.values())) for _, ranks in ledger.history()[:: len(ledger.history()) - 1]
     ]
+
+
+def test_gates_table_fits_a_terminal_and_sums_up():
+    numbers = {"rank": 2, "bits_a": 16, "bits_b": 8, "bops": 1234567.0, "relative_bops_with_frozen": 0.0123}
+    fold = {
+        "event": "fold", "step": 90, "policy": "bayesian_lora", "gates": dict.fromkeys(names(3), numbers),
+        "total": {"rank": 24, "bops": 3703701.0, "relative_bops_with_frozen": 0.01},
+    }  # fmt: skip
+    shown = text(gates_table(fold))
+    assert all(row.short in shown for row in arrange(names(3)))
+    assert "1.23e+06" in shown
+    last = shown.strip().splitlines()[-1].split()
+    assert last == ["all", "24", "3.7e+06", "0.01"]
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("layers", [1, 3, 24])

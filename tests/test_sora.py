@@ -94,7 +94,9 @@ def test_at_the_first_step_only_b_has_a_gradient():
     run = Run(Sora(when=When(5, 5)), 10, model=tiny_llama(dropout=0.0))
     run.model(**run.batches[0]).loss.backward()
     run.flow.before_step()
-    assert all(not bool(g.any()) for g in run.flow._gates.gradients.values())
+    gradients = run.flow._gates.gradients
+    assert gradients.keys() == run.flow.layout.keys()
+    assert not any(bool(g.any()) for g in gradients.values())
     for site in Adapter(run.model).sites.values():
         assert not bool(site.A.grad.any())
         assert bool(site.B.grad.any())
@@ -141,6 +143,19 @@ def test_a_zero_gate_blocks_its_direction_but_can_revive():
     run.model.zero_grad()
     run.step()
     assert all(bool(of["value"][0] != 0) for of in theta.values())
+
+
+def test_gates_can_begin_normal_as_in_the_released_code():
+    def begun(seed: int) -> torch.Tensor:
+        run = Run(Sora(gate_init="randn", when=When(5, 5)), 10, model=tiny_llama(r=16), seed=seed)
+        return torch.cat(list(run.flow._gates.values().values()))
+
+    values = begun(0)
+    assert len(values) == 160
+    assert abs(float(values.mean())) < 0.3
+    assert 0.8 < float(values.std()) < 1.2
+    assert torch.equal(values, begun(0))
+    assert not torch.equal(values, begun(1))
 
 
 def test_the_l1_term_is_the_mean_of_all_gates():
@@ -219,6 +234,24 @@ def test_limits_keep_more_than_gates_do():
     after = plan.apply_to(before)
     assert after.ranks == {"m0": 2, "m1": 2}
     assert 1 in plan.ops["m0"][0].idx  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({}, "mean learning rate of 0.01 or more"),
+        ({"lam": 2.0}, "mean learning rate of 0.005 or more"),
+        ({"gate_lr": 0.004}, "100 steps of shrinkage take 0.4 off"),
+        ({"gate_lr": 0.01}, None),
+        ({"lam": 3e-4, "threshold": "absolute"}, "take 0.03 off"),
+        ({"lam": 0.0, "max_lam": 0.03, "stages": 2, "threshold": "absolute"}, None),
+        ({"lam": 0.0, "max_lam": 0.01, "stages": 2, "threshold": "absolute"}, "take 0.41 off"),  # from step 60 on
+        ({"budget": Budget("total_rank", 3)}, None),
+    ],
+)
+def test_it_says_when_shrinkage_closes_nothing(settings, note):
+    said = Sora(when=When(10, 10).resolve(100), **settings).notes
+    assert (note is None and not said) or (note is not None and note in said[0])
 
 
 def test_bad_settings_are_refused():

@@ -494,3 +494,65 @@ def test_a_held_out_part_of_the_training_data_is_set_aside(tmp_path):
     assert same_weights(default_weights(run.model), default_weights(resumed.model))
     with pytest.raises(ConfigError, match="holdout"):
         RankFlowCallback(policy, holdout=1.0)
+
+
+ADVANCE = {
+    "policy": "increlora",
+    "budget": {"total_rank": 40},
+    "when": {"start": 4, "every": 4, "stop": 16},
+    "params": {"window": 2, "score_fraction": 1.0, "advance": True},
+}
+SHARE = {
+    "phases": [
+        {
+            "policy": "diffora",
+            "until": 8,
+            "when": {"start": 4, "every": 3},
+            "params": {"warmup": 2, "ratio": 0.2, "share": "share"},
+        },
+        {"policy": "hold"},
+    ],
+    "limits": {"*": {"min": 0}},
+}
+
+
+def test_every_trainer_sets_its_own_part_aside_and_keeps_its_evaluation_set(tmp_path):
+    flow = RankFlowCallback(SHARE, holdout=0.25)
+    for out in ("first", "again"):
+        run = trainer(tmp_path / out, flow, dataloader_num_workers=1, dataloader_persistent_workers=True)
+        assert len(run.train_dataset) == 48
+        held = [ids for batch in flow._options["outer_batches"] for ids in batch["input_ids"].tolist()]
+        assert not any(item["input_ids"].tolist() in held for item in run.train_dataset)
+        assert run.get_eval_dataloader().dataset is run.eval_dataset
+        assert run.args.dataloader_persistent_workers
+
+
+class PreferMlp(TrainerCallback):
+    """Whatever the search says: attention is what leaves, whose q and o have one shape."""
+
+    def __init__(self, flow: RankFlowCallback):
+        self.flow = flow
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and self.flow.flow is not None:
+            for name, theta in self.flow.flow._gates._theta.items():
+                theta["logit"].data.fill_(3.0 if name.endswith("up_proj") else 0.0)
+
+
+@pytest.mark.parametrize("stop", [6, 10])
+@pytest.mark.parametrize(("policy", "options"), [(ADVANCE, {}), (SHARE, {"holdout": 0.25})], ids=["advance", "share"])
+def test_reserves_and_shared_factors_resume_bit_for_bit(tmp_path, policy, options, stop):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    flow = RankFlowCallback(policy, **options)
+    whole = trainer(tmp_path, flow, *([PreferMlp(flow)] if policy is SHARE else []), **saving)
+    whole.train()
+    assert flow.flow is not None
+    if policy is ADVANCE:
+        assert flow.flow.layout.total_rank == 40
+    else:
+        assert flow.flow.layout.sharing, "the case needs modules that share"
+    resumed = trainer(tmp_path, RankFlowCallback(policy, **options), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert same_weights(default_weights(whole.model), default_weights(resumed.model))
+    loaded = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / f"checkpoint-{STEPS}").eval()
+    torch.testing.assert_close(loaded(**PROBE).logits, whole.model.eval()(**PROBE).logits)

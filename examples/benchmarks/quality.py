@@ -29,7 +29,7 @@ FIGURE = RESULTS / "quality.png"
 PRELOAD = ["torch", "transformers.models.bert.modeling_bert", "peft", "pandas", "rankflow.loop"]
 
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False, pretty_exceptions_enable=False)
-Main = Annotated[str, typer.Option(help="task of the main table: newsgroups, reuters or rotten_tomatoes")]
+Main = Annotated[str, typer.Option(help="task of the main table: recovery, newsgroups, reuters or rotten_tomatoes")]
 Steps = Annotated[int, typer.Option(min=20, help="of every run")]
 Stages = Annotated[list[str] | None, typer.Option("--stage", help=f"only these stages, of {', '.join(STAGES)}")]
 Folder = Annotated[Path, typer.Option(help="where the lines are")]

@@ -21,9 +21,10 @@ import argparse
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any
 
@@ -129,19 +130,21 @@ def rate(step: int, options: argparse.Namespace) -> float:
 
 
 def prepare(seed: int, options: argparse.Namespace, sgd: bool = False) -> Setup:
-    """Train for a while."""
-    train, held_out = reviews(1600)
-    usable = short(train, options.tokens)
+    """Train for a while, every review seen once. Other reviews are held out for every seed, so that the spread over
+    seeds is also that over reviews."""
+    data, _ = reviews(100)
+    usable = short(data, options.tokens)
     usable = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))]
-    batches = [batch(train, at) for at in usable.split(options.batch)][: options.before + options.long]
-    at = short(held_out, options.tokens)[: options.eval]
-    at = at[held_out.encoded["attention_mask"][at].sum(1).argsort()]
+    trained_on, rest = usable.split([n := options.batch * (options.before + options.long), len(usable) - n])
+    batches = [batch(data, at) for at in trained_on.split(options.batch)]
+    at = rest[: options.eval]
+    at = at[data.encoded["attention_mask"][at].sum(1).argsort()]
     run, products = Run(options.rank, sgd=sgd), {}
     for i, b in enumerate(batches[: options.before]):
         run.step(b, seed * 10_000 + i, 0.1 if sgd else rate(i, options), products)
     trained = {n: t.detach().clone() for n, t in run.model.state_dict().items() if "lora_" in n or "classifier" in n}
     state = copy.deepcopy(run.optimizer.state_dict())
-    held = [batch(held_out, part) for part in at.split(32)]
+    held = [batch(data, part) for part in at.split(32)]
     return Setup(trained, state, batches[options.before :], held, options.rank, seed, options, products)
 
 
@@ -296,49 +299,70 @@ class Outcome:
     cut: tuple[float, float, float]
 
 
+Compared = tuple[str, str, Trace, Trace]  # question, arm, what it did, what the run that was not resized did
+
+
+def losing_state(setup: Setup, base: Trace) -> Iterator[Compared]:
+    """(ii), and the control."""
+    r, short_of = setup.rank, BEND[-1]
+    nearest, turned, removal = (
+        f"ii: {what}" for what in ("nearest basis, rank kept", "sorted basis, rank kept", "zero directions removed")
+    )
+    yield nearest, "carried", follow(setup, cut(r), short_of), base
+    yield turned, "carried", follow(setup, cut(r, "keep"), short_of), base
+    yield turned, "true second moments", follow(setup, true_second(r, "keep", setup.products), short_of), base
+    yield turned, "reset", follow(setup, cut(r, "keep", state="reset"), short_of), base
+    yield turned, "zeroed", follow(setup, zeroed(cut(r, "keep")), short_of), base
+
+    with_dead = padded(setup, 2)
+    yield removal, "carried", follow(with_dead, keep(r), short_of), base
+    yield removal, "reset", follow(with_dead, keep(r, state="reset"), short_of), base
+    yield removal, "zeroed", follow(with_dead, zeroed(keep(r)), short_of), base
+
+    control = "control: SGD with momentum, basis turned"
+    plain = prepare(setup.seed, argparse.Namespace(**{**vars(setup.options), "before": 40}), sgd=True)
+    base = follow(plain, None, short_of, sgd=True)
+    yield control, "carried", follow(plain, rotated(), short_of, sgd=True), base
+    yield control, "reset", follow(plain, rotated(state="reset"), short_of, sgd=True), base
+
+
+def shrinking(setup: Setup, base: Trace) -> Iterator[Compared]:
+    """(iii)"""
+    half, long, rewarm = setup.rank // 2, setup.options.long, setup.options.rewarm
+    question = "iii: rank halved"
+    yield question, "carried, nearest basis", follow(setup, cut(half), long), base
+    yield question, "carried, sorted basis", follow(setup, cut(half, "keep"), long), base
+    yield question, "reset", follow(setup, cut(half, state="reset"), long), base
+    rewarmed = cut(half, state="reset", rewarm=rewarm)
+    yield question, f"reset, re-warm {rewarm}", follow(setup, rewarmed, long), base
+
+
+def growth(setup: Setup, base: Trace) -> Iterator[Compared]:
+    """(iv)"""
+    half, long, warmup = setup.rank // 2, setup.options.long, setup.options.rewarm
+    for v in SEEDINGS:
+        young = follow(setup, grow(half), long, new=half, seed_v=v, warmup=warmup, seed=setup.seed)
+        yield GROWTH, f"v seeded by {v}", young, base
+
+
+GROWTH = "iv: half as much again"
+QUESTIONS = {"ii": losing_state, "iii": shrinking, "iv": growth}
+
+
 def measure(seed: int, options: argparse.Namespace) -> Outcome:
     """Every arm from the same trained state, one seed."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    r, half, long = options.rank, options.rank // 2, options.long
     setup = prepare(seed, options)
-    base = follow(setup, None, long)
-    found = Outcome({}, truncation(setup, half))
-
-    def note(question: str, arm: str, trace: Trace, base: Trace = base) -> None:
+    found = Outcome({}, truncation(setup, options.rank // 2))
+    still = follow(setup, None, options.long)
+    for question, arm, trace, base in chain.from_iterable(QUESTIONS[q](setup, still) for q in options.only):
         distance = [
             size(x - y for x, y in zip(ours, theirs, strict=True)) / size(theirs)
             for ours, theirs in zip(trace.moves, base.moves, strict=True)
         ]
         excess = {i: value - base.loss[i] for i, value in trace.loss.items()}
         found.arms[question, arm] = Arm(excess, distance, trace.reached, trace.overshoot)
-
-    turned = "ii: sorted basis, rank kept"
-    note("ii: nearest basis, rank kept", "carried", follow(setup, cut(r), BEND[-1]))
-    note(turned, "carried", follow(setup, cut(r, "keep"), BEND[-1]))
-    note(turned, "true second moments", follow(setup, true_second(r, "keep", setup.products), BEND[-1]))
-    note(turned, "reset", follow(setup, cut(r, "keep", state="reset"), BEND[-1]))
-    note(turned, "zeroed", follow(setup, zeroed(cut(r, "keep")), BEND[-1]))
-
-    with_dead, removal = padded(setup, 2), "ii: zero directions removed"
-    note(removal, "carried", follow(with_dead, keep(r), BEND[-1]))
-    note(removal, "reset", follow(with_dead, keep(r, state="reset"), BEND[-1]))
-    note(removal, "zeroed", follow(with_dead, zeroed(keep(r)), BEND[-1]))
-
-    note("iii: rank halved", "carried, nearest basis", follow(setup, cut(half), long))
-    note("iii: rank halved", "carried, sorted basis", follow(setup, cut(half, "keep"), long))
-    note("iii: rank halved", "reset", follow(setup, cut(half, state="reset"), long))
-    rewarmed = cut(half, state="reset", rewarm=options.rewarm)
-    note("iii: rank halved", f"reset, re-warm {options.rewarm}", follow(setup, rewarmed, long))
-
-    for v in SEEDINGS:
-        young = follow(setup, grow(half), BEND[-1], new=half, seed_v=v, warmup=options.rewarm, seed=seed)
-        note("iv: half as much again", f"v seeded by {v}", young)
-
-    plain = prepare(seed, argparse.Namespace(**{**vars(options), "before": 40}), sgd=True)
-    base = follow(plain, None, BEND[-1], sgd=True)
-    for arm, event in {"carried": rotated(), "reset": rotated(state="reset")}.items():
-        note("control: SGD with momentum, basis turned", arm, follow(plain, event, BEND[-1], sgd=True), base)
     return found
 
 
@@ -402,36 +426,34 @@ def report(outcomes: list[Outcome], options: argparse.Namespace) -> None:
                 value, low, high = interval(range(len(outcomes)), lambda pick, k=keys, f=statistic: f(pick, *k))
                 cells.append(f"{value:.3f} ({low:.3f} to {f'{high:.3f}' if high < 1e3 else 'no bound'})")
             rows.append((f"{question}: {arm} / {other}", *cells))
-    table(
-        "Transport over losing state: ratio and 95 % bootstrap interval over seeds (limit 0.1)",
-        ("", "worst excess loss", "distance after 1 step"),
-        rows,
-    )
-    table(
-        "(iv) New directions",
-        ("v seeded by", "steps until they carry 5 % of |DeltaW|", "largest update of an entry, in lr"),
-        [
-            (
-                v,
-                ", ".join("-" if a.reached == math.inf else f"{a.reached:.0f}" for a in arms),
-                spread([a.overshoot for a in arms], 2),
-            )
-            for v in SEEDINGS
-            for arms in [[o.arms["iv: half as much again", f"v seeded by {v}"] for o in outcomes]]
-        ],
-    )
+    if rows:
+        table(
+            "Transport over losing state: ratio and 95 % bootstrap interval over seeds (limit 0.1)",
+            ("", "worst excess loss", "distance after 1 step"),
+            rows,
+        )
+    rows = []
+    for key in outcomes[0].arms:
+        if key[0] == GROWTH:
+            arms = [o.arms[key] for o in outcomes]
+            reached = ", ".join("-" if a.reached == math.inf else f"{a.reached:.0f}" for a in arms)
+            rows.append((key[1], reached, spread([a.overshoot for a in arms], 2)))
+    if rows:
+        columns = ("", "steps until they carry 5 % of |DeltaW|", "largest update of an entry, in lr")
+        table("(iv) New directions", columns, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="questions, of (ii) on")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--before", type=int, default=150, help="steps before the event")
     parser.add_argument("--total", type=int, default=250, help="steps at whose end the learning rate is 0")
     parser.add_argument("--long", type=int, default=50, help="steps after a real cut")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=20, help="reviews of at most so many")
-    parser.add_argument("--eval", type=int, default=192, help="held-out reviews")
+    parser.add_argument("--eval", type=int, default=480, help="held-out reviews, others for every seed")
     parser.add_argument("--rewarm", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2, help="seeds at a time, one thread each")
     options = parser.parse_args()

@@ -1,8 +1,10 @@
 """How fast a saved adapter is squeezed: a synthetic one of 7B shape (224 modules, 4096 wide), rank 64 to 8.
 
-The whole of `rankflow.squeeze`, file to file, against reading the source file and writing it back with fsync, arms
-interleaved; where the time goes; anonymous memory; and one module against PEFT's `save_as_lora` and
-`torch.svd_lowrank`. Run: python examples/benchmarks/squeeze_speed.py
+The whole of `rankflow.squeeze`, file to file, for every kind of budget, against reading the source file and writing it
+back with fsync, arms interleaved; where the time goes; anonymous memory, of an adapter of 70B shape too; and one module
+against PEFT's `save_as_lora` and the randomised SVDs of torch, scikit-learn and fbpca, which take the product B A.
+
+Run: python examples/benchmarks/squeeze_speed.py
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import console, interleave, interval, machine, table
@@ -26,33 +31,87 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankflow
+from rankflow.budget import Budget
+from rankflow.checkpoint import squeeze_each
 from rankflow.crew import Crew
 from rankflow.formats.peft import PeftAdapter
 from rankflow.linalg import refactor, spectrum
+from rankflow.measured import Statistics, digest
+from rankflow.policy import Signal
+from rankflow.rsvd import low_rank
+from rankflow.targets import Target
 
-TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-TYPES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+SHAPES_70B = (*[(8192, n) for n in (8192, 1024, 1024, 8192, 28672, 28672)], (28672, 8192))
+LLAMA_70B = dict(zip((*ATTENTION, *MLP), SHAPES_70B, strict=True))
 ALPHA = 2  # times the rank
 WEIGHTS = "adapter_model.safetensors"
 
 
-def factors(width: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A as at initialisation, and B whose columns fall by two decades, as training leaves them."""
-    A = torch.randn(rank, width, generator=generator) / width**0.5
-    return A, torch.randn(width, rank, generator=generator) * torch.logspace(0, -2, rank) / 100
+def factors(
+    shape: tuple[int, int], rank: int, generator: torch.Generator, *, decades: float = 2
+) -> tuple[Tensor, Tensor]:
+    """A as at initialisation, and B whose columns fall by that many decades, two as training leaves them."""
+    wide, high = shape
+    A = torch.randn(rank, wide, generator=generator) / wide**0.5
+    return A, torch.randn(high, rank, generator=generator) * torch.logspace(0, -decades, rank) / 100
 
 
-def synthetic(folder: Path, layers: int, width: int, rank: int, dtype: torch.dtype) -> Path:
+def synthetic(folder: Path, shapes: Mapping[str, tuple[int, int]], layers: int, rank: int, dtype: torch.dtype) -> Path:
+    """`shapes`: type of module -> (in, out)."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name in (f"base_model.model.model.layers.{i}.{t}" for i in range(layers) for t in TYPES):
-        A, B = factors(width, rank, generator)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A.to(dtype), B.to(dtype)
+    for layer in range(layers):
+        for kind, shape in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{kind}"
+            A, B = factors(shape, rank, generator)
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A.to(dtype), B.to(dtype)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA * rank, "target_modules": [t[-6:] for t in TYPES]}
+    kinds = [kind.rpartition(".")[2] for kind in shapes]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA * rank, "target_modules": kinds}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def random_statistics(source: Path) -> Statistics:
+    """Averages as of 4096 tokens, the same for every module."""
+    adapter = PeftAdapter(source)
+    rank = next(iter(adapter.layout.values())).rank
+    z, d = torch.randn(2, 4096, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    averages = {
+        Signal.MEAN_ZZ: z.mT @ z / 4096,
+        Signal.MEAN_DD: d.mT @ d / 4096,
+        Signal.MEASURED: torch.full((rank,), 4096.0, dtype=torch.float64),
+    }
+    digests = Crew(None, 0).each(lambda name: digest(*adapter.factors(name)), adapter.layout)
+    return Statistics(dict.fromkeys(digests, averages), digests, 4096)
+
+
+def budgets(source: Path, k: int) -> dict[str, dict[str, Any]]:
+    """Every kind of budget by its option; those with a number of their own keep ranks of 8 to 20 out of 64."""
+    layout = PeftAdapter(source).layout
+    params = sum(k * slot.params_per_rank for slot in layout.values())
+    measured = random_statistics(source)
+    return {
+        f"--target-rank {k}": {"target_rank": k},
+        f"--target-rank {k} --metric outputs": {"target_rank": k, "metric": "outputs", "statistics": measured},
+        f"--target-rank {k} --metric loss": {"target_rank": k, "metric": "loss", "statistics": measured},
+        "--plan (half the ranks 4, half 12)": {"ranks": {n: 12 if i % 2 else 4 for i, n in enumerate(layout)}},
+        "--energy 0.9": {"energy": 0.9},
+        "--energy 0.9 --global": {"energy": 0.9, "across": True},
+        "--error 0.3": {"error": 0.3},
+        "--error 0.3 --global": {"error": 0.3, "across": True},
+        "--auto": {"auto": True},
+        "--dynamic-method sv_ratio 4": {"sv_ratio": 4.0},
+        "--dynamic-method sv_fro 0.95": {"sv_fro": 0.95},
+        "--dynamic-method sv_cumulative 0.5": {"sv_cumulative": 0.5},
+        f"--max-params {params}": {"max_params": params},
+        f"--max-params {params} --metric loss": {"max_params": params, "metric": "loss", "statistics": measured},
+        f"--size {params * 4 >> 20}MiB": {"size": params * 4},
+        f"--budget mean_rank {k}": {"budget": Budget("mean_rank", k)},
+    }
 
 
 def copy(source: Path, target: Path) -> None:
@@ -91,11 +150,9 @@ def peak_anonymous(work: Callable[[], object]) -> tuple[int, int]:
 
 def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    source = synthetic(folder / name, options.layers, options.width, options.rank, dtype)
-    scratch = folder / "copy"
-
-    def squeeze(i: int = -1) -> None:
-        rankflow.squeeze(source, folder / f"{name}-{i}", target_rank=options.target_rank)
+    shapes = dict.fromkeys((*ATTENTION, *MLP), (options.width, options.width))
+    source = synthetic(folder / name, shapes, options.layers, options.rank, dtype)
+    scratch, k = folder / "copy", options.target_rank
 
     def read(_: int) -> None:
         adapter = PeftAdapter(source)
@@ -107,15 +164,24 @@ def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None
         def work(module: str) -> None:
             A, B = (t if dtype == torch.bfloat16 else t.double() for t in adapter.factors(module))
             found = spectrum(A, B, adapter.layout[module].scaling)
-            cut = found.cut(options.target_rank, "balanced")
+            cut = found.cut(k, "balanced")
             refactor(A, B, cut.N, cut.M, wide=found.wide)
 
         Crew(None, 0).each(work, adapter.layout)
 
+    def squeeze(settings: dict[str, Any]) -> Callable[[int], None]:
+        return lambda _: drop(rankflow.squeeze(source, folder / "small", force=True, **settings))
+
+    def several(_: int) -> None:
+        outs = [folder / f"small-{rank}" for rank in (4, 8, 16, 32)]
+        squeeze_each(source, [Target(target_rank=rank) for rank in (4, 8, 16, 32)], outs, force=True)
+
+    kinds = budgets(source, k)
     arms = {
         "read + fsync-write the source": lambda _: copy(source / WEIGHTS, scratch),
         "the same again (A/A)": lambda _: copy(source / WEIGHTS, scratch),
-        "squeeze": squeeze,
+        **{option: squeeze(settings) for option, settings in kinds.items()},
+        "--ranks 4,8,16,32 (four outputs)": several,
         "read and check": read,
         "read and compute": compute,
     }
@@ -127,26 +193,56 @@ def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None
     for arm, seconds in times.items():
         median, low, high = interval(seconds)
         ratio = interval([a / b for a, b in zip(seconds, base, strict=True)])
-        limit = "<= 1.5, <= 5 s" if arm == "squeeze" else ""
+        limit = "<= 1.5" if arm in kinds else ""
         rows.append((arm, f"{median:.2f}", f"{low:.2f} to {high:.2f}", *(f"{x:.2f}" for x in ratio), limit))
     size = (source / WEIGHTS).stat().st_size
     table(
-        f"{name}: {size / 1e6:.0f} MB, rank {options.rank} to {options.target_rank} ({machine()})",
+        f"{name}: {size / 1e6:.0f} MB, rank {options.rank} ({machine()})",
         ("arm", "seconds", "95 % interval", "ratio", "low", "high", "limit"),
         rows,
     )
-    halves = [interval(times[arm])[0] for arm in ("read and check", "read and compute", "squeeze")]
+    parts = [interval(times[arm])[0] for arm in ("read and check", "read and compute", f"--target-rank {k}")]
     console.print(
-        f"of the squeeze: read {halves[0]:.2f} s, compute {halves[1] - halves[0]:.2f} s, "
-        f"write {halves[2] - halves[1]:.2f} s"
+        f"of --target-rank {k}: read {parts[0]:.2f} s, compute {parts[1] - parts[0]:.2f} s, "
+        f"write {parts[2] - parts[1]:.2f} s\n"
     )
-    gc.collect()
-    before, peak = peak_anonymous(squeeze)
-    console.print(
-        f"anonymous memory: {peak / 2**20:.0f} MiB at most, {(peak - before) / 2**20:.0f} MiB of it for this\n"
-    )
-    for used in folder.glob(f"{name}*"):
+    for used in (*folder.glob(f"{name}*"), *folder.glob("small*")):
         shutil.rmtree(used)
+
+
+def drop(_: object) -> None:
+    """Of what is timed only the time is kept."""
+
+
+def memory(folder: Path, options: argparse.Namespace) -> None:
+    """Anonymous memory of squeezing adapters of 7B and of 70B shape."""
+    uniform = dict.fromkeys((*ATTENTION, *MLP), (options.width, options.width))
+    shapes_70b, layers_70b = LLAMA_70B, 80
+    if options.quick:
+        shapes_70b, layers_70b = {kind: (w // 32, h // 32) for kind, (w, h) in LLAMA_70B.items()}, 2
+    rows = []
+    for title, shapes, layers in (("7B", uniform, options.layers), ("70B", shapes_70b, layers_70b)):
+        source = synthetic(folder / "memory", shapes, layers, options.rank, torch.bfloat16)
+        k, layout = options.target_rank, PeftAdapter(source).layout
+        params = sum(k * slot.params_per_rank for slot in layout.values())
+        megabytes = (source / WEIGHTS).stat().st_size / 1e6
+        for option, target in (
+            (f"--target-rank {k}", Target(target_rank=k)),
+            ("--max-params", Target(max_params=params)),
+        ):
+            gc.collect()
+            squeeze = partial(squeeze_each, source, [target], [folder / "small"], force=True)
+            began = time.perf_counter()
+            before, peak = peak_anonymous(squeeze)
+            seconds = time.perf_counter() - began
+            file = f"{megabytes:,.0f} MB, {len(layout)} modules"
+            rows.append((title, file, option, f"{seconds:.1f}", f"{peak >> 20}", f"{(peak - before) >> 20}"))
+        shutil.rmtree(source)
+    table(
+        "Anonymous memory, bfloat16; limit 1024 MiB",
+        ("shape", "file", "", "seconds", "MiB at most", "MiB of it for this"),
+        rows,
+    )
 
 
 # -- one module -----------------------------------------------------------------------------------------------------
@@ -159,18 +255,13 @@ def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     return float(torch.linalg.matrix_norm(torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT))
 
 
-def one_module(folder: Path, options: argparse.Namespace) -> None:
+def one_module(folder: Path, options: argparse.Namespace, spectrum_name: str, decades: float) -> None:
+    """One module against its peers. They are given B A, and the time to form it counts."""
     width, rank, k = options.width, options.rank, options.target_rank
-    A, B = factors(width, rank, torch.Generator().manual_seed(0))
+    A, B = factors((width, width), rank, torch.Generator().manual_seed(0), decades=decades)
     whole = (ALPHA * B, A)
     core = torch.linalg.qr(whole[0].double()).R @ torch.linalg.qr(A.double().mT).R.mT
     optimum = float(torch.linalg.svdvals(core)[k:].square().sum().sqrt())
-
-    model = nn.Sequential(nn.Linear(width, width, bias=False))
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=["0"]))
-    layer = model.base_model.model[0]
-    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
-    model.save_pretrained(folder / "one")
 
     def saved(path: Path, scaling: float) -> tuple[Tensor, Tensor]:
         found = {key.split(".")[-2]: t for key, t in load_file(path / WEIGHTS).items()}
@@ -189,21 +280,29 @@ def one_module(folder: Path, options: argparse.Namespace) -> None:
         small_A, small_B = refactor(A, B, cut.N, cut.M)
         return ALPHA * small_B, small_A
 
-    def randomised() -> tuple[Tensor, Tensor]:
-        U, S, V = torch.svd_lowrank(whole[0] @ whole[1], q=k + 10, niter=2)
-        return U[:, :k] * S[:k], V[:, :k].mT
+    def randomised(backend: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+        def run() -> tuple[Tensor, Tensor]:
+            U, S, Vh = low_rank(whole[0] @ whole[1], k, backend)
+            return U * S, Vh
 
+        return run
+
+    model = nn.Sequential(nn.Linear(width, width, bias=False))
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
+    model.save_pretrained(folder / "one")
     rows, threads = [], torch.get_num_threads()
-    for name, arm, rival, repeats, limit in (
-        ("file to file", with_files, ("peft save_as_lora", with_peft), options.peft_repeats, ">= 100"),
-        (
-            "in memory, 1 thread",
-            in_memory,
-            ("torch.svd_lowrank, 10 extra, 2 iterations", randomised),
-            options.repeats,
-            ">= 5",
-        ),
-    ):
+    rivals = {
+        "torch.svd_lowrank": (randomised("torch"), ">= 5"),
+        "sklearn randomized_svd": (randomised("sklearn"), ""),
+        "fbpca": (randomised("fbpca"), ""),
+    }
+    comparisons = [(in_memory, "in memory, 1 thread", rivals, options.repeats)]
+    if options.peft_repeats:
+        peft = {"peft save_as_lora": (with_peft, ">= 100")}
+        comparisons.append((with_files, "file to file", peft, options.peft_repeats))
+    for arm, how, others, repeats in comparisons:
         results: dict[str, tuple[Tensor, Tensor]] = {}
 
         def timed(label: str, work: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[int], None]:
@@ -214,21 +313,19 @@ def one_module(folder: Path, options: argparse.Namespace) -> None:
 
         torch.set_num_threads(1 if arm is in_memory else threads)
         arm()
-        times = interleave({"rankflow": timed("rankflow", arm), rival[0]: timed(rival[0], rival[1])}, repeats)
-        faster = interval([b / a for a, b in zip(times["rankflow"], times[rival[0]], strict=True)])
-        for label in ("rankflow", rival[0]):
+        arms = {"rankflow": timed("rankflow", arm)} | {name: timed(name, work) for name, (work, _) in others.items()}
+        times = interleave(arms, repeats)
+        for label in arms:
+            cells = ["", ""]
+            if label in others:
+                faster = interval([b / a for a, b in zip(times["rankflow"], times[label], strict=True)])
+                cells = [f"{faster[0]:.0f} ({faster[1]:.0f} to {faster[2]:.0f})", others[label][1]]
             excess = distance(whole, results[label]) / optimum - 1
-            rows.append(
-                (
-                    f"{label}, {name}",
-                    f"{1e3 * interval(times[label])[0]:.1f}",
-                    "" if label == "rankflow" else f"{faster[0]:.0f} ({faster[1]:.0f} to {faster[2]:.0f})",
-                    "" if label == "rankflow" else limit,
-                    f"{100 * excess:.5f} %",
-                )
-            )
+            milliseconds = f"{1e3 * interval(times[label])[0]:.1f}"
+            rows.append((f"{label}, {how}", milliseconds, *cells, f"{100 * excess:.4f} %"))
+    torch.set_num_threads(threads)
     table(
-        f"One module, {width} x {width}, rank {rank} to {k}",
+        f"One module, {width} x {width}, rank {rank} to {k}, {spectrum_name} spectrum",
         ("way", "milliseconds", "rankflow is faster by", "limit", "error over the optimum"),
         rows,
     )
@@ -241,7 +338,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--target-rank", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--peft-repeats", type=int, default=3, help="it takes the full SVD of every module")
+    parser.add_argument("--peft-repeats", type=int, default=3, help="it takes the full SVD; 0 leaves it out")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="on the disk to measure")
     parser.add_argument("--quick", action="store_true", help="small and short, to see that it works")
     options = parser.parse_args()
@@ -252,7 +349,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for dtype in (torch.float32, torch.bfloat16):
             files(Path(folder), options, dtype)
-        one_module(Path(folder), options)
+        memory(Path(folder), options)
+        one_module(Path(folder), options, "decaying", 2)
+        one_module(Path(folder), options, "flat", 0)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,24 @@ canonical factors (A ``[*e, r, in]``, B ``[*e, out, r]``, scaling), whatever lay
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankflow.errors import AdapterError
-from rankflow.formats.peft_config import CONFIG, read_config, resized_config
+from rankflow.errors import AdapterError, naming
+from rankflow.formats.adapter import at_unit_scale, fold
+from rankflow.formats.atomic import atomic_folder
+from rankflow.formats.forms import plain
+from rankflow.formats.peft_config import CONFIG, check_config, load_config, resized_config, target_modules
 from rankflow.formats.peft_modules import read_entries
-from rankflow.formats.tensors import Spec, all_finite, atomic_folder, check_destination, open_tensors, tensor_writer
+from rankflow.formats.tensors import Spec, all_finite, check_destination, header, open_tensors, tensor_writer
 from rankflow.plan import Layout
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -44,24 +49,44 @@ COMPANIONS = (
 class PeftAdapter:
     """A saved LoRA adapter, open for reading; tensors stay on disk until asked for.
 
+    So is one of another kind that equals a plain LoRA, `folded`: what is read, and written, is that LoRA
+    (`rankflow.formats.forms`).
+
     `layout` holds rank, shape and scaling of every module in natural order of their names; modules that PEFT cannot
     do without (they carry a magnitude, a trained bias or the like, or a wrapper that has no way to be left out) have
     `min_rank` 1, and those that PEFT must give one rank share a `tie`.
     """
 
-    def __init__(self, src: str | Path):
+    kind = "peft"
+
+    def __init__(self, src: str | Path, base: str | Path | None = None):
         """
+        Args:
+            base: the base model's folder, for kinds that say less than all in their file; as the adapter names it, if
+                left out.
+
         Raises:
             AdapterError: not a LoRA adapter, damaged, at odds with its config, or a variant that cannot be resized.
+            ConfigError: the base model is needed and not at hand.
         """
         self.path = Path(src)
         self.folder, self.weights = _locate(self.path)
-        self.config = read_config(self.folder / CONFIG)
-        self._tensors, self._metadata = open_tensors(self.weights)
-        self.entries = read_entries(self._tensors, self.config, self.weights)
+        config = load_config(self.folder / CONFIG)
+        self._tensors: Mapping[str, Tensor]
+        self._tensors, self.metadata = open_tensors(self.weights)
+        self._container = self.file_bytes - sum(t.nbytes for t in self._tensors.values())
+        self.notes: list[str] = []
+        found = plain(config, self._tensors, self.weights, None if base is None else Path(base))
+        self.folded, self.origin = found is not None, str(config.get("peft_type"))
+        if found is not None:
+            config, self._tensors, self.notes = found
+        self.config = check_config(config, self.folder / CONFIG)
+        with naming(self.folder):
+            self.entries = read_entries(self._tensors, self.config, self.weights)
         self.layout = Layout({name: entry.slot for name, entry in self.entries.items()})
+        self._gains: dict[str, float] = {}  # what is multiplied into B as it is read
         factor_keys = {key for e in self.entries.values() for key in (e.a_key, e.b_key)}
-        self._others = [key for key in self._tensors if key not in factor_keys]
+        self.extra_tensors = [key for key in self._tensors if key not in factor_keys]
         self.companions = sorted(
             {
                 p
@@ -70,13 +95,62 @@ class PeftAdapter:
                 if p.is_file() and p.stat().st_size < 1 << 26
             }
         )
-        self.notes: list[str] = []
         if self.config.get("use_dora"):
             self.notes.append("DoRA: magnitudes are kept as they are, so predicted errors are estimates")
+
+    def at_unit_scale(self) -> PeftAdapter:
+        """The same adapter with every module's scaling in its B: alphas are ranks, and one rank needs no patterns.
+        Modules are listed by name where an expression said which, as engines do not know them from that."""
+        found = copy.copy(self)
+        found._gains = {name: slot.scaling for name, slot in self.layout.items()}
+        found.entries = at_unit_scale(self.entries)
+        found.layout = Layout({name: entry.slot for name, entry in found.entries.items()})
+        found.config = {**self.config, "use_rslora": False}
+        if isinstance(found.config.get("target_modules"), str):
+            whole = (entry for entry in self.entries.values() if entry.slot.kind != "experts")
+            found.config["target_modules"] = target_modules({name for e in whole for name in e.pattern_names})
+        return found
 
     @property
     def file_bytes(self) -> int:
         return self.weights.stat().st_size
+
+    @property
+    def overhead(self) -> int:
+        """Bytes of the file that are no LoRA factors, in whatever dtype and ranks it is written."""
+        extra = sum(self._tensors[key].nbytes for key in self.extra_tensors)
+        return (self._outline if self.folded else self._container) + extra + 2 * len(self._tensors)  # BF16 after F32
+
+    @property
+    def _outline(self) -> int:
+        """Bytes around the tensors of a folded adapter's file, which its source's does not tell."""
+        if self.weights.suffix != ".safetensors":
+            return sum(1024 + len(key) for key in self._tensors)  # records of a zip archive, aligned, and the pickle
+        factors = {
+            k: (e.dtype, s) for e in self.entries.values() for k, s in ((e.a_key, e.a_shape), (e.b_key, e.b_shape))
+        }
+        rest = {key: (t.dtype, tuple(t.shape)) for key in self.extra_tensors for t in [self._tensors[key]]}
+        return len(header(factors | rest, self.metadata)[0])
+
+    @property
+    def sketch(self) -> None:
+        return None
+
+    def outside(self, name: str) -> float:
+        return 0.0
+
+    def beside(self, suffix: str) -> Path:
+        """`<src>-r8` and the like: beside the folder, or beside the file where it has a name of its own."""
+        base = self.folder if self.weights.stem == "adapter_model" else self.weights.with_suffix("")
+        if base.name in ("", ".."):
+            base = base.resolve()
+        return base.with_name(f"{base.name}-{suffix}")
+
+    def check_out(self, out: Path, *, force: bool) -> None:
+        check_destination(out, self.path, force=force)
+
+    def weights_in(self, out: Path) -> Path:
+        return out / f"adapter_model{self.weights.suffix}"
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Canonical A and B of one module, read-only views of the file in its own dtype.
@@ -89,7 +163,8 @@ class PeftAdapter:
         for key, t in ((entry.a_key, a), (entry.b_key, b)):
             if not all_finite(t):
                 raise AdapterError(f"{self.weights}: {key} has NaN or infinite values; the adapter is damaged")
-        return entry.canonical(a, b)
+        a, b = entry.canonical(a, b)
+        return a, fold(b, self._gains.get(name, 1.0))
 
     @contextmanager
     def rewrite(self, out: Path, ranks: Mapping[str, int], *, dtype: torch.dtype | None = None, force: bool = False):
@@ -99,7 +174,7 @@ class PeftAdapter:
         Every other tensor is copied as it is (`modules_to_save`, biases, magnitudes), and so is the config but for
         ranks, alphas and modules left out; scalings do not change.
         """
-        check_destination(out, self.path, force=force)
+        self.check_out(out, force=force)
         specs: dict[str, Spec] = {key: (t.dtype, tuple(t.shape)) for key, t in self._tensors.items()}
         for name, entry in self.entries.items():
             if ranks[name] == 0:
@@ -112,10 +187,8 @@ class PeftAdapter:
             self.config, {n: (e.pattern_names, e.slot.scaling) for n, e in self.entries.items()}, ranks
         )
         with atomic_folder(out) as folder:
-            (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            for file in self.companions:
-                shutil.copyfile(file, folder / file.name)
-            writer = tensor_writer(folder / f"adapter_model{self.weights.suffix}", specs, self._metadata)
+            write_adapter_files(folder, config, self.companions)
+            writer = tensor_writer(folder / self.weights_in(out).name, specs, self.metadata)
 
             def put(name: str, a: Tensor, b: Tensor) -> None:
                 entry = self.entries[name]
@@ -123,9 +196,19 @@ class PeftAdapter:
                     writer.put(key, t.to(specs[key][0]))
 
             yield put
-            for key in self._others:
-                writer.put(key, self._tensors[key])
+            biases = {e.b_key.rpartition(".lora_")[0]: self._gains.get(name, 1.0) for name, e in self.entries.items()}
+            for key in self.extra_tensors:
+                stem, factor, _ = key.rpartition(".lora_B.")  # the bias of B is scaled as B is
+                t = self._tensors[key]
+                writer.put(key, fold(t, biases.get(stem, 1.0) if factor else 1.0).to(t.dtype))
             writer.close()
+
+
+def write_adapter_files(folder: Path, config: Mapping[str, Any], companions: Sequence[Path]) -> None:
+    """All of an adapter but its tensors."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in companions:
+        shutil.copyfile(file, folder / file.name)
 
 
 # -- reading --------------------------------------------------------------------------------------------------------

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankflow.errors import AdapterError
-from rankflow.patterns import alpha_for, exclude_modules, rank_config
+from rankflow.errors import AdapterError, ConfigError
+from rankflow.formats.adapter import is_scale
+from rankflow.formats.strict_json import strict_loads
+from rankflow.patterns import alpha_for, compiled, exclude_modules, matches, rank_config
 
 CONFIG = "adapter_config.json"
 
@@ -23,23 +24,40 @@ _VARIANTS = {
     "arrow_config": "Arrow",
 }
 _CONVERSIONS = {
-    "ADALORA": "fold lora_E into lora_A, leave out lora_E and ranknum, and save that as LORA",
     "None": "this is not the config of a PEFT adapter",
 }
+# Fields that name modules, and whether a single expression may stand for a list.
+_NAMES = {"target_modules": True, "exclude_modules": True, "target_parameters": False, "modules_to_save": False}
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def load_config(path: Path) -> dict[str, Any]:
+    """The config as the file has it.
+
+    Raises:
+        AdapterError: it is not a JSON object.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = strict_loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as e:
         raise AdapterError(f"{path}: not JSON ({e}); the file is damaged") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: not a JSON object; the file is damaged")
+    _check_names(config, path)
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """The config with its patterns filled in; `path` is for messages.
+
+    Raises:
+        AdapterError: not that of a LoRA, or of one that cannot be resized.
+    """
+    config = dict(config)
     kind = config.get("peft_type")
     if kind != "LORA":
         hint = _CONVERSIONS.get(str(kind), "peft's convert_to_lora makes a LoRA of most other types")
-        raise AdapterError(f"{path}: peft_type is {kind!r} and only LORA can be resized; {hint}")
+        raise AdapterError(f"{path}: peft_type is {str(kind)[:80]!r} and no LoRA is known that it equals; {hint}")
     for option, variant in _VARIANTS.items():
         if config.get(option):
             raise AdapterError(
@@ -52,26 +70,59 @@ def read_config(path: Path) -> dict[str, Any]:
             "depends on the rank; save the adapter with path_initial_model_for_weight_conversion first"
         )
     for field in ("rank_pattern", "alpha_pattern"):
-        config[field] = config.get(field) or {}
-        if not isinstance(config[field], dict):
-            raise AdapterError(f"{path}: {field} is not a mapping of names to numbers")
+        config[field] = patterns_of(config, field, path)
+    _check_names(config, path)
     for field, values in (
         ("r", [config.get("r"), *config["rank_pattern"].values()]),
         ("lora_alpha", [config.get("lora_alpha"), *config["alpha_pattern"].values()]),
     ):
         for v in values:
-            if isinstance(v, bool) or not isinstance(v, int if field == "r" else int | float) or not 0 < v < math.inf:
-                raise AdapterError(f"{path}: {field} (or a pattern of it) is {v!r}; it must be a positive number")
+            if not is_scale(v) or (field == "r" and not isinstance(v, int)):
+                raise AdapterError(
+                    f"{path}: {field} (or a pattern of it) is {repr(v)[:80]}; it must be a positive number"
+                )
     return config
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A pattern's value for a module, by PEFT's own rule."""
-    if not patterns:
-        return default
-    from peft.utils.other import get_pattern_key  # seconds of imports; most adapters have no patterns
+def _check_names(config: Mapping[str, Any], path: Path | str) -> None:
+    for field, lone in _NAMES.items():
+        value = config.get(field)
+        names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if value is not None and not names and not (lone and isinstance(value, str)):
+            raise AdapterError(f"{path}: {field} is {str(value)[:80]!r}; it must be a list of names")
 
-    return patterns.get(get_pattern_key(list(patterns), name), default)
+
+def patterns_of(config: Mapping[str, Any], field: str, path: Path | str) -> dict[str, Any]:
+    """`rank_pattern` or `alpha_pattern`, empty where there is none.
+
+    Raises:
+        AdapterError: no mapping of expressions that can be compiled.
+    """
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{path}: {field} is not a mapping of names to numbers")
+    try:
+        for pattern in patterns:
+            compiled(_as_peft_reads(pattern))
+    except ConfigError as e:
+        raise AdapterError(f"{path}: {field}: {e}") from None
+    return patterns
+
+
+def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A pattern's value for a module, by PEFT's own rule: the first that matches the end of its name, from a dot on.
+
+    Raises:
+        AdapterError: a pattern takes for ever to match.
+    """
+    try:
+        return next((value for key, value in patterns.items() if matches(_as_peft_reads(key), name)), default)
+    except ConfigError as e:
+        raise AdapterError(str(e)) from None
+
+
+def _as_peft_reads(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
@@ -101,3 +152,11 @@ def resized_config(
     if config.get("init_lora_weights") == "orthogonal":
         new["init_lora_weights"] = True  # loading would refuse odd ranks, and all weights come from the file anyway
     return new
+
+
+def target_modules(names: Collection[str]) -> list[str] | str:
+    """PEFT's `target_modules` for exactly these modules: a list of names, or, where one is the tail of another, by
+    which PEFT would match both, a regular expression."""
+    whole = set(names)
+    tails = any(name[i + 1 :] in whole for name in whole for i, c in enumerate(name) if c == ".")
+    return "|".join(map(re.escape, sorted(whole))) if tails else sorted(whole)

@@ -11,27 +11,23 @@ from itertools import accumulate, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
+from rankflow.formats.adapter import SavedModule, checked_slot
 from rankflow.formats.peft_config import CONFIG, pattern_value, wrapped_parameters
+from rankflow.patterns import natural
 from rankflow.plan import Slot
 
 _PREFIX = "base_model.model."
+_MOST_ORDERS = 10_000  # in which the parameters of one module may have been wrapped
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.(?P<tail>.+))?$")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where the file keeps one module's factors."""
+class Entry(SavedModule):
+    """One module of a PEFT adapter."""
 
-    slot: Slot
-    a_key: str
-    b_key: str
-    a_shape: tuple[int, ...]
-    b_shape: tuple[int, ...]
-    dtype: torch.dtype
     pattern_names: tuple[str, ...]  # what rank_pattern is matched against
 
     def canonical(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +78,7 @@ def read_entries(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path:
             if inside[entry.a_key.rpartition(".lora_")[0]] > 2:  # more than A and B
                 entry = replace(entry, slot=replace(entry.slot, min_rank=1))
             entries[name] = entry
-    return {name: entries[name] for name in sorted(entries, key=_natural)}
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which layers.2 comes before layers.10."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+    return {name: entries[name] for name in sorted(entries, key=natural)}
 
 
 class _Pair(NamedTuple):
@@ -137,8 +128,10 @@ def _pair(name: str, parts: Mapping[str, str], tensors: Mapping[str, Tensor], pa
     a, b = pair.a, pair.b
     if a.ndim < 2 or b.ndim != a.ndim or 0 in a.shape or 0 in b.shape or any(n != 1 for n in b.shape[2:]):
         raise AdapterError(f"{path}: {name} has {pair.shapes}, which are no LoRA factors; were sharded weights saved?")
-    if not a.is_floating_point() or a.dtype != b.dtype:
-        raise AdapterError(f"{path}: {name} has {a.dtype} and {b.dtype} factors; both must be of one floating type")
+    if not a.is_floating_point() or a.dtype != b.dtype or a.itemsize < 2:
+        raise AdapterError(
+            f"{path}: {name} has {a.dtype} and {b.dtype} factors; both must be of one floating type of at least 16 bits"
+        )
     if a.shape[0] != b.shape[1]:
         if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
             raise AdapterError(
@@ -171,7 +164,7 @@ def _module(owner: str, pairs: Sequence[_Pair], config: Mapping[str, Any], path:
         kind = "embedding" if "lora_embedding" in pair.a_key else "conv" if pair.a.ndim > 2 else "linear"
         kind = "attention" if attention else kind
         name = pair.name.replace(".base_layer", "")
-        yield name, _entry(pair, setting, config, kind, (owner,), tie=owner if attention else None)
+        yield name, _entry(name, pair, setting, config, kind, (owner,), path, tie=owner if attention else None)
 
 
 def _parameters(
@@ -181,6 +174,8 @@ def _parameters(
     inner_first = sorted(pairs, key=lambda pair: -pair.name.count(".base_layer"))
     rows = [pair.a.shape[0] for pair in inner_first]
     settings = {p: _setting(config, f"{owner}.{p}") for p in parameters}
+    if math.perm(len(parameters), len(pairs)) > _MOST_ORDERS:
+        raise AdapterError(f"{path}: {owner} has {len(parameters)} target_parameters, more than can be told apart")
     fitting = [
         names
         for names in permutations(parameters, len(pairs))
@@ -198,7 +193,8 @@ def _parameters(
     for pair, p in zip(inner_first, fitting[0], strict=True):
         matched = tuple(f"{owner}.{q}" for q in (parameters if unnamed else [p]))
         tie = owner if unnamed and len(pairs) > 1 else None
-        yield f"{owner}.{p}", _entry(pair, settings[p], config, "experts", matched, tie=tie)
+        name = f"{owner}.{p}"
+        yield name, _entry(name, pair, settings[p], config, "experts", matched, path, tie=tie)
 
 
 def _at_odds(pair: _Pair, rank: int, path: Path) -> AdapterError:
@@ -209,7 +205,15 @@ def _at_odds(pair: _Pair, rank: int, path: Path) -> AdapterError:
 
 
 def _entry(
-    pair: _Pair, setting: _Setting, config: Mapping[str, Any], kind: str, matched: tuple[str, ...], tie: str | None
+    name: str,
+    pair: _Pair,
+    setting: _Setting,
+    config: Mapping[str, Any],
+    kind: str,
+    matched: tuple[str, ...],
+    path: Path,
+    *,
+    tie: str | None,
 ) -> Entry:
     slot = Slot(
         rank=setting.rank,
@@ -222,4 +226,5 @@ def _entry(
         itemsize=pair.a.dtype.itemsize,
         tie=tie,
     )
+    slot = checked_slot(slot, name, path)
     return Entry(slot, pair.a_key, pair.b_key, tuple(pair.a.shape), tuple(pair.b.shape), pair.a.dtype, matched)

@@ -1,16 +1,16 @@
-"""Tensor files on disk: read without loading, write without holding, replace without ever being half there."""
+"""Tensor files on disk: read without loading, written without holding."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
+import mmap
 import pickle
-import shutil
-import uuid
+import pickletools
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,20 +20,32 @@ from rankflow.errors import AdapterError, ConfigError
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
+# In the order of the reference implementation, whose writer lays the last of these down first.
+SAFETENSORS_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
     torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
 }
+_ORDER = {dtype: -i for i, dtype in enumerate(SAFETENSORS_DTYPES)}
+
+TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+_LONGEST_NAME = 1000
+_MOST_DIMENSIONS = 8
+# What the pickle of a dict of tensors names. torch's own list, which allows no code, has things that fill the memory.
+_NEEDED = re.compile(r"collections OrderedDict|torch(\.storage)? \w+|torch\._utils _rebuild_(tensor|parameter)\w*")
 
 
 def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -46,45 +58,111 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise AdapterError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    return _open_pickled(path), {}
+    tensors, metadata = _open_safetensors(path) if path.suffix == ".safetensors" else (_open_pickled(path), {})
+    _check_tensors(tensors, path)
+    return tensors, metadata
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what no adapter has and nothing after this expects."""
+    for key, t in tensors.items():
+        if not isinstance(key, str) or len(key) > _LONGEST_NAME or not key.isprintable():
+            raise AdapterError(f"{path}: {ascii(key)[:80]} is no name of a tensor; the file is damaged")
+        if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in SAFETENSORS_DTYPES:
+            kind = t.dtype if t.layout == torch.strided and t.device.type == "cpu" else f"{t.layout} on {t.device}"
+            raise AdapterError(f"{path}: {key} is of type {kind}, which no adapter has")
+        if t.ndim > _MOST_DIMENSIONS:
+            raise AdapterError(f"{path}: {key} has {t.ndim} dimensions; the file is damaged")
+    # In torch's format a shape may be larger than what is there to fill it. Twice the file is that of tied weights.
+    if sum(t.nbytes for t in tensors.values()) > 4 * path.stat().st_size:
+        raise AdapterError(f"{path}: tensors are larger than the file; it is damaged")
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
-        raise AdapterError(
-            f"{path}: not a whole safetensors file ({e}); it is truncated or corrupt, save or download it again"
-        ) from None
+    except Exception as e:  # what a foreign reader makes of damaged bytes is its own affair
+        raise _broken(path, "safetensors", e) from None
 
 
 def _open_pickled(path: Path) -> dict[str, Tensor]:
     try:
         # Files in torch's format of before 1.6 are not zip archives and cannot be mapped.
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        archive = zipfile.is_zipfile(path)
+        if foreign := _foreign(path, archive):
+            raise pickle.UnpicklingError(foreign)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError:
         raise AdapterError(
             f"{path}: holds something other than tensors, or is corrupt; only tensors are ever loaded, "
             "so save the adapter again with safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise AdapterError(
-            f"{path}: not a whole torch file ({reason}); it is truncated or corrupt, save or download it again"
-        ) from None
+    except Exception as e:  # of any kind, where bytes are damaged
+        raise _broken(path, "torch", e) from None
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
         raise AdapterError(f"{path}: not a dict of tensors as `torch.save(model.state_dict())` writes it")
-    return dict(data)
+    return {key: t.detach() for key, t in data.items()}
+
+
+def _broken(path: Path, kind: str, e: Exception) -> AdapterError:
+    reason = next((line for line in str(e).splitlines() if line.isprintable()), "")[:200] or type(e).__name__
+    return AdapterError(
+        f"{path}: not a whole {kind} file ({reason}); it is truncated or corrupt, save or download it again"
+    )
+
+
+def _foreign(path: Path, archive: bool) -> str | None:
+    """The first thing that a torch file names and a dict of tensors has no need of, before anything is unpickled.
+
+    Raises:
+        Exception: of whatever kind, on damage.
+    """
+    if archive:
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise ValueError("its parts are compressed, which torch.save never does")
+            pickles = [io.BytesIO(file.read(part)) for part in parts if part.filename.endswith("data.pkl")]
+            return next((name for found in pickles for name in _named(found) if not _NEEDED.fullmatch(name)), None)
+    # Magic number, version and system, then the dict; storages follow
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return next((name for _ in range(4) for name in _named(mapped) if not _NEEDED.fullmatch(name)), None)
+
+
+def _named(pickled: io.BytesIO | mmap.mmap) -> Iterable[str]:
+    """What one pickle asks to have imported."""
+    for opcode, argument, _ in pickletools.genops(pickled):  # type: ignore[arg-type]  # a map is a file too
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            yield str(argument)
 
 
 def all_finite(t: Tensor) -> bool:
     """Whether a tensor holds no NaN or infinity, in one pass and no mask of its size."""
     return all(map(math.isfinite, torch.aminmax(t)))
+
+
+def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """What a safetensors file begins with, byte for byte as long as the reference writer's; where each tensor starts
+    in the data after it; and the size of that data."""
+    # Sorted, since the reader gives them in another order every time
+    fields: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    starts: dict[str, int] = {}
+    end = 0
+    # By type, wide ones first, keeps every tensor aligned to its own size.
+    for key in sorted(specs, key=lambda k: (_ORDER[specs[k][0]], k)):
+        dtype, shape = specs[key]
+        starts[key], end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        fields[key] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [starts[key], end],
+        }
+    raw = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, starts, end
 
 
 class SafetensorsWriter:
@@ -96,36 +174,28 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]):
         self._path = path
-        self._specs = dict(specs)
+        self.specs = dict(specs)
         self._missing = set(specs)
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        self._at: dict[str, int] = {}
-        end = 0
-        # Wide types first keeps every tensor aligned to its own size, as the reference writer does.
-        for key in sorted(specs, key=lambda k: (-specs[k][0].itemsize, k)):
-            dtype, shape = specs[key]
-            size = dtype.itemsize * torch.Size(shape).numel()
-            header[key] = {
-                "dtype": _SAFETENSORS_DTYPES[dtype],
-                "shape": list(shape),
-                "data_offsets": [end, end + size],
-            }
-            self._at[key] = end
-            end += size
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        self._base = 8 + len(raw)
+        raw, self._at, size = header(specs, metadata)
+        self.base = len(raw)
         with path.open("wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            file.truncate(self._base + end)
+            file.write(raw)
+            file.truncate(self.base + size)
 
     def put(self, key: str, tensor: Tensor) -> None:
         tensor = tensor.detach().to("cpu").contiguous()
-        assert (tensor.dtype, tuple(tensor.shape)) == self._specs[key], (key, tensor.shape, self._specs[key])
+        assert (tensor.dtype, tuple(tensor.shape)) == self.specs[key], (key, tensor.shape, self.specs[key])
         with self._path.open("r+b") as file:
-            file.seek(self._base + self._at[key])
+            file.seek(self.base + self._at[key])
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(key)
+
+    def relabel(self, metadata: Mapping[str, str]) -> None:
+        """Other metadata of the same length, for what is known only once the tensors are written."""
+        raw, _, _ = header(self.specs, metadata)
+        assert len(raw) == self.base
+        with self._path.open("r+b") as file:
+            file.write(raw)
 
     def close(self) -> None:
         assert not self._missing, sorted(self._missing)
@@ -144,13 +214,21 @@ class TorchWriter:
 
     def close(self) -> None:
         assert all(t is not None for t in self._tensors.values())
-        torch.save(self._tensors, self._path)
+        packed = io.BytesIO()  # given a file, torch says of a full disk that its own code is at fault
+        torch.save(self._tensors, packed)
+        self._path.write_bytes(packed.getbuffer())
 
 
 def tensor_writer(
     path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]
 ) -> SafetensorsWriter | TorchWriter:
     return (SafetensorsWriter if path.suffix == ".safetensors" else TorchWriter)(path, specs, metadata)
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Raise ConfigError where something is there already and `force` was not given."""
+    if out.exists() and not force:
+        raise ConfigError(f"{out}: is there already; choose another name with -o, or replace it with --force")
 
 
 def check_destination(out: Path, src: Path, *, force: bool) -> None:
@@ -162,50 +240,30 @@ def check_destination(out: Path, src: Path, *, force: bool) -> None:
     """
     if src.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"{out}: the output would replace its own source; choose another name with -o")
+    check_free(out, force=force)
     if not out.exists():
         return
-    if not force:
-        raise ConfigError(f"{out}: is there already; choose another name with -o, or replace it with --force")
     if not out.is_dir() or (any(out.iterdir()) and not (out / "adapter_config.json").is_file()):
         raise ConfigError(f"{out}: is not an adapter folder, so --force does not replace it; choose another name")
 
 
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to write into; it takes `out`'s name when the block ends well, else it is removed.
+def check_file(out: Path, src: Path, *, force: bool) -> None:
+    """The same for an adapter that is one file.
 
-    An earlier `out` is there until the moment the new one is whole and on disk.
+    Raises:
+        ConfigError: also if the name does not end as such a file's.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    partial, retired = out.with_name(f".{out.name}.{tag}.part"), out.with_name(f".{out.name}.{tag}.old")
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        if out.exists():
-            out.rename(retired)
-            try:
-                partial.rename(out)
-            except BaseException:
-                retired.rename(out)
-                raise
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            partial.rename(out)
-        _sync(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    if out.suffix not in TENSOR_FILES:
+        raise ConfigError(f"{out}: this format is one file; give it a name like {out.name or 'small'}.safetensors")
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder, and this format is one file; choose another name")
+    if out.resolve() == src.resolve():
+        raise ConfigError(f"{out}: the output would replace its own source; choose another name with -o")
+    check_free(out, force=force)
 
 
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def suffixed(path: Path, suffix: str) -> Path:
+    """`path` under a name that ends in -`suffix`, before what says that it is a file of tensors."""
+    if path.suffix in (*TENSOR_FILES, ".gguf"):
+        return path.with_name(f"{path.stem}-{suffix}{path.suffix}")
+    return path.with_name(f"{path.name}-{suffix}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from rankflow import bits
 from rankflow.budget import check_lowers
-from rankflow.errors import ConfigError
 from rankflow.gate import Draw, Gate, Theta
 from rankflow.hardconcrete import THRESHOLD, chain, is_on, probability, sample
 from rankflow.plan import Drop, Layout, RankPlan, Slot
@@ -163,15 +163,12 @@ class BitsAndRank(Gate):
         bops = bits.bit_operations(rank, inputs, outputs, **chosen)
         full = bits.bit_operations(first, inputs, outputs, bits_e=bits.FULL if self.diagonal else 0)
         frozen = bits.bit_operations(0, inputs, outputs, frozen=True)
-        return {
-            "rank": rank,
-            **chosen,
-            "bops": bops,
-            "bops_fp32": full,
-            "bops_frozen": frozen,
-            "relative_bops": bops / full,
-            "relative_bops_with_frozen": (bops + frozen) / (full + frozen),
-        }
+        return {"rank": rank, **chosen, **_operations(bops, full, frozen)}
+
+    def total(self, reports: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Open directions and bit operations of the whole adapter; bits belong to a tensor each."""
+        summed = [math.fsum(r[key] for r in reports.values()) for key in ("rank", "bops", "bops_fp32", "bops_frozen")]
+        return {"rank": summed[0], **_operations(*summed[1:])} if reports else {}
 
     def stored(self, theta: Theta, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """Integers `A`, `B` and `E` ``[r]``, and the `step` and `bits` of each, ``[3]``: A' = (E step_E) (A step_A) row
@@ -185,6 +182,16 @@ class BitsAndRank(Gate):
             "step": steps,
             "bits": width if self.diagonal else torch.cat([width, width.new_full((1,), 2)]),
         }
+
+
+def _operations(bops: float, full: float, frozen: float) -> dict[str, float]:
+    return {
+        "bops": bops,
+        "bops_fp32": full,
+        "bops_frozen": frozen,
+        "relative_bops": bops / full,
+        "relative_bops_with_frozen": (bops + frozen) / (full + frozen),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +269,7 @@ class BayesianLora(Policy):
         )
 
     def check(self, layout: Layout) -> None:
-        if not self.when.events:
-            raise ConfigError("bayesian_lora has no due step in its phase; check when.start, when.every and when.stop")
+        self.require_events()
         if self.budget is not None:
             check_lowers("bayesian_lora", layout, self.budget)
 

@@ -77,8 +77,7 @@ class CoLora(Policy):
     def check(self, layout: Layout) -> None:
         if self.budget is None:
             raise ConfigError("colora spends a budget where it counts; give it one, e.g. budget: {mean_rank: 8}")
-        if not self.when.events:
-            raise ConfigError("colora has no due step in its phase; check when.start, when.every and when.stop")
+        self.require_events()
         check_reachable(layout, self.budget)
 
     def listen(self, step: int) -> frozenset[Signal]:

@@ -122,8 +122,7 @@ class Diffora(Policy):
         )
 
     def check(self, layout: Layout) -> None:
-        if not self.when.events:
-            raise ConfigError("diffora has no due step in its phase; check when.start, when.every and when.stop")
+        self.require_events()
         if resolve_step(self.warmup, self.when.run or 0, what="diffora.warmup") >= self.when.events[-1]:
             raise ConfigError(
                 "diffora: warmup lasts until the choice is made; lower it, or let the last event be later"

@@ -15,10 +15,11 @@ from rankflow.budget import Budget, check_reachable, grow_by_score, next_ranks
 from rankflow.errors import ConfigError
 from rankflow.gate import Gate
 from rankflow.limits import units
-from rankflow.linalg import orthogonality
+from rankflow.linalg import orthogonality_term
 from rankflow.plan import Grow, Keep, Layout, Op, Open, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.scores import smoothed
+from rankflow.triplets import Orth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,7 @@ class IncreLora(Policy):
     reserve_gate: Annotated[
         float, Field(gt=0, lt=1, description="e, what reserves are multiplied by while they learn in advance")
     ] = 1e-5
-    orth: Annotated[
-        float, Field(ge=0, description="weight of the penalty that keeps A's rows and B's columns orthonormal; 0: off")
-    ] = 0.0
+    orth: Orth = 0.0
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH})
     source: ClassVar[str] = "IncreLoRA, arXiv 2308.12043"
@@ -98,7 +97,7 @@ class IncreLora(Policy):
     @property
     def penalty(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """orth / 2 (|A A^T - 1|_F + |B^T B - 1|_F), which averaged over modules is the paper's regulariser."""
-        return (lambda A, B: self.orth / 2 * orthogonality(A, B)) if self.orth > 0 else None
+        return orthogonality_term(self.orth)
 
     @property
     def scored(self) -> int | None:
@@ -133,8 +132,8 @@ class IncreLora(Policy):
                 f"{budget}; start from a smaller rank or raise the budget"
             )
         check_reachable(layout, budget)
-        if missing and not events:
-            raise ConfigError("increlora has no due step in its phase; check when.start, when.every and when.stop")
+        if missing:
+            self.require_events()
         if isinstance(self.top_k, int):
             most = events * self.top_k * self.grow_by * min(_costs(layout, budget))
             if most < missing:

@@ -51,8 +51,7 @@ class Lisa(Policy):
     def check(self, layout: Layout) -> None:
         if self.budget is not None:
             raise ConfigError(f"lisa changes no rank, so a budget of {self.budget} means nothing to it; leave it out")
-        if not self.when.events:
-            raise ConfigError("lisa has no due step in its phase; check when.start, when.every and when.stop")
+        self.require_events()
         errors: list[str] = []
         for pattern in self.always:
             matching(pattern, layout, errors)

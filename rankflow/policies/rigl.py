@@ -62,8 +62,7 @@ class RigL(Policy):
     source: ClassVar[str] = "RigL, arXiv 1911.11134, on LoRA directions"
 
     def check(self, layout: Layout) -> None:
-        if not self.when.events:
-            raise ConfigError("rigl has no due step in its phase; check when.start, when.every and when.stop")
+        self.require_events()
         if (budget := self.budget) is None:
             return
         if budget.spent(layout) > budget.amount:

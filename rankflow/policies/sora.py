@@ -11,13 +11,12 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from rankflow.budget import Budget, check_lowers
 from rankflow.errors import ConfigError
 from rankflow.gate import Draw, Gate, Theta
+from rankflow.lowering import Lowering
 from rankflow.plan import Layout, RankPlan, Slot
-from rankflow.policy import Observation, Policy, Signal, State
+from rankflow.policy import Observation, Signal, State
 from rankflow.pruning import all_finite, direction_sizes, prune
-from rankflow.schedule import Curve, curve
 
 Prox = Literal["soft", "official"]
 Threshold = Literal["lr_scaled", "absolute"]
@@ -77,7 +76,7 @@ class SoraGate(Gate):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sora(Policy):
+class Sora(Lowering):
     """SoRA (arXiv 2311.11696): gates g trained with an L1 proximal step, g <- T_xi(g - lr * adam(dL/dg)).
 
     T_xi(v) = sign(v) max(|v| - xi, 0), with xi = lr * lam. Directions whose gate is zero are physically removed at
@@ -119,9 +118,6 @@ class Sora(Policy):
     remove_after: Annotated[
         NonNegativeInt, Field(description="steps a gate stays at zero before its direction is removed")
     ] = 10
-    shape: Annotated[Curve, Field(description="with a budget: how the total comes down to it over the events")] = (
-        "cubic"
-    )
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.GATE, Signal.GATE_OPEN})
     source: ClassVar[str] = "SoRA, arXiv 2311.11696"
@@ -156,18 +152,27 @@ class Sora(Policy):
             found.append((0 if i == 0 else events[i * len(events) // self.stages], lam))
         return tuple(found)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        begin, end = self.when.at(0), self.when.at(1)
+        ends = [*(at for at, _ in self.lams[1:]), end + 1]
+        mass = sum(lam * max(0, until - max(at, begin + 1)) for (at, lam), until in zip(self.lams, ends, strict=True))
+        if self.gate_init != "ones" or self.budget is not None or mass == 0:
+            return ()
+        if self.threshold == "lr_scaled" and self.gate_lr is None:
+            return (
+                f"sora: in these {end - begin} steps shrinkage closes a gate of 1 only at a mean learning rate of "
+                f"{1 / mass:.2g} or more; below it, set gate_lr or raise lam",
+            )
+        taken = mass * (self.gate_lr or 1.0) if self.threshold == "lr_scaled" else mass
+        if taken >= 1:
+            return ()
+        return (f"sora: {end - begin} steps of shrinkage take {taken:.2g} off a gate of 1, too little to close it",)
+
     def check(self, layout: Layout) -> None:
-        if not self.when.events:
-            raise ConfigError("sora has no due step in its phase; check when.start, when.every and when.stop")
+        super().check(layout)
         if self.sparsify == "exp_linear" and self.max_lam is not None and not (self.lam > 0 and self.max_lam > 0):
             raise ConfigError("sora: sparsify exp_linear goes by factors; lam and max_lam must be positive")
-        if self.budget is not None:
-            check_lowers("sora", layout, self.budget)
-
-    def init(self, layout: Layout) -> State:
-        """`total`: what the adapter cost when the phase began."""
-        spent = self.budget.spent(layout) if self.budget is not None else 0
-        return {"total": torch.tensor(spent, dtype=torch.int64)}
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
         values = obs.gather(Signal.GATE)
@@ -179,10 +184,7 @@ class Sora(Policy):
             ).to(g.device)
         if (bad := all_finite(sizes)) is not None:
             return RankPlan(reason=f"{bad}: factors or gates are not finite; nothing is removed")
-        allowed = None
-        if self.budget is not None:
-            total = curve(self.shape, float(state["total"]), self.budget.amount, self.when.progress(step))
-            allowed = Budget(self.budget.kind, max(int(total), int(self.budget.amount)))
+        allowed = self.target(state, step)
         ops = prune(sizes, layout, allowed, obs.gather(Signal.GATE_OPEN))
         shut = sum(int((g == 0).sum()) for g in values.values())
         count = sum(len(g) for g in values.values())

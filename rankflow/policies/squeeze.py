@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor
 
-from rankflow.budget import Budget, allocate, check_lowers
+from rankflow.budget import Budget, allocate
 from rankflow.errors import ConfigError
 from rankflow.limits import units
-from rankflow.linalg import Gauge, Metric, Spectrum, spectrum
-from rankflow.plan import Carry, Layout, Op, RankPlan, Slot
-from rankflow.policy import Observation, Policy, Signal, State
-from rankflow.schedule import Curve, curve
+from rankflow.linalg import Gauge, Metric, Spectrum
+from rankflow.lowering import Lowering, Shape
+from rankflow.metrics import averages_of, metric_of_each, spectrum_in
+from rankflow.plan import Carry, Layout, Op, RankPlan
+from rankflow.policy import Observation, Signal, State
+from rankflow.schedule import curve
 from rankflow.transitions import best_cut, ops_to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Squeeze(Policy):
+class Squeeze(Lowering):
     """LoRA-Squeeze (arXiv 2602.10993): train at a high rank, then keep DeltaW's leading singular directions only.
 
     With events over a stretch of the run it is In-Squeeze, ranks coming down in stages; with one event some way before
@@ -48,9 +48,7 @@ class Squeeze(Policy):
     metric: Annotated[
         Metric, Field(description="what a cut preserves best: the weights, the layer's outputs, or the loss")
     ] = "weights"
-    shape: Annotated[
-        Curve, Field(description="how the total comes down over the events; constant: at the first one, all at once")
-    ] = "halving"
+    shape: Shape = "halving"
     allocate: Annotated[
         Literal["global", "uniform"],
         Field(description="who gives up rank: whoever loses least energy, or all alike"),
@@ -86,10 +84,7 @@ class Squeeze(Policy):
     def check(self, layout: Layout) -> None:
         if (self.budget is None) == (self.energy is None):
             raise ConfigError("squeeze needs a budget, e.g. budget: {mean_rank: 4}, or params.energy, and not both")
-        if not self.when.events:
-            raise ConfigError("squeeze has no due step in its phase; check when.start, when.every and when.stop")
-        if self.budget is not None:
-            check_lowers("squeeze", layout, self.budget)
+        super().check(layout)
 
     # -- what it listens to -----------------------------------------------------------------------------------------
 
@@ -97,27 +92,18 @@ class Squeeze(Policy):
     def decay(self) -> float:
         return 1 - 1 / self.memory
 
-    @property
-    def _statistics(self) -> tuple[Signal, ...]:
-        zz, dd = Signal.MEAN_ZZ, Signal.MEAN_DD
-        return {"weights": (), "outputs": (zz,), "loss": (zz, dd)}[self.metric]
-
     def listen(self, step: int) -> frozenset[Signal]:
         due = self.when.next(step - 1)
         signals: set[Signal] = set()
-        if due is not None and self._statistics and due - step < self.window:
-            signals = {*self._statistics, Signal.MEASURED}
+        averages = averages_of(self.metric)
+        if due is not None and averages and due - step < self.window:
+            signals = {*averages, Signal.MEASURED}
         return frozenset(signals | {Signal.A, Signal.B} if step == due else signals)
-
-    def init(self, layout: Layout) -> State:
-        """`total`: what the adapter cost when the phase began."""
-        spent = self.budget.spent(layout) if self.budget is not None else 0
-        return {"total": torch.tensor(spent, dtype=torch.int64)}
 
     # -- what it does -----------------------------------------------------------------------------------------------
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
-        target = None if self.budget is None else self._target(self.budget, state, step)
+        target = self.target(state, step)
         idle = self._share(step) == 1 if target is None else target.spent(layout) <= target.amount
         if idle and all(slot.allows(slot.rank) for slot in layout.values()):
             return RankPlan(reason=f"the adapter is within {target or 'the energy to be kept'} already")
@@ -126,27 +112,20 @@ class Squeeze(Policy):
             for signal in (Signal.A, Signal.B):
                 if not bool(obs[name][signal].isfinite().all()):
                     return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing is squeezed")
-        statistics = {name: self._measured(obs[name], layout[name]) for name in present}
-        unmeasured = [name for name in present if self._statistics and not statistics[name]]
-        if unmeasured and target is not None and self.allocate == "global":
-            # Energies in different metrics are in different units: they cannot share a budget
-            statistics = {name: {} for name in present}
+        metrics, unmeasured = metric_of_each(
+            self.metric,
+            obs,
+            {name: layout[name].rank for name in present},
+            shared=target is not None and self.allocate == "global",
+        )
         spectra = {
-            name: spectrum(
-                obs[name][Signal.A],
-                obs[name][Signal.B],
-                layout[name].scaling,
-                metric=self.metric if statistics[name] else "weights",
-                S_A=statistics[name].get(Signal.MEAN_ZZ),
-                S_B=statistics[name].get(Signal.MEAN_DD),
-            )
+            name: spectrum_in(metrics[name], obs[name][Signal.A], obs[name][Signal.B], layout[name].scaling, obs[name])
             for name in present
         }
         ranks = self._by_energy(spectra, layout, step) if target is None else self._by_budget(spectra, layout, target)
         ops: dict[str, Sequence[Op]] = {}
         for name, rank in ranks.items():
-            metric = self.metric if statistics.get(name) else "weights"
-            shrink = best_cut(partial(spectra.__getitem__, name), metric, self.gauge)
+            shrink = best_cut(partial(spectra.__getitem__, name), metrics.get(name, "weights"), self.gauge)
             if change := ops_to(rank, layout[name].rank, shrink):
                 ops[name] = change
         reason = [f"{len(ops)} of {len(layout)} modules change, for {target or f'energy {self._share(step):.4g}'}"]
@@ -154,21 +133,10 @@ class Squeeze(Policy):
             lost = math.fsum(spectra[name].error(ranks[name]) ** 2 for name in ops if name in spectra)
             reason.append(f"{1 - lost / total:.3%} of the energy stays")
         if unmeasured:
-            fallen = sum(not measured for measured in statistics.values())
+            fallen = sum(metric == "weights" for metric in metrics.values())
             reason.append(f"{fallen} modules by weights, as {unmeasured[0]} was not measured enough")
         rewarm = self.rewarm if self.optimizer == "reset" else 0
         return RankPlan(ops, "; ".join(reason), state=self.optimizer, rewarm=rewarm)
-
-    def _measured(self, signals: Mapping[Signal, Tensor], slot: Slot) -> dict[Signal, Tensor]:
-        """The averages ``[r, r]`` that the metric asks for; nothing where they rest on too few tokens."""
-        if Signal.MEASURED not in signals or float(signals[Signal.MEASURED].min()) < slot.rank:
-            return {}
-        return {signal: signals[signal] for signal in self._statistics}
-
-    def _target(self, budget: Budget, state: State, step: int) -> Budget:
-        """What may be left after the event at `step`."""
-        total = curve(self.shape, float(state["total"]), budget.amount, self.when.progress(step))
-        return Budget(budget.kind, max(int(total), int(budget.amount)))
 
     def _share(self, step: int) -> float:
         """The share of its energy that a module keeps at `step`; over all events they multiply to `energy`."""

@@ -32,9 +32,9 @@ Kind = Literal["lora", "adalora", "policy", "post"]
 class Arm:
     """`start`: rank at the first step, as a multiple of the final mean rank, at least 1.
 
-    A policy is its shipped file with `when` and `params` changed where given; its budget, where the file has one or
-    `budget` says so, is the parameters of LoRA at the final rank, and `limits` are multiples of that rank. `version`
-    goes up when the code behind an arm changes what it computes.
+    A policy is its shipped file with `when` and `params` changed where given, None leaving one out; its budget, where
+    the file has one or `budget` says so, is the parameters of LoRA at the final rank, and `limits` are multiples of
+    that rank. `version` goes up when the code behind an arm changes what it computes.
     """
 
     title: str
@@ -63,7 +63,8 @@ class Arm:
         mapping = dict(_files()[self.policy])
         for key, changes in (("when", self.when), ("params", self.params)):
             if changes:
-                mapping[key] = {**mapping.get(key, {}), **changes}
+                changed = {**mapping.get(key, {}), **changes}
+                mapping[key] = {name: value for name, value in changed.items() if value is not None}
         if self.limits is not None:
             low, high = (max(1, round(times * rank)) for times in self.limits)
             mapping["limits"] = {"*": {"min": low, "max": high}}
@@ -83,7 +84,8 @@ ARMS: dict[str, Arm] = {
     "peft_adalora": Arm("PEFT AdaLoRA, from 1.5 x", 1, "adalora", start=1.5, rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "increlora": Arm("IncreLoRA, from 1/4", 1, policy="increlora", start=0.25),
     "squeeze": Arm("LoRA-Squeeze, from 4 x", 1, policy="squeeze", start=4, version=2),
-    "sora": Arm("SoRA, from 2 x", 1, policy="sora", start=2, budget=True),
+    # Its budget closes directions, so that gates may follow the learning rate that is swept
+    "sora": Arm("SoRA, from 2 x", 1, policy="sora", start=2, budget=True, params={"lam": 1.0, "gate_lr": None}),
     "diffora": Arm("DiffoRA, from 2 x", 1, policy="diffora", start=2),
     "colora": Arm("CoLoRA", 1, policy="colora", version=2),
     "adalora": Arm("AdaLoRA, from 1.5 x", 2, policy="adalora", start=1.5),

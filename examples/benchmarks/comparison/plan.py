@@ -17,7 +17,7 @@ EXTENSIONS = 3  # rates added beyond a grid whose best is at its edge
 class Protocol:
     """What is run. Rates are chosen by the loss on `validation` at seed 0; tables show the accuracy on `test`."""
 
-    main: str = "newsgroups"
+    main: str = "recovery"
     side: str = "rotten_tomatoes"
     steps: int = 200
     rank: int = 4
@@ -25,7 +25,8 @@ class Protocol:
     born: tuple[int, ...] = (1, 2, 4, 8, 16)
     high: int = 32  # squeezed after its end
     seeds: tuple[int, ...] = (0, 1, 2)
-    lengths: tuple[float, ...] = (0.5, 1, 2, 4)  # of the run, to see whether it has flattened out
+    lengths: tuple[float, ...] = (0.5, 1, 2, 4, 8)  # of the run, to see where it flattens out
+    longer: int = 4  # times the steps, where it has more nearly done so
 
 
 def tier(n: int) -> list[str]:
@@ -46,9 +47,9 @@ class Sweep:
         return sorted(job.rate for job in self.jobs)
 
 
-def sweep(results: Results, task: str, arm: str, rank: int, steps: int) -> Sweep:
+def sweep(results: Results, task: str, arm: str, rank: int, steps: int, grid: tuple[float, ...] | None = None) -> Sweep:
     """All of the arm's grid, and one more rate, a factor of two on, as long as the best is at an edge."""
-    rates = sorted(ARMS[arm].rates)
+    rates = sorted(grid or ARMS[arm].rates)
     for extension in count():
         jobs = tuple(Job(task, arm, rank, rate, 0, steps) for rate in rates)
         missing = tuple(job for job in jobs if results.of(job) is None)
@@ -112,7 +113,25 @@ def lengths(results: Results, protocol: Protocol) -> list[Job] | None:
     ]
 
 
-STAGES = ("born", "sweep", "seeds", "lengths", "post", "side", "ranks", "exploratory")
+def long_sweep(results: Results, protocol: Protocol, arm: str) -> Sweep:
+    """The best rate of the usual length and its neighbours, for `longer` times the steps."""
+    best = sweep(results, protocol.main, arm, protocol.rank, protocol.steps).best
+    if best is None:
+        return Sweep((), (), None)
+    grid = (best / 2, best, 2 * best)
+    return sweep(results, protocol.main, arm, protocol.rank, protocol.longer * protocol.steps, grid)
+
+
+def long_seeds(results: Results, protocol: Protocol, arm: str) -> list[Job] | None:
+    """As `seeds`, for `longer` times the steps."""
+    best = long_sweep(results, protocol, arm).best
+    if best is None:
+        return None
+    steps = protocol.longer * protocol.steps
+    return [Job(protocol.main, arm, protocol.rank, best, seed, steps) for seed in protocol.seeds]
+
+
+STAGES = ("born", "sweep", "seeds", "lengths", "post", "side", "ranks", "exploratory", "long")
 
 
 def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
@@ -146,6 +165,10 @@ def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
         case "exploratory":
             for arm in tier(2):
                 yield from halving(results, main, arm, rank, steps).jobs
+        case "long":
+            yield from _middle_first(job for arm in tier(1) for job in long_sweep(results, protocol, arm).jobs)
+            for arm in tier(1):
+                yield from long_seeds(results, protocol, arm) or ()
         case _:
             raise ValueError(f"no stage is called {name!r}; known: {', '.join(STAGES)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -11,7 +12,20 @@ from scipy.stats import t as student
 
 from comparison.arms import ARMS
 from comparison.jobs import Job, Line, Results
-from comparison.plan import STAGES, Protocol, halving, lengths, post, seeds, stage, sweep, tier
+from comparison.plan import (
+    STAGES,
+    Protocol,
+    Sweep,
+    halving,
+    lengths,
+    long_seeds,
+    long_sweep,
+    post,
+    seeds,
+    stage,
+    sweep,
+    tier,
+)
 
 NOT_RUN = "not run"
 
@@ -38,25 +52,70 @@ def accuracies(lines: Iterable[Line]) -> list[float]:
     return [100 * line["test"]["accuracy"] for line in lines]
 
 
+def test_losses(lines: Iterable[Line]) -> list[float]:
+    return [line["test"]["loss"] for line in lines]
+
+
+def over(lines: Iterable[Line], plain: Iterable[Line]) -> str:
+    """Test loss above that of plain LoRA, seed by seed: both saw the same batches."""
+    base = {line["seed"]: line["test"]["loss"] for line in plain}
+    pairs = [line["test"]["loss"] - base[line["seed"]] for line in lines if line["seed"] in base]
+    return spread(pairs, 4) if pairs else ""
+
+
 def main_table(results: Results, protocol: Protocol, task: str, rank: int) -> str:
     """Every arm of tier 1 at its best rate; while its sweep is unfinished, the best run so far, and marked so."""
+
+    def tuned(arm: str) -> Sweep:
+        if rank != protocol.rank and arm != "lora":  # the rate is another table's
+            return replace(sweep(results, task, arm, protocol.rank, protocol.steps), jobs=())
+        return sweep(results, task, arm, rank, protocol.steps)
+
+    return _arms_table(results, tuned, lambda arm: seeds(results, protocol, task, arm, rank))
+
+
+def long_table(results: Results, protocol: Protocol) -> str:
+    """The main table for `longer` times the steps."""
+    return _arms_table(
+        results,
+        lambda arm: long_sweep(results, protocol, arm),
+        lambda arm: long_seeds(results, protocol, arm),
+    )
+
+
+def _arms_table(results: Results, tuned: Callable[[str], Sweep], chosen: Callable[[str], Iterable[Job] | None]) -> str:
+    """A row for every arm of tier 1. `tuned` is where its rate is from, `chosen` the jobs at it."""
     rows = []
+    plain = done(results, chosen("lora"))
     for arm in tier(1):
-        tuned = sweep(results, task, arm, rank if arm == "lora" else protocol.rank, protocol.steps)
-        lines = done(results, seeds(results, protocol, task, arm, rank))
+        found = tuned(arm)
+        lines = done(results, chosen(arm))
         state = ""
-        if not lines and rank == protocol.rank and (tried := done(results, tuned.jobs)):
+        if not lines and (tried := done(results, found.jobs)):
             lines = [min(tried, key=lambda line: line["validation"]["loss"])]
-            state = f" ({len(tried)} of {len(tuned.jobs)} rates)"
-        rows.append(_row(ARMS[arm].title, lines, state, "*" if tuned.edge else ""))
-    columns = ("arm", "accuracy", "se", "test loss", "seeds", "rate", "params, k", "CPU s", "wall s", "peak MB")
+            state = f" ({len(tried)} of {len(found.jobs)} rates)"
+        versus = over(lines, plain) if arm != "lora" else ""
+        rows.append(_row(ARMS[arm].title, lines, state, "*" if found.edge else "", versus))
+    columns = (
+        "arm",
+        "accuracy",
+        "se",
+        "test loss",
+        "over LoRA's",
+        "seeds",
+        "rate",
+        "params, k",
+        "CPU s",
+        "wall s",
+        "peak MB",
+    )
     return markdown(columns, rows)
 
 
-def _row(title: str, lines: Sequence[Line], state: str, edge: str) -> Sequence[str]:
+def _row(title: str, lines: Sequence[Line], state: str, edge: str, versus: str) -> Sequence[str]:
     """`edge` marks a rate that is the last one tried: a better one may lie beyond."""
     if not lines:
-        return title, NOT_RUN, *[""] * 8
+        return title, NOT_RUN, *[""] * 9
 
     def average(key: str) -> str:
         return f"{mean(line[key] for line in lines):.0f}"
@@ -65,7 +124,8 @@ def _row(title: str, lines: Sequence[Line], state: str, edge: str) -> Sequence[s
         title,
         spread(accuracies(lines)) + state,
         f"{100 * mean(line['test']['se'] for line in lines):.1f}",
-        spread([line["test"]["loss"] for line in lines], 3),
+        spread(test_losses(lines), 4),
+        versus,
         str(len(lines)),
         f"{lines[0]['rate']:g}{edge}",
         f"{mean(line['params'] for line in lines) / 1e3:.0f}",
@@ -85,19 +145,19 @@ def born_table(results: Results, protocol: Protocol) -> str:
             rows.append((str(rank), NOT_RUN, "", "", ""))
             continue
         best = min(tried, key=lambda line: line["validation"]["loss"])
-        others = ", ".join(f"{line['rate']:g}: {100 * line['validation']['accuracy']:.1f}" for line in tried)
+        others = ", ".join(f"{line['rate']:g}: {line['validation']['loss']:.4f}" for line in tried)
         accuracy = f"{100 * best['test']['accuracy']:.1f} ± {100 * best['test']['se']:.1f}"
         state = "" if found.best is not None else " (sweep unfinished)"
         rows.append(
             (
                 str(rank),
                 accuracy + state,
-                f"{best['test']['loss']:.3f}",
+                f"{best['test']['loss']:.4f}",
                 f"{best['rate']:g}" + ("*" if found.edge else ""),
                 others,
             )
         )
-    return markdown(("rank", "test accuracy ± se", "test loss", "rate", "validation accuracy at each rate"), rows)
+    return markdown(("rank", "test accuracy ± se", "test loss", "rate", "validation loss at each rate"), rows)
 
 
 def lengths_table(results: Results, protocol: Protocol) -> str:
@@ -108,8 +168,8 @@ def lengths_table(results: Results, protocol: Protocol) -> str:
             rows[i] = (
                 str(job.steps),
                 f"{100 * line['test']['accuracy']:.1f} ± {100 * line['test']['se']:.1f}",
-                f"{line['test']['loss']:.3f}",
-                ", ".join(f"{loss:.2f}" for loss in line["losses"][::4]),
+                f"{line['test']['loss']:.4f}",
+                ", ".join(f"{loss:.3f}" for loss in line["losses"][::4]),
             )
     return markdown(("steps", "test accuracy ± se", "test loss", "training loss along the run"), rows)
 
@@ -122,14 +182,18 @@ def squeeze_table(results: Results, protocol: Protocol) -> str:
         cells = [str(rank)]
         for arm in ("lora", "squeeze"):
             lines = done(results, seeds(results, protocol, protocol.main, arm, rank))
-            cells.append(f"{spread(accuracies(lines))} ({len(lines)})" if lines else NOT_RUN)
+            cells.append(_both(accuracies(lines), test_losses(lines)))
         for metric in ("weights", "outputs", "loss"):
-            values = [100 * line["post"][metric][str(rank)]["accuracy"] for line in runs if "post" in line]
-            cells.append(f"{spread(values)} ({len(values)})" if values else NOT_RUN)
+            scored = [line["post"][metric][str(rank)] for line in runs if "post" in line]
+            cells.append(_both([100 * s["accuracy"] for s in scored], [s["loss"] for s in scored]))
         rows.append(cells)
     high = f"from {protocol.high}, after the end: "
     columns = ("rank", "born at it", "annealed to it", high + "weights", "outputs", "loss")
     return markdown(columns, rows)
+
+
+def _both(accuracies: Sequence[float], losses: Sequence[float]) -> str:
+    return f"{spread(accuracies)}; {spread(losses, 4)} ({len(losses)})" if losses else NOT_RUN
 
 
 def exploratory_table(results: Results, protocol: Protocol) -> str:
@@ -140,19 +204,20 @@ def exploratory_table(results: Results, protocol: Protocol) -> str:
         if found.best is not None:
             line = results.of(Job(protocol.main, arm, protocol.rank, found.best, 0, protocol.steps))
         if line is None:
-            rows.append((ARMS[arm].title, NOT_RUN, "", "", ""))
+            rows.append((ARMS[arm].title, NOT_RUN, "", "", "", ""))
             continue
         test = line["test"]
         rows.append(
             (
                 ARMS[arm].title,
                 f"{100 * test['accuracy']:.1f} ± {100 * test['se']:.1f}",
+                f"{test['loss']:.4f}",
                 f"{line['rate']:g}" + ("*" if found.edge else ""),
                 f"{line['params'] / 1e3:.0f}",
                 f"{line['cpu_seconds']:.0f}",
             )
         )
-    return markdown(("arm", "accuracy ± se, one seed", "rate", "params, k", "CPU s"), rows)
+    return markdown(("arm", "accuracy ± se, one seed", "test loss", "rate", "params, k", "CPU s"), rows)
 
 
 def tables(results: Results, protocol: Protocol) -> dict[str, str]:
@@ -172,7 +237,10 @@ def tables(results: Results, protocol: Protocol) -> dict[str, str]:
         made[f"{main}, mean rank {other} at the end, rates of rank {rank}"] = lambda other=other: main_table(
             results, protocol, main, other
         )
-    made[f"High rank first, {main}: accuracy (seeds)"] = lambda: squeeze_table(results, protocol)
+    made[f"{main}, mean rank {rank} at the end, {protocol.longer * protocol.steps} steps"] = lambda: long_table(
+        results, protocol
+    )
+    made[f"High rank first, {main}: accuracy; test loss (seeds)"] = lambda: squeeze_table(results, protocol)
     made[f"Exploratory, {main}: rates by successive halving"] = lambda: exploratory_table(results, protocol)
     return {title: make() for title, make in made.items()}
 
@@ -184,37 +252,37 @@ def foreign(results: Results, protocol: Protocol) -> int:
 
 
 def plot(results: Results, protocol: Protocol, path: Path) -> None:
-    """Accuracy against adapter size: born at each rank, annealed to it, squeezed to it after the end."""
+    """Accuracy and loss against adapter size: born at each rank, annealed to it, squeezed to it after the end."""
     from matplotlib.figure import Figure
 
     from comparison.jobs import PARAMS_PER_RANK
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    curves: dict[str, dict[int, list[float]]] = {"born at the rank": {}, "annealed to it": {}}
-    for rank in protocol.born:
-        found = sweep(results, protocol.main, "lora", rank, protocol.steps)
-        if found.best is not None:
-            lines = done(results, seeds(results, protocol, protocol.main, "lora", rank))
-            curves["born at the rank"][rank] = accuracies(lines)
-        lines = done(results, seeds(results, protocol, protocol.main, "squeeze", rank))
-        curves["annealed to it"][rank] = accuracies(lines)
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for name, arm in (("born at the rank", "lora"), ("annealed to it", "squeeze")):
+        for rank in protocol.born:
+            lines = done(results, seeds(results, protocol, protocol.main, arm, rank))
+            curves.setdefault(name, {})[rank] = [line["test"] for line in lines]
     for line in done(results, post(results, protocol)):
         for metric, by_rank in line.get("post", {}).items():
             curve = curves.setdefault(f"from {protocol.high} after the end, {metric}", {})
             for rank, scored in by_rank.items():
-                curve.setdefault(int(rank), []).append(100 * scored["accuracy"])
-    for name, curve in curves.items():
-        known = sorted((rank, values) for rank, values in curve.items() if values)
-        if not known:
-            continue
-        x = [rank * PARAMS_PER_RANK / 1e3 for rank, _ in known]
-        y = [mean(values) for _, values in known]
-        bars = [stdev(values) if len(values) > 1 else 0 for _, values in known]
-        axes.errorbar(x, y, bars, marker="o", capsize=3, label=name)
-    axes.set(xscale="log", xlabel="adapter parameters, thousands", ylabel="test accuracy, %", title=protocol.main)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize="small")
+                curve.setdefault(int(rank), []).append(scored)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, (key, label) in zip(
+        figure.subplots(1, 2), {"accuracy": "test accuracy", "loss": "test loss"}.items(), strict=True
+    ):
+        for name, curve in curves.items():
+            known = sorted((rank, [scored[key] for scored in runs]) for rank, runs in curve.items() if runs)
+            if known:
+                x = [rank * PARAMS_PER_RANK / 1e3 for rank, _ in known]
+                bars = [stdev(values) if len(values) > 1 else 0 for _, values in known]
+                axes.errorbar(x, [mean(values) for _, values in known], bars, marker="o", capsize=3, label=name)
+        axes.set(xscale="log", xlabel="adapter parameters, thousands", ylabel=label, title=protocol.main)
+        sizes = [rank * PARAMS_PER_RANK / 1e3 for rank in protocol.born]
+        axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    if curves:
+        figure.axes[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

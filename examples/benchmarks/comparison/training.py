@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import time
 import warnings
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import transformers
 from harness import forget_peak, processor, resident
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import rankflow
@@ -40,7 +38,7 @@ def run(job: Job) -> dict[str, Any]:
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     peak = round(resident("VmHWM") / 1024)
     fields: dict[str, Any] = {
-        **{split: score(model, task, split) for split in ("validation", "test")},
+        **{split: task.score(model, split) for split in ("validation", "test")},
         **sizes(model),
         "losses": losses,
         "events": events,
@@ -96,7 +94,7 @@ def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
 def adapted(job: Job, task: Task) -> PeftModel:
     arm = ARMS[job.arm]
     rank = arm.start_rank(job.rank)
-    common: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": LINEARS}
+    common: dict[str, Any] = {"task_type": task.task_type, "target_modules": LINEARS}
     if arm.kind == "adalora":  # the paper's thirds: a tenth of warm-up, three tenths at the final ranks
         config = AdaLoraConfig(
             init_r=rank,
@@ -132,24 +130,6 @@ def _some(task: Task, split: Split, seed: int, n: int = 64) -> list[Batch]:
     if split == "train":
         return list(itertools.islice(task.batches(seed + 1_000, PROTOCOL["batch"]), n))
     return task.held_out(split, PROTOCOL["batch"])
-
-
-@torch.inference_mode()
-def score(model: PeftModel, task: Task, split: Split) -> dict[str, float]:
-    """Accuracy on a split, its standard error, and mean cross-entropy.
-
-    Not the model's own loss: PEFT's AdaLoRA adds its regulariser to that, when evaluating too.
-    """
-    model.eval()
-    hits, loss, n = 0, 0.0, 0
-    for batch in task.held_out(split):
-        logits, labels = model(**batch).logits, batch["labels"]
-        hits += int((logits.argmax(-1) == labels).sum())
-        loss += float(cross_entropy(logits, labels, reduction="sum"))
-        n += len(labels)
-    model.train()
-    p = hits / n
-    return {"accuracy": round(p, 5), "se": round(math.sqrt(p * (1 - p) / n), 5), "loss": round(loss / n, 5)}
 
 
 def sizes(model: PeftModel) -> dict[str, Any]:
@@ -195,5 +175,5 @@ def squeezed(model: PeftModel, task: Task, job: Job) -> dict[str, dict[str, Any]
                 still.step()
                 flow.after_step()
                 still.zero_grad()
-        out.setdefault(metric, {})[str(rank)] = {**score(small, task, "test"), "params": sizes(small)["params"]}
+        out.setdefault(metric, {})[str(rank)] = {**task.score(small, "test"), "params": sizes(small)["params"]}
     return out

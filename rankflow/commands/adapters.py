@@ -1,0 +1,303 @@
+"""Commands on saved adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankflow import options
+from rankflow.errors import ConfigError
+from rankflow.terminal import app, bar, print_json, print_table, write_json
+
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Adapter folder or file: PEFT, kohya, LyCORIS, ComfyUI, diffusers; or a whole model, with --base.",
+    ),
+]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that is there already.")]
+
+
+@app.command(epilog="Example: [bold]rankflow squeeze out/checkpoint-500 --target-rank 8[/bold]")
+def squeeze(
+    ctx: typer.Context,
+    adapter: Adapter,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Folder or file to write; <ADAPTER>-r8 and the like if left out. With --ranks a stem."
+        ),
+    ] = None,
+    target_rank: options.TargetRank = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="N,N,..", help="Several uniform ranks, one output each, decomposed once.")
+    ] = None,
+    energy: options.Energy = None,
+    error: options.Error = None,
+    across: options.Across = False,
+    auto: options.Auto = False,
+    dynamic_method: options.DynamicMethod = None,
+    dynamic_param: options.DynamicParam = None,
+    max_params: options.MaxParams = None,
+    size: options.Size = None,
+    budget: options.BudgetYaml = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Ranks as `rankflow plan` wrote them.")] = None,
+    exact: options.Exact = False,
+    max_rank: options.MaxRank = None,
+    rank_multiple: options.RankMultiple = 1,
+    metric: options.Metric = "weights",
+    calibration: options.Calibration = None,
+    base: options.Base = None,
+    backend: options.Backend = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as the source has it if left out.")
+    ] = None,
+    device: options.Device = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out and write nothing.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON too.")] = None,
+    html: options.Html = None,
+    keep_tail: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep what is cut off; `rankflow expand` puts it back.")
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="The smallest rank for which CMD {} succeeds; {} is a candidate's path."),
+    ] = None,
+    kind: options.From = None,
+    to: options.Format = None,
+    engine: options.For = None,
+    force: Force = False,
+) -> None:
+    """Write a smaller adapter: the best of its rank, in its own format. Needs no base model; the source is only read.
+
+    Give exactly one target: --target-rank, --ranks, --energy, --error, --auto, --dynamic-method, --max-params, --size,
+    --budget or --plan; or --gate. With --for or --format it may be left out, and ranks stay as they are.
+    """
+    if report is not None and not report.parent.is_dir():
+        raise ConfigError(f"{report.parent}: no such folder to write the report into")
+    if html is not None:
+        from rankflow.page import check_page_file
+
+        check_page_file(html)
+        if ranks is not None:
+            raise ConfigError(f"{html}: a report is of one adapter; leave --html out, or give one rank")
+    from rankflow.checkpoint import squeeze_each
+    from rankflow.fitting import fitting_for
+    from rankflow.formats.tensors import check_free, suffixed
+    from rankflow.tables import squeeze_table, trials_table
+    from rankflow.trials import command_gate
+
+    fitting = fitting_for(engine, to=to, base=base)
+    targets = options.targets(ctx.params, keep=engine is not None or to is not None)
+    accept = None if gate is None else command_gate(gate)
+    outs = None
+    if out is not None:
+        outs = [out] if ranks is None else [suffixed(out, target.suffix) for target in targets]
+        for path in outs if base is not None else ():  # before any data are run through the model
+            check_free(path, force=force)
+    with bar("calibrating") as progress:
+        statistics = options.statistics(ctx.params, progress)
+    with bar("squeezing" if gate is None else "trying ranks") as progress:
+        reports = squeeze_each(
+            adapter,
+            targets,
+            outs,
+            metric=metric,
+            statistics=statistics,
+            backend=backend,  # type: ignore[arg-type]  # checked there
+            dtype=dtype,
+            device=device,
+            force=force,
+            dry_run=dry_run,
+            keep_tail=keep_tail,
+            gate=accept,
+            kind=kind,
+            fitting=fitting,
+            progress=progress,
+        )
+    if report is not None:
+        found = [done.to_json() for done in reports]
+        write_json(report, found if ranks is not None else found[0])
+    if html is not None:
+        from rankflow.page import write_page
+        from rankflow.page_of import squeeze_page
+
+        write_page(squeeze_page(reports[0]), html)
+    for done in reports:
+        if done.trials:
+            print_table(trials_table(done.trials))
+        print_table(squeeze_table(done))
+        if done.out is not None:
+            typer.echo(f"Wrote {done.out} in {done.seconds:.1f} s.")
+            if done.copied:
+                typer.echo(f"Copied along: {', '.join(done.copied)}.")
+    if dry_run:
+        typer.echo("Nothing was written (--dry-run).")
+
+
+@app.command(epilog="Example: [bold]rankflow plan out/checkpoint-500 --energy 0.9 -o plan.yaml[/bold]")
+def plan(
+    ctx: typer.Context,
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")],
+    target_rank: options.TargetRank = None,
+    energy: options.Energy = None,
+    error: options.Error = None,
+    across: options.Across = False,
+    auto: options.Auto = False,
+    dynamic_method: options.DynamicMethod = None,
+    dynamic_param: options.DynamicParam = None,
+    max_params: options.MaxParams = None,
+    size: options.Size = None,
+    budget: options.BudgetYaml = None,
+    exact: options.Exact = False,
+    max_rank: options.MaxRank = None,
+    rank_multiple: options.RankMultiple = 1,
+    metric: options.Metric = "weights",
+    calibration: options.Calibration = None,
+    base: options.Base = None,
+    backend: options.Backend = None,
+    device: options.Device = "cpu",
+    kind: options.From = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a plan that is there already.")] = False,
+) -> None:
+    """Write down the ranks a squeeze would come to, to be read and edited; `squeeze --plan` does exactly that."""
+    if not out.resolve().parent.is_dir():
+        raise ConfigError(f"{out.parent}: no such folder to write the plan into")
+    from rankflow.checkpoint import squeeze_each
+    from rankflow.fitting import fitting_for
+    from rankflow.formats.tensors import check_free
+    from rankflow.planning import write_plan
+    from rankflow.tables import squeeze_table
+
+    check_free(out, force=force)
+    targets = options.targets(ctx.params)
+    with bar("calibrating") as progress:
+        statistics = options.statistics(ctx.params, progress)
+    with bar("planning") as progress:
+        (found,) = squeeze_each(
+            adapter,
+            targets,
+            metric=metric,
+            statistics=statistics,
+            backend=backend,  # type: ignore[arg-type]  # checked there
+            device=device,
+            dry_run=True,
+            kind=kind,
+            fitting=fitting_for(None, base=base),
+            progress=progress,
+        )
+    print_table(squeeze_table(found))
+    typer.echo(f"Wrote {write_plan(found, out)}; follow it with: rankflow squeeze {adapter} --plan {out}")
+
+
+@app.command(
+    epilog="Example: [bold]rankflow calibrate out/checkpoint-500 --base models/llama --data texts.jsonl "
+    "-o stats.safetensors[/bold]"
+)
+def calibrate(
+    adapter: Adapter,
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Base model's folder or name.")],
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="A .txt with a text a line; .jsonl, .csv, .parquet with text and label."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Statistics file (.safetensors) to write.")],
+    metric: Annotated[
+        str, typer.Option(help="What it is for: loss, which serves outputs too, or outputs, which needs no labels.")
+    ] = "loss",
+    batches: Annotated[int, typer.Option(metavar="N", help="Batches, at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Texts a batch.")] = 8,
+    max_length: Annotated[int, typer.Option(metavar="N", help="Tokens a text, at most.")] = 512,
+    device: options.Device = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+) -> None:
+    """Run data through an adapter on its base model and keep what `squeeze --metric outputs` or `loss` needs of it: two
+    r x r averages a module."""
+    from rankflow.base_model import calibrate_saved
+    from rankflow.measured import check_statistics_file
+
+    check_statistics_file(out, force=force)
+    with bar("calibrating") as progress:
+        found = calibrate_saved(
+            adapter,
+            base,
+            data,
+            metric=metric,
+            batches=batches,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            progress=progress,
+        )
+    found.save(out, force=force)
+    typer.echo(f"Wrote {out}: {len(found.measured)} modules, {found.tokens:,} tokens in {found.batches} batches.")
+
+
+@app.command(epilog="Example: [bold]rankflow expand out/small tail.safetensors -o out/whole[/bold]")
+def expand(
+    adapter: Adapter,
+    tail: Annotated[Path, typer.Argument(metavar="TAIL", help="What `squeeze --keep-tail` kept.")],
+    out: Out,
+    force: Force = False,
+) -> None:
+    """Put a squeezed adapter and its tail together again."""
+    from rankflow.tails import expand as run
+
+    with bar("expanding") as progress:
+        ranks = run(adapter, tail, out, force=force, progress=progress)
+    typer.echo(f"Wrote {out}: {len(ranks)} modules, total rank {sum(ranks.values()):,}.")
+
+
+@app.command(epilog="Example: [bold]rankflow canonicalize out/checkpoint-500 -o out/sorted[/bold]")
+def canonicalize(adapter: Adapter, out: Out, force: Force = False) -> None:
+    """Sort every module's directions, so that the first k of them are the best adapter of rank k."""
+    from rankflow.checkpoint import canonicalize as run
+
+    with bar("sorting") as progress:
+        done = run(adapter, out, force=force, progress=progress)
+    typer.echo(f"Wrote {done.out}: {len(done.modules)} modules, same ranks, same DeltaW.")
+
+
+@app.command(epilog="Example: [bold]rankflow pad out/checkpoint-500 --rank 16 -o out/padded[/bold]")
+def pad(
+    adapter: Adapter,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of every module; the engine's choice.")] = None,
+    engine: options.For = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder or file to write.")] = None,
+    kind: options.From = None,
+    to: options.Format = None,
+    base: options.Base = None,
+    force: Force = False,
+) -> None:
+    """Fill every module up to one rank with zeros: same DeltaW; in PEFT's format with alpha = r and no patterns."""
+    from rankflow.checkpoint import pad as run
+    from rankflow.tables import squeeze_table
+
+    with bar("padding") as progress:
+        done = run(adapter, out, rank=rank, engine=engine, force=force, kind=kind, to=to, base=base, progress=progress)
+    print_table(squeeze_table(done))
+    typer.echo(f"Wrote {done.out} in {done.seconds:.1f} s.")
+
+
+@app.command(epilog="Example: [bold]rankflow diff out/checkpoint-500 out/checkpoint-500-r8[/bold]")
+def diff(
+    first: Adapter,
+    second: Adapter,
+    base: options.Base = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Say how far apart two adapters of one model are, whatever their ranks."""
+    from rankflow.difference import diff as run
+    from rankflow.tables import difference_table
+
+    with bar("comparing") as progress:
+        found = run(first, second, base=base, progress=progress)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_table(difference_table(found))

@@ -1,0 +1,65 @@
+"""The command that looks at a saved adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankflow import options
+from rankflow.commands.adapters import Adapter
+from rankflow.terminal import app, bar, print_json, print_table
+
+
+@app.command(epilog="Example: [bold]rankflow inspect out/checkpoint-500 --plot spectra.png[/bold]")
+def inspect(
+    adapter: Adapter,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Statistics from `rankflow calibrate`: spectra in outputs and loss too."),
+    ] = None,
+    kind: options.From = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Base model's folder: intruder dimensions are counted against its weights."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(metavar="N", help="With --base: directions of each module to look at.")] = 10,
+    epsilon: Annotated[
+        float, typer.Option(metavar="E", help="With --base: a direction without a cosine of E is an intruder.")
+    ] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the spectra, e.g. spectra.png.")] = None,
+    html: options.Html = None,
+) -> None:
+    """Show every module's spectrum and every type's mean: effective and stable rank, how many directions are above the
+    noise, and the energy that 1, 2, 4, 8 and 16 hold."""
+    if html is not None:
+        from rankflow.page import check_page_file
+
+        check_page_file(html)
+    from rankflow.inspection import inspect as run
+    from rankflow.tables import inspection_table, types_table
+
+    with bar("inspecting") as progress:
+        found = run(
+            adapter, kind=kind, calibration=calibration, base=base, top_k=top_k, epsilon=epsilon, progress=progress
+        )
+    if plot is not None:
+        from rankflow.report import plot_spectra
+
+        plot_spectra(found, plot)
+    if html is not None:
+        from rankflow.page import write_page
+        from rankflow.page_of import inspection_page
+
+        write_page(inspection_page(found), html)
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_table(inspection_table(found))
+    print_table(types_table(found))
+    if plot is not None:
+        typer.echo(f"Drew {plot}.")
+    if html is not None:
+        typer.echo(f"Wrote {html}.")

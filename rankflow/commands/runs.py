@@ -1,0 +1,187 @@
+"""Commands on policies and on runs; `check` takes an adapter too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankflow import options
+from rankflow.errors import ConfigError
+from rankflow.terminal import app, print_json, print_table
+
+
+@app.command(
+    epilog="Example: [bold]rankflow check policies/increlora.yaml --model out/adapter --total-steps 3000[/bold]; "
+    "or [bold]rankflow check out/adapter --for vllm[/bold]"
+)
+def check(
+    subject: Annotated[
+        str, typer.Argument(metavar="POLICY|ADAPTER", help="Policy file, or the name of a shipped one; or an adapter.")
+    ],
+    engine: Annotated[
+        str | None, typer.Option("--for", metavar="ENGINE", help="With an adapter: what is to serve it, as in squeeze.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --for: print JSON, and nothing else.")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter folder, or transformers model folder, to check it against."),
+    ] = None,
+    total_steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of the run, for percentages.")] = 1000,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="With a model folder: what PEFT adapts; repeatable. All linears if left out."
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
+) -> None:
+    """Say what a policy means for a model: the modules its limits reach, its budgets, and the steps it decides on.
+
+    Or what an engine would get wrong with an adapter as it is; the status is 1 if there is anything.
+    """
+    from rankflow.formats.detect import looks_like_adapter
+
+    if engine is not None or looks_like_adapter(Path(subject)):
+        _check_adapter(Path(subject), engine, as_json)
+        return
+    from rankflow.config import load_policy
+    from rankflow.policy_tables import limits_table, phases_table
+
+    lifecycle = load_policy(subject)
+    if model is None:
+        typer.echo(f"{lifecycle.source} is well formed; give --model to see what it means for one.")
+        return
+    layout, phases = lifecycle.resolve(total_steps, _layout(model, target_modules, rank))
+    print_table(phases_table(phases, layout, f"{lifecycle.source} over {total_steps} steps"))
+    print_table(limits_table(layout))
+
+
+@app.command(epilog="Example: [bold]rankflow policies increlora[/bold]")
+def policies(
+    name: Annotated[str | None, typer.Argument(help="One policy, with its parameters.")] = None,
+) -> None:
+    """List the policies there are, with their parameters, defaults and meaning."""
+    from rankflow.config import describe
+    from rankflow.config import shipped as files
+    from rankflow.policy_tables import policies_table, policy_table
+
+    found = {d.name: d for d in describe()}
+    if name is not None and name not in found:
+        raise ConfigError(f"no policy is called {name!r}; there are {', '.join(found)}")
+    if name is None:
+        print_table(policies_table(list(found.values()), files()))
+    for description in found.values():
+        if name == description.name or (name is None and description.settings):
+            print_table(policy_table(description))
+
+
+@app.command(epilog="Example: [bold]rankflow report out/rankflow.jsonl -o ranks.png[/bold]")
+def report(
+    ledger: Annotated[Path, typer.Argument(help="Ledger of a run (.jsonl).")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Picture to draw; <LEDGER>.png if left out.")] = None,
+    html: options.Html = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Show what a run did: events, what gates came to, and the rank of every module, as tables and as a picture.
+
+    With --html or --json the picture is drawn only where -o says.
+    """
+    if html is not None:
+        from rankflow.page import check_page_file
+
+        check_page_file(html)
+    from rankflow.ledger import Ledger
+    from rankflow.report import plot_ledger
+    from rankflow.tables import events_table, gates_table, ranks_table
+
+    read = Ledger.read(ledger)
+    history = read.history()
+    if out is None and html is None and not as_json:
+        out = ledger.with_suffix(".png")
+    if out is not None:
+        plot_ledger(read, out)
+    if html is not None:
+        from rankflow.page import write_page
+        from rankflow.page_of import run_page
+
+        write_page(run_page(read, str(ledger)), html)
+    if as_json:
+        from rankflow.ran import ran
+
+        print_json(ran(read, str(ledger)).to_json())
+        return
+    print_table(events_table(read.events))
+    for fold in (e for e in read.events if e["event"] == "fold" and e["gates"]):
+        print_table(gates_table(fold))
+    print_table(ranks_table(history))
+    if out is not None:
+        typer.echo(f"Drew {out}.")
+    if html is not None:
+        typer.echo(f"Wrote {html}.")
+
+
+@app.command(epilog="Example: [bold]rankflow watch out[/bold], while training writes to out/rankflow.jsonl")
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or its ledger (.jsonl).")],
+    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How often to look.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show where the run stands and end.")] = False,
+) -> None:
+    """Follow a run that goes on elsewhere: ranks by type and layer, budget, last events, time to the next decision."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from rankflow.watching import find_ledger, follow, view
+
+    path = find_ledger(run)
+    console = Console(markup=False, emoji=False)
+    if once:
+        ledger = next(follow(path, every))
+        if ledger is None:
+            raise ConfigError(f"{path}: there is no ledger yet; without --once it is waited for")
+        print_table(view(ledger, time.time()))
+        return
+    try:
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            for ledger in follow(path, every):
+                live.update(f"waiting for {path}" if ledger is None else view(ledger, time.time()), refresh=True)
+    except KeyboardInterrupt:
+        raise typer.Exit() from None
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _check_adapter(adapter: Path, engine: str | None, as_json: bool) -> None:
+    """
+    Raises:
+        typer.Exit: with status 1, if anything would go wrong.
+    """
+    if engine is None:
+        raise ConfigError(f"{adapter}: is an adapter; say what is to serve it with --for")
+    from rankflow.mismatches import check as run
+    from rankflow.tables import verdict_table
+
+    found = run(adapter, engine)
+    if as_json:
+        print_json(found.to_json())
+    elif found.problems:
+        print_table(verdict_table(found))
+    else:
+        typer.echo(f"{found.source}: {engine} loads it as it is. {found.hint}".strip())
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _layout(folder: Path, target_modules: list[str] | None, rank: int) -> Any:
+    """What a policy would find: a saved adapter's layout, or that of a new adapter on a model that is never loaded."""
+    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        from rankflow.blank import blank_layout
+
+        return blank_layout(folder, target_modules, rank)
+    from rankflow.formats.peft import PeftAdapter
+
+    return PeftAdapter(folder).layout

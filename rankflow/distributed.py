@@ -1,0 +1,226 @@
+"""Several processes, each with a replica of the model: one decides, all do the same, and DistributedDataParallel goes
+on with the new parameters.
+
+Signals are reduced as gradients are: a process counts as a micro-batch of its own, of a loss divided by their number.
+Plans, with their matrices, come from process 0 and every process carries out those, never its own. What is said goes
+over a gloo group beside the one for gradients, so that messages are plain CPU tensors whatever the device.
+
+Scores that are not linear in the gradient (`delta_score`, `weight_score`) are averages of those of the processes, as
+they are of micro-batches. What a study sees of inputs (`eva`) is that of process 0's batches alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from rankflow.adapters import Adapter
+from rankflow.errors import ConfigError, DistributedError, PlanError
+from rankflow.ledger import Ledger
+from rankflow.plan import Layout, RankPlan
+from rankflow.policy import Observation, Signal
+from rankflow.processes import Alone, T
+
+_SUMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})  # over tokens; all others are averages over batches
+_TIMEOUT = datetime.timedelta(minutes=5)  # one process may evaluate or save while the others wait
+_DRIFT = 1e-6  # relative: replicas get the same gradients and have the same bits, but for how their devices add up
+
+Key = tuple[str, Signal]
+
+
+def processes_of(model: nn.Module, adapter: Adapter) -> Alone:
+    """Who takes part in training `model`, which may be wrapped.
+
+    Raises:
+        ConfigError: parameters of the adapter are shards, or a wrapper owns them that would undo a resize.
+    """
+    if not _grouped() or dist.get_world_size() == 1:
+        return Alone()
+    _refuse(model, adapter)
+    return Replicas(model, adapter)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel wraps: passes that are not to reduce gradients go through that."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _refuse(model: nn.Module, adapter: Adapter) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(p, DTensor) for p in adapter.parameters()):
+        raise ConfigError(
+            "the adapter's parameters are shards (FSDP2 or tensor parallel), which cannot be resized; shard the base "
+            "only, leaving the adapter out with fully_shard(..., ignored_params=set(adapter parameters))"
+        )
+    names = {type(m).__name__ for m in model.modules()}
+    for name in ("DeepSpeedEngine", "FullyShardedDataParallel", "PipelineStage"):
+        if name in names:
+            raise ConfigError(f"{name} keeps parameters of its own and would undo a resize; train with DDP")
+
+
+def own_ledger(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger:
+    """This process's: that of the first is on disk, the others keep theirs in memory."""
+    if isinstance(ledger, Ledger):
+        return ledger
+    return Ledger(ledger if not _grouped() or dist.get_rank() == 0 else None)
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+class Replicas(Alone):
+    """This process among others under DistributedDataParallel, or reducing gradients by hand.
+
+    Raises:
+        DistributedError: from every call, in every process: one has failed, is gone, or is at another layout.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter):
+        self._adapter = adapter
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self.leads = self._rank == 0
+        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self._hook: Any = None
+        if self._ddp is None:  # the Trainer wraps later, and keeps the wrapper to itself
+            self._hook = adapter.model.register_forward_pre_hook(self._find_wrapper)
+
+    def _find_wrapper(self, *_: object) -> None:
+        active = DistributedDataParallel._get_active_ddp_module()
+        if active is not None or torch.is_grad_enabled():
+            self._ddp = active
+            self._hook.remove()
+
+    def attempt(self, work: Callable[[], T]) -> T:
+        try:
+            done = work()
+        except Exception as e:
+            self._gather(f"{type(e).__name__}: {e}")
+            raise
+        for rank, message in enumerate(self._gather(None)):
+            if message is not None:
+                raise DistributedError(f"process {rank} failed, and all stop with it: {message}")
+        return done
+
+    def average(self, observed: Observation) -> Observation:
+        mine = observed.measured()
+        shapes: dict[Key, torch.Size] = {}
+        for theirs in self._gather({key: t.shape for key, t in mine.items()}):
+            for key, shape in theirs.items():
+                if shapes.setdefault(key, shape) != shape:
+                    raise DistributedError(
+                        f"{key[0]}: {key[1].value} has shape {list(shape)} in one process and {list(shapes[key])} in "
+                        "another"
+                    )
+        order = sorted(shapes, key=lambda key: (key[0], key[1].value))
+        device = next(iter(self._adapter.parameters())).device
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        flat = [mine[key].to(device).double() if key in mine else nothing.expand(shapes[key]) for key in order]
+        summed = self._sum(torch.cat([t.flatten() for t in flat])) if flat else nothing[None][:0]
+        values: dict[Key, Tensor] = {}
+        for key, part in zip(order, summed.split([shapes[key].numel() for key in order]), strict=True):
+            part = part.reshape(shapes[key]) / self._divisor(key[1])
+            values[key] = part.to(mine[key].dtype) if key in mine else part
+        return observed.replaced(values)
+
+    def _divisor(self, signal: Signal) -> int:
+        if signal is Signal.S_B:
+            return self._size**2  # of gradients, each of a loss that is one of so many
+        return 1 if signal in _SUMS else self._size
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        everything = list(parameters)
+        if not everything:
+            return
+        there = torch.tensor([p.grad is not None for p in everything], device=everything[0].device).double()
+        flat = [(p.grad if p.grad is not None else torch.zeros_like(p)).double().flatten() for p in everything]
+        summed = self._sum(torch.cat([there, *flat]))
+        parts = summed[len(there) :].split([p.numel() for p in everything])
+        for p, part, known in zip(everything, parts, summed[: len(there)].tolist(), strict=True):
+            p.grad = (part / self._size).reshape(p.shape).to(p.dtype) if known else None
+
+    def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
+        self._same(layout, step)
+        message: list[Any] = [None]
+        if self.leads:
+            try:
+                plan = decide()
+                message = [(plan.to_json(), plan.pack())]
+            except Exception as e:  # the others wait, and have to be told
+                self._broadcast([f"{type(e).__name__}: {e}"])
+                raise
+        (found,) = self._broadcast(message)
+        if isinstance(found, str):
+            raise PlanError(f"process 0 could not decide: {found}")
+        return RankPlan.from_json(*found)
+
+    def resized(self, layout: Layout, step: int) -> None:
+        self._same(layout, step)
+        if self._ddp is not None:
+            rebuild(self._ddp)
+
+    def _same(self, layout: Layout, step: int) -> None:
+        """Compare step, layout and how large the factors are."""
+        norm = torch.stack([p.detach().double().norm().cpu() for p in self._adapter.parameters()]).norm().item()
+        said = self._gather((step, layout.digest, norm))
+        for rank, (theirs, digest, size) in enumerate(said):
+            if theirs != said[0][0]:
+                raise DistributedError(f"process {rank} is at step {theirs}, process 0 at step {said[0][0]}")
+            if digest != said[0][1]:
+                raise DistributedError(f"step {step}: ranks of process {rank} are not those of process 0")
+            if abs(size - said[0][2]) > _DRIFT * abs(said[0][2]):
+                raise DistributedError(
+                    f"step {step}: the factors of process {rank} are not those of process 0 (norms {size:.6g} and "
+                    f"{said[0][2]:.6g}); gradients are not reduced between them. Wrap the model in "
+                    "DistributedDataParallel before training"
+                )
+
+    # -- what is sent -----------------------------------------------------------------------------------------------
+
+    def _gather(self, message: Any) -> list[Any]:
+        said: list[Any] = [None] * self._size
+        with _readable():
+            dist.all_gather_object(said, message, group=self._group)
+        return said
+
+    def _broadcast(self, message: list[Any]) -> list[Any]:
+        with _readable():
+            dist.broadcast_object_list(message, src=0, group=self._group)
+        return message
+
+    def _sum(self, t: Tensor) -> Tensor:
+        with _readable():
+            dist.all_reduce(t)
+        return t
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:
+        raise DistributedError(
+            f"another process has ended or does not answer; its own output says why ({str(e).splitlines()[0]})"
+        ) from e
+
+
+def rebuild(ddp: DistributedDataParallel) -> None:
+    """A reducer for the parameters that the module has now, with the options that the wrapper was made with.
+
+    Differs: the constructor would do it too, and forget communication hooks and the options it is not given.
+    """
+    parameters, sparse = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
+    for hook, state in ddp._comm_hooks:
+        dist._register_comm_hook(ddp.reducer, state, hook)  # pyright: ignore[reportPrivateImportUsage]

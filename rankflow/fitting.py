@@ -1,0 +1,135 @@
+"""How an adapter is written so that a certain engine loads it rightly: format, one padded rank, scales in the factors.
+
+Zero rows of A and zero columns of B add nothing to DeltaW. With alpha = r and no patterns every engine's rule for the
+scale gives 1, and so does PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankflow.engines import Engine, Fate, engine_named
+from rankflow.errors import ConfigError, naming
+from rankflow.formats.adapter import SavedAdapter, Sketch
+from rankflow.formats.convert import Converted
+from rankflow.formats.detect import converted, open_adapter
+from rankflow.formats.diffusers import METADATA
+from rankflow.formats.peft import PeftAdapter
+from rankflow.mismatches import lasting
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """engine: what is to load the adapter. rank: what its modules are padded to; the engine's choice if left out.
+    to: the format to write; the engine's, or the source's. base: the base model's folder, for GGUF and for what
+    `open_adapter` takes it for.
+
+    Raises:
+        ConfigError: things that do not go together.
+    """
+
+    engine: Engine | None = None
+    rank: int | None = None
+    to: str | None = None
+    base: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank {self.rank} cannot be padded to; give a whole number, at least 1")
+        if self.engine is None:
+            return
+        if self.to not in (None, self.engine.writes or self.to):
+            raise ConfigError(f"{self.engine.name} is written {self.engine.writes}; leave out the format {self.to}")
+        if self.rank is not None and self.engine.ranks and self.rank not in self.engine.ranks:
+            raise ConfigError(
+                f"rank {self.rank} is none of those {self.engine.name} can be set to: "
+                f"{', '.join(map(str, self.engine.ranks))}"
+            )
+
+    @property
+    def pads(self) -> bool:
+        return self.rank is not None or (self.engine is not None and self.engine.pads)
+
+    @property
+    def suffix(self) -> str:
+        """What the default name of an output ends in where ranks stay as they are."""
+        return self.engine.name if self.engine is not None else f"pad{self.rank}" if self.rank else self.to or "kept"
+
+    def open(self, src: str | Path, kind: str | None, sketch: Sketch | None = None) -> SavedAdapter:
+        """The adapter, read as it is and written as it has to be.
+
+        Raises:
+            AdapterError: as `open_adapter`.
+            ConfigError: a format that cannot hold it, or something in it that the engine does not load.
+        """
+        source = open_adapter(src, kind, self.base, sketch)
+        doubts = []
+        if self.engine is not None:
+            found = lasting(source, self.engine)
+            doubts = [f"{p.where}: {self.engine.name} {p.does}" for p in found if p.fate is Fate.UNKNOWN]
+            if worst := next((p for p in found if p.fate is not Fate.UNKNOWN), None):
+                raise ConfigError(f"{source.path}: {worst.where}: {self.engine.name} {worst.does}; {worst.remedy}")
+        with naming(source.path):
+            adapter = self._written(source)
+        adapter.notes.extend(doubts)
+        return adapter
+
+    def _written(self, source: SavedAdapter) -> SavedAdapter:
+        to = self.to or (self.engine.writes if self.engine is not None else "") or source.kind
+        if self.engine is not None and to not in self.engine.reads and not self.engine.writes:
+            to = "diffusers"
+        if to == source.kind == "diffusers" and self.engine is not None and METADATA in source.metadata:
+            return Converted(source, to)  # scales in the factors, since not everything reads the header
+        adapter = source if to == source.kind else converted(source, to, self.base)
+        return (
+            adapter.at_unit_scale()
+            if self.pads and isinstance(adapter, PeftAdapter | Converted) and to == "peft"
+            else adapter
+        )
+
+    def ranks(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """The rows that each module is written with, where it needs so many.
+
+        Raises:
+            ConfigError: more are needed than there may be.
+        """
+        if not self.pads:
+            return dict(ranks)
+        most = max(ranks.values())
+        rows = self.rank or (self.engine.rank_for(most) if self.engine is not None else most)
+        if rows < most:
+            name = next(name for name, rank in ranks.items() if rank == most)
+            raise ConfigError(
+                f"{name} has rank {most}, above the {rows} to pad to; squeeze with --max-rank {rows} first"
+            )
+        fills = self.engine is not None and self.engine.fills
+        return {name: rows if rank or fills else 0 for name, rank in ranks.items()}
+
+    def notes(self, ranks: Mapping[str, int]) -> list[str]:
+        """What to say about modules of these ranks once they are written."""
+        if not self.pads:
+            return []
+        rows = max(self.ranks(ranks).values())
+        hint = self.engine.hint(rows) if self.engine is not None else ""
+        return [f"every module is written with rank {rows}, zeros where it has less", *([hint] if hint else [])]
+
+
+def fitting_for(
+    engine: str | None, *, rank: int | None = None, to: str | None = None, base: str | Path | None = None
+) -> Fitting:
+    """
+    Raises:
+        ConfigError: no such engine, or things that do not go together.
+    """
+    return Fitting(engine_named(engine) if engine else None, rank, to, None if base is None else Path(base))
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A ``[*e, r, in]`` and B ``[*e, out, r]`` with zeros up to `rank`."""
+    more = rank - a.shape[-2]
+    return torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))

@@ -1,0 +1,130 @@
+"""Open a saved adapter of whatever format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rankflow.errors import AdapterError, ConfigError, naming
+from rankflow.formats.adapter import SavedAdapter, Sketch
+from rankflow.formats.comfyui import ComfyAdapter
+from rankflow.formats.convert import FORMATS, Converted
+from rankflow.formats.diffusers import COMPONENTS, FILES, DiffusersAdapter
+from rankflow.formats.forms import NEEDS_BASE
+from rankflow.formats.full import KIND as FULL
+from rankflow.formats.full import full_minus_base
+from rankflow.formats.gguf import GgufAdapter
+from rankflow.formats.keys import factor_of
+from rankflow.formats.kohya import KohyaAdapter
+from rankflow.formats.lycoris import fold_products, refuse_variants
+from rankflow.formats.models import is_model
+from rankflow.formats.peft import PeftAdapter
+from rankflow.formats.peft_config import CONFIG, load_config
+from rankflow.formats.randlora import dense_form
+from rankflow.formats.single import SingleFile
+from rankflow.formats.tensors import TENSOR_FILES, open_tensors
+
+_SINGLE: Mapping[str, type[SingleFile]] = {c.kind: c for c in (KohyaAdapter, ComfyAdapter, DiffusersAdapter)}
+KINDS = (PeftAdapter.kind, *_SINGLE, FULL)
+
+
+def open_adapter(
+    path: str | Path, kind: str | None = None, base: str | Path | None = None, sketch: Sketch | None = None
+) -> SavedAdapter:
+    """A saved adapter, open for reading; or a whole fine-tuned model, whose difference from its base is read as one.
+
+    Args:
+        path: a PEFT folder, a folder of diffusers', a file of tensors, or the folder of a whole model.
+        kind: one of `KINDS`; told from the file if left out.
+        base: the base model's folder, for a whole model and for adapters that say less than all in their file; these
+            name it themselves, if it is left out.
+        sketch: how far updates that come as full matrices are looked at.
+
+    Raises:
+        AdapterError: no adapter, damaged, or of a kind that cannot be resized, with the reason and the remedy.
+        ConfigError: an unknown kind, or the base model is needed and not at hand.
+    """
+    path, base, sketch = Path(path), None if base is None else Path(base), sketch or Sketch()
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"there is no adapter format {kind!r}; there are {', '.join(KINDS)}")
+    with naming(path):
+        if kind == FULL or (kind is None and is_model(path)):
+            return Converted(full_minus_base(path, base, sketch), PeftAdapter.kind)
+        if kind in (None, PeftAdapter.kind) and (found := dense_form(path, base, sketch)) is not None:
+            return Converted(found, PeftAdapter.kind)
+        return _open(path, kind, base)
+
+
+def uses_base(path: Path) -> bool:
+    """Whether `open_adapter` looks at the base model of what is there."""
+    config = (path if path.is_dir() else path.parent) / CONFIG
+    return is_model(path) or (config.is_file() and load_config(config).get("peft_type") in NEEDS_BASE)
+
+
+def looks_like_adapter(path: Path) -> bool:
+    """Whether a path is a file of tensors, or a folder with one in it, be it a whole adapter or not."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return any(file.is_file() and file.suffix in TENSOR_FILES for file in files)
+
+
+def converted(found: SavedAdapter, to: str, base: Path | None = None) -> SavedAdapter:
+    """The same adapter, written in another format.
+
+    Args:
+        to: one of `rankflow.formats.convert.FORMATS`, or gguf.
+        base: for gguf, the folder of the base model.
+
+    Raises:
+        ConfigError: an unknown format, or one that cannot hold this adapter.
+    """
+    if to == GgufAdapter.kind:
+        return GgufAdapter(found, base)
+    if to not in FORMATS:
+        raise ConfigError(f"format {to!r} cannot be written; these can: {', '.join(FORMATS)}, {GgufAdapter.kind}")
+    return Converted(found, to)
+
+
+def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
+    if kind == PeftAdapter.kind:
+        return PeftAdapter(path, base)
+    if path.is_dir():
+        inside = [path / name for name in FILES if (path / name).is_file()]
+        if not inside or (kind is None and (path / CONFIG).is_file()):
+            return PeftAdapter(path, base)
+        path = inside[0]
+    if path.suffix == ".gguf":
+        raise AdapterError(f"{path}: GGUF is not read; squeeze the adapter that it was made from")
+    if not path.is_file() or path.suffix not in TENSOR_FILES:
+        return PeftAdapter(path)  # which says what is the matter
+    if kind is None and path.stem == "adapter_model" and (path.parent / CONFIG).is_file():
+        return PeftAdapter(path, base)
+    raw, metadata = open_tensors(path)
+    tensors, notes = fold_products(raw, path)
+    kind = kind or _kind_of(tensors, path)
+    if kind == PeftAdapter.kind:
+        return PeftAdapter(path, base)
+    found = _SINGLE[kind](path, tensors, metadata)
+    found.notes += notes
+    return found
+
+
+def _kind_of(keys: Iterable[str], path: Path) -> str:
+    keys = list(keys)
+    stems = [factor.stem for key in keys if (factor := factor_of(key)) is not None]
+    if stems and all(re.match(r"(lora|lycoris)_[^.]+$", stem) for stem in stems):
+        return KohyaAdapter.kind
+    if (path.parent / CONFIG).is_file() or any(key.startswith("base_model.model.") for key in keys):
+        return PeftAdapter.kind
+    refuse_variants(keys, path)
+    roots = {stem.partition(".")[0] for stem in stems}
+    if roots & {"diffusion_model", "text_encoders"}:
+        return ComfyAdapter.kind
+    if roots and (roots <= set(COMPONENTS) or all(".processor." in stem for stem in stems)):
+        return DiffusersAdapter.kind
+    if not stems:
+        raise AdapterError(f"{path}: holds no LoRA factors; it is not a LoRA adapter, or was merged")
+    raise AdapterError(
+        f"{path}: {stems[0]} is a name of no known format; if it is one of {', '.join(KINDS)}, say so with --from. A "
+        f"PEFT adapter needs its {CONFIG} beside it, from which alone its scaling is known"
+    )

@@ -1,0 +1,66 @@
+"""Whole saved models: their tensors, over however many files they are spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from rankflow.errors import AdapterError, ConfigError
+from rankflow.formats.strict_json import strict_object
+from rankflow.formats.tensors import open_tensors
+
+_STEMS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a whole model as transformers or diffusers save one, and no adapter."""
+    return path.is_dir() and not (path / "adapter_config.json").is_file() and bool(_files(path))
+
+
+def open_model(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model's folder, mapped and not read (`open_tensors`).
+
+    Raises:
+        ConfigError: no model there.
+        AdapterError: a file of it is missing, truncated or corrupt.
+    """
+    files = _files(folder)
+    if not files:
+        raise ConfigError(f"{folder}: no model; a folder with one of {', '.join(_STEMS)}, or its index, is needed")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= open_tensors(file)[0]
+    return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    for stem in _STEMS:
+        if (folder / stem).is_file():
+            return [folder / stem]
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            return [folder / name for name in _shards(index)]
+    return []
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = set(strict_object(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
+        raise AdapterError(f"{index}: not an index of shards; the file is damaged") from None
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise AdapterError(f"{index}: names files that are not beside it; the file is damaged")
+    return sorted(names)
+
+
+def weight_of(tensors: Mapping[str, Tensor], module: str) -> Tensor | None:
+    """A module's weight; the model may have been saved from within, or without, what an adapter's names begin with."""
+    key = f"{module}.weight"
+    parts = key.split(".")
+    for i in range(len(parts) - 1):
+        if (inner := ".".join(parts[i:])) in tensors:
+            return tensors[inner]
+    outer = [k for k in tensors if k.endswith(f".{key}")]
+    return tensors[outer[0]] if len(outer) == 1 else None

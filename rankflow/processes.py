@@ -1,0 +1,40 @@
+"""What other processes that train replicas of the same model have to do with a run; by itself a process has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from rankflow.plan import Layout, RankPlan
+from rankflow.policy import Observation
+
+T = TypeVar("T")
+
+
+class Alone:
+    """One process: what it saw is all there is to see, and nobody has to agree.
+
+    All of them make every call, in the same order; `rankflow.distributed.Replicas` is the other kind.
+    """
+
+    leads = True  # decides, and keeps the ledger on disk
+
+    def attempt(self, work: Callable[[], T]) -> T:
+        """What `work` gives, if it goes well in every process; else its error, or in the others that one had one."""
+        return work()
+
+    def average(self, observed: Observation) -> Observation:
+        """What was seen over the batches of all processes."""
+        return observed
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make `.grad` of parameters that no wrapper of the model knows the mean over processes, in place."""
+
+    def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
+        """The plan that one of them decides on, for all."""
+        return decide()
+
+    def resized(self, layout: Layout, step: int) -> None:
+        """Parameters were replaced: all have to have come to this layout."""

@@ -1,0 +1,98 @@
+"""The smallest rank that a user's own command accepts, by bisection."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankflow.errors import ConfigError
+
+_STDERR = 2
+Judge = Callable[[Path], bool]  # whether the adapter at that path is good enough
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate, put before a gate."""
+
+    rank: int
+    passed: bool
+    seconds: float  # that the gate took
+
+
+def search(ranks: Sequence[int], passes: Callable[[int], bool]) -> list[Trial]:
+    """Trials in the order in which they were made, of growing `ranks`: the largest, then those bisection asks for.
+
+    Nothing is presumed of ranks above one that passed: where the largest fails, those below it are tried all the same.
+    """
+    trials: list[Trial] = []
+
+    def attempt(rank: int) -> bool:
+        began = time.perf_counter()
+        passed = passes(rank)
+        trials.append(Trial(rank, passed, time.perf_counter() - began))
+        return passed
+
+    low, high = 0, len(ranks) - 1
+    attempt(ranks[high])
+    while low < high:
+        middle = (low + high) // 2
+        if attempt(ranks[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return trials
+
+
+def accepted(trials: Sequence[Trial]) -> int:
+    """The smallest rank that passed.
+
+    Raises:
+        ConfigError: none did.
+    """
+    good = [trial.rank for trial in trials if trial.passed]
+    if not good:
+        tried = ", ".join(str(trial.rank) for trial in trials)
+        raise ConfigError(f"the gate accepted none of ranks {tried}, in that order; nothing is written")
+    return min(good)
+
+
+def contradictions(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """What speaks against a gate that every larger rank passes too; a note, or none."""
+    failed = max((trial.rank for trial in trials if not trial.passed), default=0)
+    passed = min((trial.rank for trial in trials if trial.passed), default=failed)
+    if failed <= passed:
+        return ()
+    return (
+        f"the gate is not monotone: rank {failed} failed where rank {passed} passed; do not trust it to rank sizes",
+    )
+
+
+def command_gate(command: str) -> Judge:
+    """A gate that runs a command, no shell in between: `{}` in it is the candidate's path, which without one comes
+    last. Status 0 is good. What it prints goes to stderr.
+
+    Raises:
+        ConfigError: no command. From the gate itself: one that cannot be run.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as e:
+        raise ConfigError(f"--gate {command!r}: {e}") from None
+    if not words:
+        raise ConfigError("--gate is empty; give a command, e.g. --gate 'python evaluate.py {}'")
+    if not any("{}" in word for word in words):
+        words.append("{}")
+
+    def gate(candidate: Path) -> bool:
+        try:
+            arguments = [word.replace("{}", str(candidate)) for word in words]
+            return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=_STDERR, check=False).returncode == 0
+        except OSError as e:
+            raise ConfigError(f"--gate: {words[0]} cannot be run ({e.strerror})") from None
+
+    return gate

@@ -1,0 +1,180 @@
+"""What processes that train together do in tests, each function in every one of them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from loops import GROW_THEN_SQUEEZE, tiny_llama, token_batches
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import rankflow
+
+SIZE = 2
+STEPS = 12
+INCRELORA = {
+    "policy": "increlora",
+    "when": {"start": 3, "every": 3},
+    "budget": {"mean_rank": 4},
+    "params": {"score_fraction": 1.0},
+}
+SORA = {"policy": "sora", "when": {"start": 4, "every": 4}, "params": {"lam": 20.0, "gate_lr": 0.05}}
+SQUEEZE = {
+    "policy": "squeeze",
+    "when": {"start": 6, "every": 3},
+    "budget": {"mean_rank": 1},
+    "params": {"metric": "loss"},
+}
+
+
+CASES = {
+    "increlora": (INCRELORA, {}, {}),
+    "increlora, gradients as views": (INCRELORA, {}, {"gradient_as_bucket_view": True, "find_unused_parameters": True}),
+    "squeeze by loss": (SQUEEZE, {"r": 8}, {"bucket_cap_mb": 0.01}),
+    "sora": (SORA, {"r": 4}, {}),
+    "sora, nothing closed": (SORA | {"params": {"lam": 4.0, "gate_lr": 0.05}}, {"r": 4}, {}),
+}
+FAILURES = ("without_wrapper", "one_fails", "one_leaves")  # after the last there is nobody to talk to
+
+
+def together(folder: Path) -> list[dict[str, Any]]:
+    """What every case and failure comes to in each of `SIZE` processes over gloo, by its name; the traceback of what
+    it raises. One start for all, since that takes longer than they do."""
+    torch.multiprocessing.spawn(_child, (str(folder),), nprocs=SIZE)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(SIZE)]
+
+
+def under_the_trainer(folder: Path) -> list[dict[str, Any]]:
+    """A run of the Trainer in `SIZE` processes, as torchrun starts them: whole, and stopped and resumed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_trainer_child, (str(folder), port), nprocs=SIZE)
+    return [torch.load(folder / f"trainer-{rank}.pt", weights_only=False) for rank in range(SIZE)]
+
+
+def _trainer_child(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from test_trainer import trainer
+
+    found: dict[str, Any] = {}
+    options = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 8}
+    for name, resume in (("whole", None), ("resumed", f"{folder}/whole/checkpoint-8")):
+        callback = rankflow.RankFlowCallback(GROW_THEN_SQUEEZE)
+        made = trainer(Path(folder) / name, callback, **options)
+        made.train(resume_from_checkpoint=resume)
+        assert isinstance(made.model_wrapped, DistributedDataParallel)
+        found[name] = outcome(made.model, callback.flow)
+    torch.save(found, Path(folder) / f"trainer-{rank}.pt")
+
+
+def _child(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
+    work = {name: partial(run, rank, *case, f"{folder}/{name}.jsonl") for name, case in CASES.items()}
+    work |= {name: partial(globals()[name], rank) for name in FAILURES}
+    found = {}
+    for name, do in work.items():
+        try:
+            found[name] = do()
+        except Exception:  # noqa: PERF203  # the next is to run all the same
+            found[name] = traceback.format_exc()
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def wrapped(model: Any, **options: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(model, **options)
+
+
+def train(model: Any, flow: Any, optimizer: Any, batches: list[Any], micro: int = 1) -> None:
+    """`micro` batches a step, of a loss divided by their number."""
+    for at in range(0, len(batches), micro):
+        for batch in batches[at : at + micro]:
+            (model(**batch).loss / micro).backward()
+        flow.before_step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        flow.after_step()
+        optimizer.zero_grad()
+
+
+def outcome(model: Any, flow: Any) -> dict[str, Any]:
+    return {
+        "ranks": flow.layout.ranks,
+        "weights": {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n},
+        "events": [(e["event"], e["step"]) for e in flow.ledger.events],
+        "path": flow.ledger.path is not None,
+        "averages": flow.state_dict()["averages"],
+    }
+
+
+def alone(policy: dict[str, Any], **model: Any) -> dict[str, Any]:
+    """One process that accumulates what each of several gets."""
+    net = tiny_llama(dropout=0.0, **model).train()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    flow = rankflow.attach(net, optimizer, policy, total_steps=STEPS)
+    train(net, flow, optimizer, token_batches(SIZE * STEPS), SIZE)
+    flow.finish()
+    return outcome(net, flow)
+
+
+def run(rank: int, policy: dict[str, Any], model: dict[str, Any], options: dict[str, Any], ledger: str) -> Any:
+    """A run whose batches are those of `alone`, dealt out."""
+    net = tiny_llama(dropout=0.0, **model).train()
+    ddp = wrapped(net, **options)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    flow = rankflow.attach(ddp, optimizer, policy, total_steps=STEPS, ledger=ledger)
+    train(ddp, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE])
+    flow.finish()
+    return outcome(net, flow)
+
+
+def without_wrapper(rank: int) -> Any:
+    """Nobody reduces gradients: the first decision finds out."""
+    net = tiny_llama(dropout=0.0).train()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    flow = rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS)
+    train(net, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE])
+
+
+def one_fails(rank: int) -> Any:
+    """An error that one process alone meets while it resizes."""
+    net = tiny_llama(dropout=0.0).train()
+    ddp = wrapped(net)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    flow = rankflow.attach(ddp, optimizer, INCRELORA, total_steps=STEPS)
+    before = copy.deepcopy({n: p.detach() for n, p in net.named_parameters()})
+    if rank == 1:
+
+        def full(*args: Any) -> Any:
+            raise MemoryError("no room for the new factors")
+
+        flow._surgeon.apply = full
+    try:
+        train(ddp, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE])
+    finally:
+        assert before.keys() == dict(net.named_parameters()).keys()
+
+
+def one_leaves(rank: int) -> Any:
+    """A process that ends before the others decide."""
+    net = tiny_llama(dropout=0.0).train()
+    ddp = wrapped(net)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    flow = rankflow.attach(ddp, optimizer, SQUEEZE | {"params": {}}, total_steps=STEPS)
+    batches = token_batches(SIZE * STEPS)[rank::SIZE]
+    train(ddp, flow, optimizer, batches[:5])
+    if rank == 1:
+        return "left"
+    flow._decide(rankflow.policy.Observation(5))
+    return "decided alone"

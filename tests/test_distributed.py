@@ -1,0 +1,74 @@
+"""Two processes over gloo: the same ranks as one, replicas that stay equal, and errors that say what happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import replicas
+import torch
+from replicas import CASES, SIZE, together, under_the_trainer
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("together")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict]:
+    return together(folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list[dict], name: str):
+    policy, model, _ = CASES[name]
+    one = replicas.alone(policy, **model)
+    for each in (of[name] for of in found):
+        assert not isinstance(each, str), each
+        assert each["ranks"] == one["ranks"]
+        assert each["events"] == one["events"]
+        for key, w in one["weights"].items():
+            torch.testing.assert_close(each["weights"][key], w, rtol=1e-3, atol=1e-5)
+            assert torch.equal(each["weights"][key], found[0][name]["weights"][key])
+        assert each["averages"].keys() == one["averages"].keys()
+        for module, averages in one["averages"].items():
+            for key, average in averages.items():
+                torch.testing.assert_close(each["averages"][module][key], average, rtol=1e-3, atol=1e-12)
+    assert any(event == "resize" for event, _ in one["events"]) or name == "sora, nothing closed"
+    assert [of[name]["path"] for of in found] == [True] + [False] * (SIZE - 1)
+    assert (folder / f"{name}.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("without_wrapper", ["are not those of process 0", "are not those of process 0"]),
+        ("one_fails", ["process 1 failed, and all stop with it: MemoryError", "MemoryError: no room"]),
+        ("one_leaves", ["another process has ended or does not answer", "left"]),
+    ],
+)
+def test_what_one_process_does_is_told_in_all(found: list[dict], name: str, says: list[str]):
+    for of, wanted in zip(found, says, strict=True):
+        assert wanted in of[name]
+
+
+@pytest.mark.slow
+def test_the_trainer_with_two_processes_resizes_and_resumes(tmp_path: Path):
+    found = under_the_trainer(tmp_path)
+    for name in ("whole", "resumed"):
+        first, second = (of[name] for of in found)
+        assert first["ranks"] == second["ranks"] == found[0]["whole"]["ranks"]
+        for key, w in first["weights"].items():
+            assert torch.equal(w, second["weights"][key])
+            torch.testing.assert_close(w, found[0]["whole"]["weights"][key], rtol=1e-5, atol=1e-7)
+    events = [json.loads(line)["event"] for line in (tmp_path / "whole" / "rankflow.jsonl").read_text().splitlines()]
+    assert events.count("resize") > 1
+    assert events.count("finish") == 1  # one process writes it
+    saved = load_file(tmp_path / "whole" / "checkpoint-20" / "adapter_model.safetensors")
+    ranks = {k.split(".lora_A")[0].removeprefix("base_model.model."): len(t) for k, t in saved.items() if "lora_A" in k}
+    assert ranks == {name: rank for name, rank in found[0]["whole"]["ranks"].items() if rank}

@@ -1,0 +1,303 @@
+"""A small valid file for every reader there is, as bytes: what the damaged ones are made from."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rankflow import squeeze
+from rankflow.measured import Statistics, digest
+from rankflow.policy import Signal
+
+Files = dict[str, bytes]  # name in the source's folder -> content
+RANK = 4
+_STEM = "down_blocks.0.attentions.0.attn1."
+
+
+def _drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 3
+
+
+def _pairs(shapes: Mapping[str, tuple[int, ...]], form: str, ranks: Mapping[str, int] = {}) -> dict[str, Tensor]:
+    """Factors of modules of these shapes (in, out, *kernel); `form` has a place for the module and one for A or B."""
+    down, up = ("A", "B") if "lora_{1}" in form and "down" not in form else ("down", "up")
+    down, up = ("down", "up") if form.endswith("@") else (down, up)
+    form = form.rstrip("@")
+    out = {}
+    for i, (name, (n_in, n_out, *kernel)) in enumerate(shapes.items()):
+        r = ranks.get(name, RANK)
+        out[form.format(name, down)] = _drawn(2 * i, r, n_in, *kernel)
+        out[form.format(name, up)] = _drawn(2 * i + 1, n_out, r, *[1] * len(kernel))
+    return out
+
+
+_LINEAR = {"layers.0.q": (8, 8), "layers.0.up": (8, 12), "layers.1.q": (8, 8)}
+_PEFT = "base_model.model.{0}.lora_{1}.weight"
+
+
+def _config(**fields: Any) -> bytes:
+    config = {
+        "peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q", "up"], "rank_pattern": {},
+        "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "bias": "none", "modules_to_save": None,
+        "exclude_modules": None, "init_lora_weights": True, "base_model_name_or_path": "some/base",
+        "target_parameters": None, "fan_in_fan_out": False, "lora_dropout": 0.05, "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    return json.dumps(config | fields).encode()
+
+
+def _peft(tensors: Mapping[str, Tensor] | None = None, **fields: Any) -> Files:
+    tensors = _pairs(_LINEAR, _PEFT) if tensors is None else dict(tensors)
+    return {
+        "adapter_model.safetensors": save(dict(tensors), {"format": "pt"}),
+        "adapter_config.json": _config(**fields),
+    }
+
+
+def as_bin(tensors: Mapping[str, Tensor], *, legacy: bool = False) -> bytes:
+    file = io.BytesIO()
+    torch.save(dict(tensors), file, _use_new_zipfile_serialization=not legacy)
+    return file.getvalue()
+
+
+def _dora() -> Files:
+    norms = {f"base_model.model.{n}.lora_magnitude_vector": _drawn(9, s[1]).abs() + 1 for n, s in _LINEAR.items()}
+    return _peft(_pairs(_LINEAR, _PEFT) | norms, use_dora=True)
+
+
+def _embedding() -> Files:
+    tensors = _pairs(_LINEAR, _PEFT)
+    tensors["base_model.model.emb.lora_embedding_A"] = _drawn(7, RANK, 20)
+    tensors["base_model.model.emb.lora_embedding_B"] = _drawn(8, 8, RANK)
+    tensors["base_model.model.head.weight"] = _drawn(6, 3, 8)
+    return _peft(tensors, target_modules=["q", "up", "emb"], modules_to_save=["head"])
+
+
+def _experts() -> Files:
+    tensors = {
+        "base_model.model.mlp.lora_A.weight": _drawn(1, 3 * RANK, 8),
+        "base_model.model.mlp.lora_B.weight": _drawn(2, 10, 3 * RANK),
+        "base_model.model.mlp.base_layer.lora_A.weight": _drawn(3, 3 * RANK, 10),
+        "base_model.model.mlp.base_layer.lora_B.weight": _drawn(4, 8, 3 * RANK),
+    }
+    return _peft(tensors, target_modules=[], target_parameters=["mlp.up_proj", "mlp.down_proj"])
+
+
+def _mixed() -> Files:
+    ranks = {"layers.0.q": 2, "layers.0.up": 6}
+    patterns = {"rank_pattern": {"layers.0.q": 2, r"layers\.\d+\.up": 6}, "alpha_pattern": {"layers.1.q": 3.5}}
+    return _peft(_pairs(_LINEAR, _PEFT, ranks), use_rslora=True, exclude_modules=["vision"], **patterns)
+
+
+def _adalora() -> Files:
+    tensors = _pairs(_LINEAR, "base_model.model.{0}.lora_{1}")
+    tensors |= {f"base_model.model.{name}.lora_E": _drawn(i, RANK, 1) for i, name in enumerate(_LINEAR)}
+    masks = {f"{name}.lora_E": [True] * RANK for name in _LINEAR}
+    return _peft(tensors, peft_type="ADALORA", init_r=RANK, target_r=2, tinit=1, total_step=9, rank_pattern=masks)
+
+
+def _form(kind: str, parts: Mapping[str, Tensor], shared: Mapping[str, Tensor] = {}, **fields: Any) -> Files:
+    """Two modules with the same parts, as PEFT names them, and what all share."""
+    tensors = {f"base_model.model.layers.{i}.q.{part}": t.clone() for i in range(2) for part, t in parts.items()}
+    tensors |= {f"base_model.{part}": t for part, t in shared.items()}
+    return _peft(tensors, peft_type=kind, alpha=8, target_modules=["q"], **fields)
+
+
+def _middles() -> Files:
+    middles = {f"base_model.model.{name}.lora_N": _drawn(40 + i, RANK, RANK) for i, name in enumerate(_LINEAR)}
+    return _peft(_pairs(_LINEAR, _PEFT) | middles)
+
+
+def _loha() -> Files:
+    shapes = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 12), "hada_w2_a": (8, 2), "hada_w2_b": (2, 12)}
+    return _form("LOHA", {part: _drawn(i, *shape) for i, (part, shape) in enumerate(shapes.items())})
+
+
+def _lokr() -> Files:
+    return _form("LOKR", {"lokr_w1": _drawn(1, 2, 2), "lokr_w2_a": _drawn(2, 4, 2), "lokr_w2_b": _drawn(3, 2, 4)})
+
+
+def _vblora() -> Files:
+    logits = {"vblora_logits_A": _drawn(1, RANK, 2, 5), "vblora_logits_B": _drawn(2, 3, RANK, 5)}
+    return _form("VBLORA", logits, {"vblora_vector_bank.default": _drawn(3, 5, 4)}, topk=2)
+
+
+def _unilora() -> Files:
+    made = {}
+    for i, (side, shape) in enumerate({"A": (RANK, 8), "B": (12, RANK)}.items()):
+        generator = torch.Generator().manual_seed(i)
+        made[f"unilora_indices_{side}"] = torch.randint(0, 30, shape, generator=generator)
+        made[f"unilora_scales_{side}"] = _drawn(i, *shape)
+    return _form("UNILORA", made, {"unilora_theta_d.default": _drawn(3, 30)})
+
+
+def _delora() -> Files:
+    sizes = {"delora_lambda": _drawn(3, 1).abs(), "delora_w_norm": _drawn(4, 8).abs()}
+    return _form("DELORA", {"delora_A": _drawn(1, RANK, 8), "delora_B": _drawn(2, 12, RANK), **sizes})
+
+
+def _gralora() -> Files:
+    return _form("GRALORA", {"gralora_A": _drawn(1, 2, 4, RANK), "gralora_B": _drawn(2, 2, RANK, 6)}, hybrid_r=0)
+
+
+_UNET = {_STEM + "to_q": (8, 8), _STEM + "to_out.0": (8, 12), "mid_block.resnets.0.conv1": (4, 6, 3, 3)}
+
+
+def _alphas(tensors: dict[str, Tensor], value: float = 2.0) -> dict[str, Tensor]:
+    stems = {re.split(r"\.lora_", key)[0] for key in tensors}
+    return tensors | {f"{stem}.alpha": torch.tensor(value) for stem in sorted(stems)}
+
+
+def _kohya() -> Files:
+    flat = {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in _UNET.items()}
+    tensors = _alphas(_pairs(flat, "{0}.lora_{1}.weight@"))
+    meta = {"ss_network_dim": "4", "ss_network_alpha": "2", "ss_network_module": "networks.lora"}
+    return {"x.safetensors": save(tensors, meta)}
+
+
+def _locon() -> Files:
+    files = _kohya()
+    flat = {"lora_unet_mid_block_resnets_0_conv2": (4, 6, 1, 1)}
+    tensors = _alphas(_pairs(flat, "{0}.lora_{1}.weight@"))
+    tensors["lora_unet_mid_block_resnets_0_conv2.lora_mid.weight"] = _drawn(5, RANK, RANK, 3, 3)
+    return {"x.safetensors": save(tensors | unpacked(files["x.safetensors"])[0], {"ss_network_dim": "4"})}
+
+
+def _comfyui() -> Files:
+    return {"x.safetensors": save(_alphas(_pairs(_UNET, "diffusion_model.{0}.lora_{1}.weight")))}
+
+
+def _diffusers() -> Files:
+    packed = {"unet.r": RANK, "unet.lora_alpha": 8, "unet.target_modules": ["to_q"], "unet.rank_pattern": {}}
+    meta = {"format": "pt", "lora_adapter_metadata": json.dumps(packed)}
+    return {"pytorch_lora_weights.safetensors": save(_pairs(_UNET, "unet.{0}.lora_{1}.weight"), meta)}
+
+
+def _tail() -> Files:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        put(folder / "src", _mixed())
+        squeeze(folder / "src", folder / "out", target_rank=2, keep_tail=folder / "tail.safetensors")
+        return {f.name: f.read_bytes() for f in ((folder / "tail.safetensors"), *(folder / "out").iterdir())}
+
+
+def _statistics() -> Files:
+    measured, digests = {}, {}
+    factors = _pairs(_LINEAR, _PEFT)
+    for i, name in enumerate(_LINEAR):
+        z, d = _drawn(20 + i, 40, RANK).double(), _drawn(30 + i, 40, RANK).double()
+        digests[name] = digest(factors[_PEFT.format(name, "A")], factors[_PEFT.format(name, "B")])
+        measured[name] = {
+            Signal.MEAN_ZZ: z.T @ z / 40,
+            Signal.MEAN_DD: d.T @ d / 40,
+            Signal.MEASURED: torch.full((RANK,), 40.0, dtype=torch.float64),
+        }
+    with tempfile.TemporaryDirectory() as name:
+        path = Statistics(measured, digests, 40, 2, "base", "data").save(Path(name) / "stats.safetensors")
+        return {"stats.safetensors": path.read_bytes(), **_peft()}
+
+
+def _plan() -> Files:
+    plan = {"adapter": "src", "target": {"energy": 0.9}, "summary": "x", "ranks": dict.fromkeys(_LINEAR, 2)}
+    return {"plan.yaml": yaml.safe_dump(plan, sort_keys=False).encode(), **_peft()}
+
+
+def _budget() -> Files:
+    budget = {
+        "budget": {"mean_rank": 2.5},
+        "limits": {"*.q": {"min": 1, "max": 3}, "re:.*up": {"max": 4}, r"layers\.0\.up": 3},
+        "tie": [["re:layers\\.(\\d+)\\.q"]],
+        "rank_buckets": [1, 2, 3, 4],
+        "rank_multiple": 1,
+    }
+    return {"budget.yaml": yaml.safe_dump(budget, sort_keys=False).encode(), **_peft()}
+
+
+def _ledger() -> Files:
+    slot = {"rank": 2, "in_features": 16, "out_features": 16, "scaling": 2.0, "buckets": [], "kind": "linear"}
+    names = [f"layers.{i}.{kind}" for i in range(2) for kind in ("q", "up")]
+    plan = {"reason": "why", "state": "carry", "rewarm": 0}
+    gates = {name: {"open": 2.0, "mean_bits": 3.5} for name in names}
+    shape = {"shape": [1, 5], "N": "00", "M": "00", "metric": "weights"}
+    events = [
+        {"event": "attach", "step": 0, "layout": dict.fromkeys(names, slot), "total_steps": 40, "seed": 0},
+        {"event": "phase", "step": 0, "policy": "increlora", "end": 41, "notes": ["a"],
+         "decides": {"first": 10, "before": 30, "every": 10}, "budget": "mean_rank 4", "time": 1e9},
+        {"event": "resize", "step": 10, "plan": plan | {"ops": {names[0]: [{"op": "grow", "n": 3, "init": "zero_b"}]}},
+         "policy": "increlora", "reason": "best", "ranks": {names[0]: 5}, "total_rank": 11, "params": 352},
+        {"event": "skip", "step": 20, "policy": "increlora", "reason": "not finite"},
+        {"event": "restore", "step": 20, "events": 4},
+        {"event": "resize", "step": 25, "plan": plan | {"ops": {
+            names[1]: [{"op": "drop"}], names[2]: [{"op": "keep", "idx": [0]}], names[0]: [{"op": "refactor", **shape}]
+        }}, "policy": "increlora", "reason": "x", "ranks": {names[1]: 0}},
+        {"event": "fold", "step": 30, "policy": "bayesian_lora", "gates": gates, "total": {"open": 8.0}},
+        {"event": "finish", "step": 40, "total_rank": 6, "params": 352},
+    ]  # fmt: skip
+    return {"rankflow.jsonl": "".join(json.dumps(e) + "\n" for e in events).encode()}
+
+
+def _quantized() -> Files:
+    """One module with bits of its own for each tensor; the adapter is what the integers give."""
+    ints = [torch.randint(-2, 2, s, generator=torch.Generator().manual_seed(0)) for s in ((2, 4), (6, 2), (2,))]
+    step = torch.tensor([0.1, 0.2, 0.3])
+    a, b, e = (t.float() * s for t, s in zip(ints, step, strict=True))
+    packed = {f"q.{key}": t.reshape(-1).to(torch.int8) for key, t in zip("ABE", ints, strict=True)} | {"q.step": step}
+    about = {"format": 1, "modules": {"q": {"bits": [8, 8, 8], "shapes": [list(t.shape) for t in ints]}}}
+    adapter = {_PEFT.format("q", "A"): e[:, None] * a, _PEFT.format("q", "B"): b}
+    quantized = save(packed, {"rankflow_quantized": json.dumps(about)})
+    return {"rankflow_quantized.safetensors": quantized, **_peft(adapter, r=2)}
+
+
+READERS: dict[str, Callable[[], Files]] = {
+    "peft": _peft,
+    "rslora": lambda: _peft(use_rslora=True),
+    "dora": _dora,
+    "conv": lambda: _peft(_pairs({"conv": (4, 6, 3, 3), "one": (4, 6, 3)}, _PEFT), target_modules=["conv", "one"]),
+    "embedding": _embedding,
+    "experts": _experts,
+    "mixed": _mixed,
+    "bin": lambda: {"adapter_model.bin": as_bin(_pairs(_LINEAR, _PEFT)), "adapter_config.json": _config()},
+    "old bin": lambda: {
+        "adapter_model.bin": as_bin(_pairs(_LINEAR, _PEFT), legacy=True),
+        "adapter_config.json": _config(),
+    },
+    "adalora": _adalora,
+    "middles": _middles,
+    "loha": _loha,
+    "lokr": _lokr,
+    "vblora": _vblora,
+    "unilora": _unilora,
+    "delora": _delora,
+    "gralora": _gralora,
+    "kohya": _kohya,
+    "locon": _locon,
+    "comfyui": _comfyui,
+    "diffusers": _diffusers,
+    "tail": _tail,
+    "statistics": _statistics,
+    "plan": _plan,
+    "budget": _budget,
+    "ledger": _ledger,
+    "quantized": _quantized,
+}
+
+
+def unpacked(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    size = int.from_bytes(raw[:8], "little")
+    return load(raw), json.loads(raw[8 : 8 + size]).get("__metadata__", {})
+
+
+def put(folder: Path, files: Files) -> Path:
+    folder.mkdir()
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    return folder
