@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rankflow.batches import by_shape, pays_on
 from rankflow.crew import Crew, Progress
 from rankflow.devices import usable
 from rankflow.errors import ConfigError, naming
@@ -27,11 +28,13 @@ from rankflow.formats.detect import open_adapter
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.tensors import all_finite
 from rankflow.growth import new_rows
-from rankflow.linalg import Gauge, Spectrum, refactor
+from rankflow.linalg import refactor
+from rankflow.linalg import spectra as spectra_of
 from rankflow.measured import Statistics
 from rankflow.plan import Layout
 from rankflow.rsvd import Backend, check_backend
 from rankflow.seeds import keyed_generator
+from rankflow.spectra import Gauge, Spectrum
 from rankflow.squeezed import SqueezeReport, report
 from rankflow.tails import check_tail, tail_writer
 from rankflow.targets import Goal, Target, every_rank
@@ -223,7 +226,11 @@ def squeeze_each(
     with naming(adapter.path, statistics):
         yardstick = Yardstick.of(metric, statistics, layout, targets)
     sized = Layout({n: replace(s, itemsize=(wanted or s).itemsize) for n, s in layout.items()})  # as it is written
-    at_once = len(suffixes) == 1 and (not dry_run or gate is not None) and not targets[0].needs_spectra
+    batched = pays_on(where) and metric == "weights" and backend == "exact"
+    dtypes = {name: adapter.entries[name].dtype for name in layout}
+    groups = by_shape(layout, layout, dtypes) if batched else [(name,) for name in layout]
+    once = len(suffixes) == 1 and (not dry_run or gate is not None)
+    at_once = once and not batched and not targets[0].needs_spectra
     passes = (0 if at_once else 1) + (0 if dry_run else len(targets))
     crew = Crew(progress if gate is None else None, passes * len(layout))
 
@@ -237,8 +244,12 @@ def squeeze_each(
         found = yardstick.spectrum(name, a, b, layout[name].scaling, backend)
         return replace(found, outside=adapter.outside(name))
 
-    def measure(name: str) -> Spectrum:
-        return measured(name, *factors(name))
+    def measure(names: Sequence[str]) -> list[Spectrum]:
+        pairs = [factors(name) for name in names]
+        if len(names) == 1:
+            return [measured(names[0], *pairs[0])]
+        found = spectra_of(pairs, [layout[name].scaling for name in names])
+        return [replace(one, outside=adapter.outside(name)) for name, one in zip(names, found, strict=True)]
 
     def write(name: str, rank: int, rows: int, put: Put, put_tail: Put | None) -> Spectrum:
         dtype = wanted or adapter.entries[name].dtype
@@ -257,7 +268,7 @@ def squeeze_each(
         return found
 
     with naming(adapter.path):
-        spectra = {} if at_once else crew.each(measure, layout)
+        spectra = {} if at_once else crew.together(measure, groups)
 
     def produce(target: Target, ranks: Mapping[str, int], out: Path | None, tail: Path | None) -> SqueezeReport:
         nonlocal spectra

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import ConfigError, RankFlowError
-from rankflow.linalg import SPAN_EPS, f64, like
+from rankflow.linalg import f64, like
 from rankflow.rsvd import dominant_sign
+from rankflow.spectra import SPAN_EPS
 
 
 def new_rows(n: int, A: Tensor, generator: torch.Generator, *, kind: str = "linear") -> Tensor:

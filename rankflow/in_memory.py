@@ -13,10 +13,10 @@ from torch import nn
 from rankflow.adapters import Adapter
 from rankflow.crew import Crew, Progress
 from rankflow.gated import refuse_gates
-from rankflow.linalg import Gauge, Spectrum
 from rankflow.measured import Statistics
 from rankflow.plan import Layout, RankPlan
 from rankflow.rsvd import Backend, check_backend
+from rankflow.spectra import Gauge, Spectrum
 from rankflow.squeezed import SqueezeReport, report
 from rankflow.surgeon import Surgeon
 from rankflow.targets import Goal, Target

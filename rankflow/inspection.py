@@ -15,12 +15,13 @@ from rankflow.crew import Crew, Progress
 from rankflow.errors import naming
 from rankflow.formats.detect import open_adapter
 from rankflow.intruders import Intruders
-from rankflow.linalg import Metric, Spectrum
+from rankflow.linalg import Metric
 from rankflow.measured import Statistics
 from rankflow.metrics import averages_of
 from rankflow.names import arrange
 from rankflow.plan import Layout, Slot
 from rankflow.policy import Signal
+from rankflow.spectra import Spectrum
 from rankflow.targets import above_noise
 from rankflow.yardstick import Yardstick
 

@@ -8,9 +8,10 @@ from typing import get_args
 from torch import Tensor
 
 from rankflow.errors import ConfigError
-from rankflow.linalg import Metric, Spectrum, spectrum
+from rankflow.linalg import Metric, spectrum
 from rankflow.policy import Signal
 from rankflow.rsvd import Backend
+from rankflow.spectra import Spectrum
 
 Measured = Mapping[Signal, Tensor]  # of one module: `MEASURED` and the averages there are, if it was heard at all
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from rankflow.difference import relative
 from rankflow.engines import ENGINES
-from rankflow.linalg import Metric, Spectrum
+from rankflow.linalg import Metric
 from rankflow.plan import Layout
+from rankflow.spectra import Spectrum
 from rankflow.trials import Trial
 
 

@@ -17,13 +17,14 @@ from rankflow.errors import ConfigError, PlanError, RankFlowError
 from rankflow.gated import refuse_gates
 from rankflow.gates import Gates
 from rankflow.journal import Journal
-from rankflow.linalg import Spectrum, spectrum
+from rankflow.linalg import spectrum
 from rankflow.moments import SeedV
 from rankflow.optim import Carrier, OnUnknownState
 from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.ramps import Ramps
 from rankflow.seeds import keyed_generator
 from rankflow.sites import Site
+from rankflow.spectra import Spectrum
 from rankflow.staging import Stage, Staged, check_finite
 from rankflow.transitions import best_cut, ops_to
 

@@ -28,8 +28,8 @@ from rankflow.budget import Budget, allocate
 from rankflow.errors import ConfigError
 from rankflow.knapsack import allocate_exactly, cover, upper_bound
 from rankflow.limits import Limits, units
-from rankflow.linalg import Spectrum
 from rankflow.plan import Layout, Slot
+from rankflow.spectra import Spectrum
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rankflow.linalg import Gauge, Metric, Spectrum
+from rankflow.linalg import Metric
 from rankflow.plan import Drop, Grow, Keep, Op, Refactor
+from rankflow.spectra import Gauge, Spectrum
 
 Shrink = Callable[[int], Sequence[Op]]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import Tensor
 
 from rankflow.errors import ConfigError
-from rankflow.linalg import Metric, Spectrum
+from rankflow.linalg import Metric
 from rankflow.measured import Statistics
 from rankflow.metrics import averages_of, metric_of_each, spectrum_in
 from rankflow.plan import Layout
 from rankflow.rsvd import Backend
+from rankflow.spectra import Spectrum
 from rankflow.targets import Target
 
 

@@ -1298,6 +1298,20 @@ MUTANTS = [
         "pass",
         "tests/test_crash.py::test_leftovers_are_taken_away_but_not_those_of_a_living_process",
     ),
+    Mutant(
+        "scale all modules factorised at once by the first's scaling",
+        "linalg.py",
+        "apart = torch.tensor(scalings, dtype=",
+        "apart = torch.tensor(scalings[:1] * len(scalings), dtype=",
+        "tests/test_linalg.py::test_modules_factorised_at_once_are_each_as_if_alone",
+    ),
+    Mutant(
+        "hand the spectra of modules factorised at once out in another order",
+        "crew.py",
+        "zip(group, future.result(), strict=True)}",
+        "zip(group, future.result()[::-1], strict=True)}",
+        "tests/test_checkpoint.py::test_modules_of_one_shape_are_factorised_at_once_to_the_same_end",
+    ),
 ]
 
 

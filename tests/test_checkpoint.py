@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankflow
-from rankflow import AdapterError, ConfigError, inspect, squeeze, squeeze_model
+from rankflow import AdapterError, ConfigError, batches, checkpoint, inspect, squeeze, squeeze_model
 from rankflow.adapters import Adapter
 from rankflow.formats import atomic
 from rankflow.formats import tensors as tensor_files
 from rankflow.formats.peft import PeftAdapter
+from rankflow.plan import Layout, Slot
 
 TARGETS = r"layers\.\d\.(q|up)"  # a list would match vis.layers too, by the ends of names
 LINEARS = ["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up"]
@@ -244,6 +245,46 @@ def test_randomised_backends_agree_with_the_exact_one(plain: Path, tmp_path: Pat
     report = squeeze(plain, tmp_path / "out", target_rank=3, backend=backend)
     assert report.backend == backend
     assert_optimal(deltas(loaded(plain)), deltas(loaded(tmp_path / "out")), ranks_of(loaded(tmp_path / "out")))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("kind", ["mixed", "experts", "embedding"])
+@pytest.mark.parametrize("target", [{"target_rank": 2}, {"energy": 0.7, "across": True}], ids=str)
+def test_modules_of_one_shape_are_factorised_at_once_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, target: dict
+):
+    src, sizes, seen = saved(tmp_path / "src", KINDS[kind]), [], []
+    alone = squeeze(src, tmp_path / "alone", **target)
+    monkeypatch.setattr(checkpoint, "pays_on", lambda device: True)
+    at_once = checkpoint.spectra_of
+    monkeypatch.setattr(checkpoint, "spectra_of", lambda pairs, s: sizes.append(len(pairs)) or at_once(pairs, s))
+    together = squeeze(src, tmp_path / "together", **target, progress=lambda *at: seen.append(at))
+    assert max(sizes) > 1
+    assert seen[-1][0] == seen[-1][1] == 2 * len(together.modules)
+    assert together.ranks == alone.ranks
+    for name, delta in deltas(loaded(tmp_path / "alone")).items():
+        torch.testing.assert_close(deltas(loaded(tmp_path / "together"))[name], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_holds_no_more_than_memory_allows(monkeypatch: pytest.MonkeyPatch):
+    layout = Layout({f"m{i}": Slot(4, 10, 20 if i % 2 else 30, 1.0) for i in range(10)})
+    monkeypatch.setattr(batches, "_BYTES", 3 * 8 * 4 * 30)
+    groups = batches.by_shape(layout, layout, dict.fromkeys(layout, torch.float32))
+    assert groups == [("m0", "m2"), ("m4", "m6"), ("m8",), ("m1", "m3", "m5"), ("m7", "m9")]
+    assert len(batches.by_shape(layout, layout, {n: n for n in layout})) == 10, "dtypes are not mixed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", [{"target_rank": 2}, {"energy": 0.7, "across": True}], ids=str)
+def test_a_gpu_comes_to_the_same_as_the_cpu(tmp_path: Path, dtype: str, target: dict):
+    src = saved(tmp_path / "src", KINDS["mixed"])
+    squeeze(src, tmp_path / "cpu", dtype=dtype, **target)
+    squeeze(src, tmp_path / "cuda", dtype=dtype, device="cuda", **target)
+    there = deltas(loaded(tmp_path / "cuda"))
+    for name, delta in deltas(loaded(tmp_path / "cpu")).items():
+        torch.testing.assert_close(there[name], delta, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-4)
 
 
 def test_energy_takes_the_smallest_rank_that_keeps_it(plain: Path, tmp_path: Path):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rankflow.carry import carry_first, carry_second
 from rankflow.errors import AdapterError, ConfigError, RankFlowError
 from rankflow.growth import new_rows, rows_from_sketch
-from rankflow.linalg import refactor, spectrum
+from rankflow.linalg import refactor, spectra, spectrum
 from rankflow.rsvd import dominant_sign, low_rank
 
 METRICS = ["weights", "outputs", "loss"]
@@ -657,6 +657,31 @@ def test_experts_are_cut_each_for_itself(metric):
     torch.testing.assert_close(spec.gains, sum(ref.sigma[:r].square() for ref in refs))
     best = sum(ref.sigma[3:].square().sum() for ref in refs)
     assert spec.error(3) == pytest.approx(math.sqrt(best), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+@pytest.mark.parametrize("experts", [(), (2,)], ids=["linear", "experts"])
+def test_modules_factorised_at_once_are_each_as_if_alone(experts, dtype):
+    A, B = randn(4, *experts, 5, 20, seed=1), randn(4, *experts, 30, 5, seed=2)
+    B[1] *= 1e-3
+    B[2, ..., -1] = 0  # deficient, so that the stack leaves Gram matrices
+    pairs = list(zip(A.to(dtype), B.to(dtype), strict=True))
+    scalings = [2.0, 0.5, -1.0, 3.0]
+    for (a, b), s, found in zip(pairs, scalings, spectra(pairs, scalings), strict=True):
+        alone = spectrum(a, b, s)
+        torch.testing.assert_close(found.sigma, alone.sigma, rtol=1e-5, atol=1e-9)
+        assert found.rank == alone.rank
+        cut, expected = found.cut(3, "balanced"), alone.cut(3, "balanced")
+        torch.testing.assert_close(cut.M @ cut.N, expected.M @ expected.N, rtol=1e-4, atol=1e-6)
+        assert found.weight_change(2) == pytest.approx(alone.weight_change(2), rel=1e-5)
+
+
+def test_the_module_at_fault_among_those_factorised_at_once_is_named_as_if_alone():
+    good, bad = (randn(3, 8), randn(6, 3)), (randn(3, 8), randn(6, 3) * math.nan)
+    with pytest.raises(AdapterError, match=r"B \[6, 3\] holds NaN"):
+        spectra([good, bad], [1.0, 1.0])
+    with pytest.raises(ConfigError, match="scaling is 0"):
+        spectra([good, good], [1.0, 0.0])
 
 
 def test_experts_of_different_rank_share_one_shape():

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from data import LINEARS, Reviews, minilm_classifier, reviews
 from rankflow.adapters import Adapter
-from rankflow.linalg import Gauge, spectrum
+from rankflow.linalg import spectrum
 from rankflow.plan import Grow, Keep, RankPlan, Refactor
+from rankflow.spectra import Gauge
 from rankflow.surgeon import Surgeon
 
 Batch = dict[str, Tensor]

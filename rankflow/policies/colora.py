@@ -12,10 +12,11 @@ from pydantic import Field, PositiveInt
 
 from rankflow.budget import allocate, check_reachable, proportional
 from rankflow.errors import ConfigError
-from rankflow.linalg import Spectrum, spectrum
+from rankflow.linalg import spectrum
 from rankflow.plan import Layout, RankPlan, Slot
 from rankflow.policy import Observation, Policy, Signal, State, Study
 from rankflow.schedule import When
+from rankflow.spectra import Spectrum
 from rankflow.transitions import best_cut, ops_to
 
 

@@ -13,12 +13,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from rankflow.budget import Budget, allocate
 from rankflow.errors import ConfigError
 from rankflow.limits import units
-from rankflow.linalg import Gauge, Metric, Spectrum
+from rankflow.linalg import Metric
 from rankflow.lowering import Lowering, Shape
 from rankflow.metrics import averages_of, metric_of_each, spectrum_in
 from rankflow.plan import Carry, Layout, Op, RankPlan
 from rankflow.policy import Observation, Signal, State
 from rankflow.schedule import curve
+from rankflow.spectra import Gauge, Spectrum
 from rankflow.transitions import best_cut, ops_to
 
 
