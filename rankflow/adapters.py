@@ -243,4 +243,7 @@ def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise AdapterError(f"{name}: a grouped convolution ties rank to its groups; leave it out of target_modules")
     if adapter in layer.lora_A and hasattr(getattr(layer.lora_A[adapter], "weight", None), "device_mesh"):
-        raise AdapterError(f"{name}: its LoRA factors are sharded over devices (DTensor) and cannot be resized here")
+        raise AdapterError(
+            f"{name}: its LoRA factors are sharded over devices (DTensor, of FSDP2 or tensor parallelism) and cannot "
+            "be resized; shard the base only, leaving the adapter out with fully_shard(..., ignored_params=...)"
+        )

@@ -21,7 +21,7 @@ from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowErr
 from rankflow.heldout import HeldOut
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState, innermost
-from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force
+from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force, unscaled
 from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
@@ -125,11 +125,14 @@ class Controller:
     def before_step(self, scaler: Any = None) -> None:
         """Gradients are ready (all micro-batches done): read signals, add the penalty's gradient.
 
-        Pass the GradScaler of an own fp16 loop, before or after `unscale_`; accelerate's is found by itself.
+        Pass the GradScaler of an own fp16 loop, before or after `unscale_`; accelerate's is found by itself. Where the
+        base model is sharded over processes, this reduces the adapter's gradients: call it before `unscale_` and before
+        they are clipped.
         """
         if self._accumulating is not None and not self._accumulating.sync_gradients:
             return  # accelerate's accumulate(): more micro-batches are to come
         scaler = scaler if scaler is not None else self._scaler
+        self._processes.reduce(self.model, unscaled=unscaled(scaler, self._optimizer))
         if self._probes.armed and not self._adapter.enabled:
             self._probes.disarm()
         if self._probes.armed or self._gates:

@@ -5,6 +5,9 @@ Signals are reduced as gradients are: a process counts as a micro-batch of its o
 Plans, with their matrices, come from process 0 and every process carries out those, never its own. What is said goes
 over a gloo group beside the one for gradients, so that messages are plain CPU tensors whatever the device.
 
+Under FSDP2 the base model is sharded and the adapter is not: every process has it whole, left out of sharding by
+`ignored_params`, and its gradients are reduced here, in one tensor an optimizer step, however many micro-batches.
+
 Scores that are not linear in the gradient (`delta_score`, `weight_score`) are averages of those of the processes, as
 they are of micro-batches. What a study sees of inputs (`eva`) is that of process 0's batches alone.
 """
@@ -20,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rankflow.adapters import Adapter
@@ -40,11 +45,11 @@ def processes_of(model: nn.Module, adapter: Adapter) -> Alone:
     """Who takes part in training `model`, which may be wrapped.
 
     Raises:
-        ConfigError: parameters of the adapter are shards, or a wrapper owns them that would undo a resize.
+        ConfigError: a wrapper owns the adapter's parameters and would undo a resize.
     """
     if not _grouped() or dist.get_world_size() == 1:
         return Alone()
-    _refuse(model, adapter)
+    _refuse(model)
     return Replicas(model, adapter)
 
 
@@ -53,14 +58,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _refuse(model: nn.Module, adapter: Adapter) -> None:
-    from torch.distributed.tensor import DTensor
+def sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the model's parameters, or some of them, over processes."""
+    return any(isinstance(m, FSDPModule) for m in model.modules())
 
-    if any(isinstance(p, DTensor) for p in adapter.parameters()):
-        raise ConfigError(
-            "the adapter's parameters are shards (FSDP2 or tensor parallel), which cannot be resized; shard the base "
-            "only, leaving the adapter out with fully_shard(..., ignored_params=set(adapter parameters))"
-        )
+
+def _refuse(model: nn.Module) -> None:
     names = {type(m).__name__ for m in model.modules()}
     for name in ("DeepSpeedEngine", "FullyShardedDataParallel", "PipelineStage"):
         if name in names:
@@ -92,7 +95,11 @@ class Replicas(Alone):
         self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self._hook: Any = None
-        if self._ddp is None:  # the Trainer wraps later, and keeps the wrapper to itself
+        self._loose: list[nn.Parameter] | None = None  # looked for again once parameters were replaced
+        self._sharded = sharded(model)
+        if self._sharded:
+            self._start_alike(model)
+        elif self._ddp is None:  # the Trainer wraps later, and keeps the wrapper to itself
             self._hook = adapter.model.register_forward_pre_hook(self._find_wrapper)
 
     def _find_wrapper(self, *_: object) -> None:
@@ -138,6 +145,32 @@ class Replicas(Alone):
             return self._size**2  # of gradients, each of a loss that is one of so many
         return 1 if signal in _SUMS else self._size
 
+    def _start_alike(self, model: nn.Module) -> None:
+        """As DistributedDataParallel does when it is made: all begin with the parameters of process 0."""
+        with torch.no_grad(), _readable():
+            for p in _loose(model):
+                dist.broadcast(p.data, src=0)
+
+    def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
+        """A parameter without a gradient here counts as having a zero one; no process waits for the device."""
+        if not self._sharded:
+            return
+        if unscaled:
+            raise ConfigError(
+                "the loss scaler has looked for infinities in this process's gradients alone; call flow.before_step, "
+                "which reduces them over processes, before scaler.unscale_"
+            )
+        if self._loose is None:
+            self._loose = _loose(model)
+        for p in self._loose:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        gradients = [p.grad for p in self._loose if p.grad is not None]
+        if gradients:
+            mean = self._sum(torch.cat([g.flatten() for g in gradients])) / self._size
+            for g, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(part.view_as(g))
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         everything = list(parameters)
         if not everything:
@@ -166,6 +199,7 @@ class Replicas(Alone):
 
     def resized(self, layout: Layout, step: int) -> None:
         self._same(layout, step)
+        self._loose = None
         if self._ddp is not None:
             rebuild(self._ddp)
 
@@ -202,6 +236,11 @@ class Replicas(Alone):
         with _readable():
             dist.all_reduce(t)
         return t
+
+
+def _loose(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that train and that no process has only a shard of."""
+    return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
 
 
 @contextmanager

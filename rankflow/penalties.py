@@ -34,9 +34,15 @@ def add_penalty_gradient(policy: Policy, adapter: Adapter, scale: float) -> None
             p.grad = g if p.grad is None else p.grad.add_(g)
 
 
+def unscaled(scaler: Any, optimizer: Optimizer) -> bool:
+    """Whether a loss scaler has divided the gradients already, and has looked for infinities in them."""
+    if scaler is None or not scaler.is_enabled():
+        return False
+    return scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED"
+
+
 def scale_in_force(scaler: Any, optimizer: Optimizer) -> float:
     """What gradients are multiplied by at this moment: a loss scaler's factor, 1 once it has unscaled them."""
-    if scaler is None or not scaler.is_enabled():
+    if scaler is None or not scaler.is_enabled() or unscaled(scaler, optimizer):
         return 1.0
-    stage = scaler._per_optimizer_states[id(optimizer)]["stage"].name
-    return 1.0 if stage == "UNSCALED" else float(scaler.get_scale())
+    return float(scaler.get_scale())

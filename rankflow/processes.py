@@ -32,6 +32,10 @@ class Alone:
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make `.grad` of parameters that no wrapper of the model knows the mean over processes, in place."""
 
+    def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
+        """Gradients are ready, `unscaled` if a loss scaler has been at them: where no wrapper reduces those of the
+        adapter, make them the mean over processes."""
+
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
         """The plan that one of them decides on, for all."""
         return decide()

@@ -22,7 +22,7 @@ from transformers.trainer_callback import CallbackHandler
 from rankflow.adapters import Adapter
 from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller
-from rankflow.distributed import own_ledger, processes_of
+from rankflow.distributed import own_ledger, processes_of, sharded
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.ledger import Ledger
 from rankflow.resume import checkpoint_of, load_state, match_layout, save_state, saved_layout
@@ -133,6 +133,11 @@ class RankFlowCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if optimizer is None:
             raise ConfigError("the Trainer has no optimizer of its own here (DeepSpeed?); rankflow cannot resize it")
+        if sharded(model) and args.max_grad_norm:
+            raise ConfigError(
+                "the Trainer clips gradients before callbacks can reduce those of an adapter whose base is sharded; "
+                "set max_grad_norm=0, or use rankflow.attach in a loop of your own"
+            )
         if self.flow is not None:
             # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
             self.flow.detach()

@@ -1312,6 +1312,20 @@ MUTANTS = [
         "zip(group, future.result()[::-1], strict=True)}",
         "tests/test_checkpoint.py::test_modules_of_one_shape_are_factorised_at_once_to_the_same_end",
     ),
+    Mutant(
+        "sum gradients beside shards and do not divide",
+        "distributed.py",
+        "mean = self._sum(torch.cat([g.flatten() for g in gradients])) / self._size",
+        "mean = self._sum(torch.cat([g.flatten() for g in gradients]))",
+        "tests/test_distributed.py",
+    ),
+    Mutant(
+        "go on reducing the parameters there were before a resize",
+        "distributed.py",
+        "        self._loose = None\n        if self._ddp",
+        "        if self._ddp",
+        "tests/test_distributed.py",
+    ),
 ]
 
 

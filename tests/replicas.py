@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from loops import GROW_THEN_SQUEEZE, tiny_llama, token_batches
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rankflow
@@ -34,14 +36,24 @@ SQUEEZE = {
 }
 
 
+FSDP = {"fsdp": True}  # in place of options of DistributedDataParallel
 CASES = {
     "increlora": (INCRELORA, {}, {}),
     "increlora, gradients as views": (INCRELORA, {}, {"gradient_as_bucket_view": True, "find_unused_parameters": True}),
     "squeeze by loss": (SQUEEZE, {"r": 8}, {"bucket_cap_mb": 0.01}),
     "sora": (SORA, {"r": 4}, {}),
+    "increlora, base in shards": (INCRELORA, {}, FSDP),
+    "sora, base in shards": (SORA, {"r": 4}, FSDP),
     "sora, nothing closed": (SORA | {"params": {"lam": 4.0, "gate_lr": 0.05}}, {"r": 4}, {}),
 }
-FAILURES = ("without_wrapper", "one_fails", "one_leaves")  # after the last there is nobody to talk to
+OTHERS = ("one_sees_infinity", "one_starts_elsewhere")
+FAILURES = (
+    "all_in_shards",
+    "unscaled_too_early",
+    "without_wrapper",
+    "one_fails",
+    "one_leaves",
+)  # after the last there is nobody to talk to
 
 
 def together(folder: Path) -> list[dict[str, Any]]:
@@ -82,7 +94,7 @@ def _child(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
     work = {name: partial(run, rank, *case, f"{folder}/{name}.jsonl") for name, case in CASES.items()}
-    work |= {name: partial(globals()[name], rank) for name in FAILURES}
+    work |= {name: partial(globals()[name], rank) for name in (*OTHERS, *FAILURES)}
     found = {}
     for name, do in work.items():
         try:
@@ -92,8 +104,16 @@ def _child(rank: int, folder: str) -> None:
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
-def wrapped(model: Any, **options: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(model, **options)
+def wrapped(model: Any, *, fsdp: bool = False, **options: Any) -> Any:
+    """Under DistributedDataParallel, or with the base model in shards and the adapter whole."""
+    if not fsdp:
+        return DistributedDataParallel(model, **options)
+    mesh = init_device_mesh("cpu", (SIZE,))
+    adapter = {p for n, p in model.named_parameters() if "lora_" in n}
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=adapter)
+    fully_shard(model, mesh=mesh, ignored_params=adapter)
+    return model
 
 
 def train(model: Any, flow: Any, optimizer: Any, batches: list[Any], micro: int = 1) -> None:
@@ -137,6 +157,59 @@ def run(rank: int, policy: dict[str, Any], model: dict[str, Any], options: dict[
     train(ddp, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE])
     flow.finish()
     return outcome(net, flow)
+
+
+def base_in_shards() -> tuple[Any, Any, Any]:
+    net = wrapped(tiny_llama(dropout=0.0).train(), fsdp=True)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    return net, optimizer, rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS)
+
+
+def one_sees_infinity(rank: int) -> Any:
+    """Losses that overflow in one process, under a loss scaler, the base in shards: all skip the step."""
+    net, optimizer, flow = base_in_shards()
+    start = next(p for n, p in net.named_parameters() if "lora_" in n)
+    scaler, moved = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    for at, batch in enumerate(token_batches(SIZE * STEPS)[rank::SIZE]):
+        before = start.detach().clone()
+        loss = net(**batch).loss
+        scaler.scale(loss * (torch.inf if at == 2 and rank == 1 else 1)).backward()
+        flow.before_step(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        flow.after_step()
+        optimizer.zero_grad()
+        start = next(p for n, p in net.named_parameters() if "lora_" in n)
+        moved.append(start.shape != before.shape or not torch.equal(start, before))
+    assert all(p.isfinite().all() for n, p in net.named_parameters() if "lora_" in n)
+    return {"moved": moved, "scale": scaler.get_scale(), **outcome(net, flow)}
+
+
+def unscaled_too_early(rank: int) -> Any:
+    net, optimizer, flow = base_in_shards()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(net(**token_batches(1)[0]).loss).backward()
+    scaler.unscale_(optimizer)
+    flow.before_step(scaler)
+
+
+def one_starts_elsewhere(rank: int) -> Any:
+    """Adapters that were initialised apart become that of process 0; what does not train stays."""
+    net = tiny_llama(dropout=0.0).train()
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            p.add_(rank if ".default" in n else 0)
+    net = wrapped(net, fsdp=True)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    return outcome(net, rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS))
+
+
+def all_in_shards(rank: int) -> Any:
+    """FSDP2 that was not told to leave the adapter out."""
+    net = tiny_llama(dropout=0.0).train()
+    fully_shard(net, mesh=init_device_mesh("cpu", (SIZE,)))
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS)
 
 
 def without_wrapper(rank: int) -> Any:

@@ -47,6 +47,8 @@ def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list
 @pytest.mark.parametrize(
     ("name", "says"),
     [
+        ("all_in_shards", ["shard the base only, leaving the adapter out"] * 2),
+        ("unscaled_too_early", ["before scaler.unscale_"] * 2),
         ("without_wrapper", ["are not those of process 0", "are not those of process 0"]),
         ("one_fails", ["process 1 failed, and all stop with it: MemoryError", "MemoryError: no room"]),
         ("one_leaves", ["another process has ended or does not answer", "left"]),
@@ -55,6 +57,22 @@ def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list
 def test_what_one_process_does_is_told_in_all(found: list[dict], name: str, says: list[str]):
     for of, wanted in zip(found, says, strict=True):
         assert wanted in of[name]
+
+
+def test_an_overflow_in_one_process_skips_the_step_in_all(found: list[dict]):
+    first, second = (of["one_sees_infinity"] for of in found)
+    assert not isinstance(first, str), first
+    assert first["moved"] == second["moved"] == [at != 2 for at in range(replicas.STEPS)]
+    assert first["scale"] == second["scale"] == 2.0
+    assert first["ranks"] == second["ranks"]
+    for key, w in first["weights"].items():
+        assert torch.equal(w, second["weights"][key])
+
+
+def test_adapters_beside_shards_start_as_that_of_the_first_process(found: list[dict]):
+    first, second = (of["one_starts_elsewhere"]["weights"] for of in found)
+    assert all(torch.equal(w, second[key]) for key, w in first.items())
+    assert first.keys() == second.keys()
 
 
 @pytest.mark.slow
