@@ -256,10 +256,24 @@ def _readable() -> Iterator[None]:
 def rebuild(ddp: DistributedDataParallel) -> None:
     """A reducer for the parameters that the module has now, with the options that the wrapper was made with.
 
+    Communication hooks stay, built-in ones too; what PowerSGD remembers is of buckets that are no more, and goes.
+
     Differs: the constructor would do it too, and forget communication hooks and the options it is not given.
     """
+    builtin = _builtin_hook(ddp)
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
+    if builtin is not None:
+        ddp._register_builtin_comm_hook(builtin)
     for hook, state in ddp._comm_hooks:
+        for memory in ("error_dict", "p_memory_dict", "q_memory_dict"):
+            getattr(state, memory, {}).clear()
         dist._register_comm_hook(ddp.reducer, state, hook)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _builtin_hook(ddp: DistributedDataParallel) -> Any:
+    """The wrapper itself does not remember it; its log does, by name."""
+    name = "" if ddp._comm_hooks else ddp._get_ddp_logging_data().get("comm_hook", "")
+    known = dist.BuiltinCommHookType.__members__.values()  # pyright: ignore[reportPrivateImportUsage]
+    return next((kind for kind in known if str(kind) == name), None)

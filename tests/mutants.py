@@ -1326,6 +1326,13 @@ MUTANTS = [
         "        if self._ddp",
         "tests/test_distributed.py",
     ),
+    Mutant(
+        "forget a built-in communication hook",
+        "distributed.py",
+        "ddp._register_builtin_comm_hook(builtin)",
+        "pass",
+        "tests/test_distributed.py",
+    ),
 ]
 
 

@@ -41,6 +41,8 @@ CASES = {
     "increlora": (INCRELORA, {}, {}),
     "increlora, gradients as views": (INCRELORA, {}, {"gradient_as_bucket_view": True, "find_unused_parameters": True}),
     "squeeze by loss": (SQUEEZE, {"r": 8}, {"bucket_cap_mb": 0.01}),
+    "squeeze, one graph for all steps": (SQUEEZE, {"r": 8}, {"static_graph": True}),
+    "squeeze, a hook of its own": (SQUEEZE, {"r": 8}, {"hook": "ALLREDUCE"}),
     "sora": (SORA, {"r": 4}, {}),
     "increlora, base in shards": (INCRELORA, {}, FSDP),
     "sora, base in shards": (SORA, {"r": 4}, FSDP),
@@ -104,10 +106,13 @@ def _child(rank: int, folder: str) -> None:
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
-def wrapped(model: Any, *, fsdp: bool = False, **options: Any) -> Any:
+def wrapped(model: Any, *, fsdp: bool = False, hook: str | None = None, **options: Any) -> Any:
     """Under DistributedDataParallel, or with the base model in shards and the adapter whole."""
     if not fsdp:
-        return DistributedDataParallel(model, **options)
+        ddp = DistributedDataParallel(model, **options)
+        if hook is not None:
+            ddp._register_builtin_comm_hook(getattr(dist.BuiltinCommHookType, hook))
+        return ddp
     mesh = init_device_mesh("cpu", (SIZE,))
     adapter = {p for n, p in model.named_parameters() if "lora_" in n}
     for layer in model.base_model.model.model.layers:
@@ -156,6 +161,8 @@ def run(rank: int, policy: dict[str, Any], model: dict[str, Any], options: dict[
     flow = rankflow.attach(ddp, optimizer, policy, total_steps=STEPS, ledger=ledger)
     train(ddp, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE])
     flow.finish()
+    if "hook" in options:
+        assert options["hook"] in ddp._get_ddp_logging_data()["comm_hook"]
     return outcome(net, flow)
 
 
