@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from rankflow.names import arrange
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rankflow.config import Description
+    from rankflow.costs import Cost
     from rankflow.plan import Layout
     from rankflow.policy import Phase
 
@@ -65,6 +67,29 @@ def limits_table(layout: Layout) -> Table:
             span(s.min_rank for s in slots),
             span(s.max_rank for s in slots),
             "; ".join(sorted(extra)) or "any",
+        )
+    return table
+
+
+def costs_table(costs: Sequence[Cost]) -> Table:
+    """Memory and messages, from the start to the end of every phase."""
+    table = new_table(
+        "What it takes, in one process",
+        ":",
+        "total rank",
+        "parameters",
+        "adapter",
+        "Adam's moments",
+        "statistics",
+        "a step sends",
+        "listening",
+        "a resize, at most",
+        caption="Budgets spread evenly over modules. What is sent is between processes, where there are several.",
+    )
+    for cost in costs:
+        sizes = (cost.adapter, cost.optimizer, cost.statistics, cost.step, cost.listen, cost.resize)
+        table.add_row(
+            cost.when, f"{cost.layout.total_rank:,}", f"{cost.layout.params:,}", *(decimal(size) for size in sizes)
         )
     return table
 

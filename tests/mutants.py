@@ -1333,6 +1333,20 @@ MUTANTS = [
         "pass",
         "tests/test_distributed.py",
     ),
+    Mutant(
+        "foretell averages without the sums they come from",
+        "costs.py",
+        "heard = [(sources(signals), q) for",
+        "heard = [(signals, q) for",
+        "tests/test_costs.py",
+    ),
+    Mutant(
+        "foretell one module's statistics for all",
+        "costs.py",
+        "for numbers, q in wanted for slot in layout.values() if slot.rank)",
+        "for numbers, q in wanted for slot in list(layout.values())[:1] if slot.rank)",
+        "tests/test_costs.py",
+    ),
 ]
 
 

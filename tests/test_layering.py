@@ -103,6 +103,7 @@ EDGES = [
     "page_of",
     "policy_tables",
     "blank",
+    "costs",
     "checkpoint",
     "quantized",
     "resume",

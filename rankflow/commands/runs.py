@@ -26,7 +26,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="With --for: print JSON, and nothing else.")] = False,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Adapter folder, or transformers model folder, to check it against."),
+        typer.Option(
+            metavar="PATH",
+            help="Adapter folder, or a transformers model's folder or config.json, to check it against; no weights.",
+        ),
     ] = None,
     total_steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of the run, for percentages.")] = 1000,
     target_modules: Annotated[
@@ -37,7 +40,8 @@ def check(
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
 ) -> None:
-    """Say what a policy means for a model: the modules its limits reach, its budgets, and the steps it decides on.
+    """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
+    the run takes in memory and in messages between processes. Models may be of any size: only their config is read.
 
     Or what an engine would get wrong with an adapter as it is; the status is 1 if there is anything.
     """
@@ -47,7 +51,8 @@ def check(
         _check_adapter(Path(subject), engine, as_json)
         return
     from rankflow.config import load_policy
-    from rankflow.policy_tables import limits_table, phases_table
+    from rankflow.costs import foretell
+    from rankflow.policy_tables import costs_table, limits_table, phases_table
 
     lifecycle = load_policy(subject)
     if model is None:
@@ -56,6 +61,7 @@ def check(
     layout, phases = lifecycle.resolve(total_steps, _layout(model, target_modules, rank))
     print_table(phases_table(phases, layout, f"{lifecycle.source} over {total_steps} steps"))
     print_table(limits_table(layout))
+    print_table(costs_table(foretell(layout, phases)))
 
 
 @app.command(epilog="Example: [bold]rankflow policies increlora[/bold]")
@@ -178,7 +184,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool) -> None:
 
 def _layout(folder: Path, target_modules: list[str] | None, rank: int) -> Any:
     """What a policy would find: a saved adapter's layout, or that of a new adapter on a model that is never loaded."""
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if folder.is_file() or ((folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()):
         from rankflow.blank import blank_layout
 
         return blank_layout(folder, target_modules, rank)
