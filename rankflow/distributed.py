@@ -14,10 +14,9 @@ they are of micro-batches. What a study sees of inputs (`eva`) is that of proces
 
 from __future__ import annotations
 
-import datetime
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,9 +32,9 @@ from rankflow.ledger import Ledger
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, Signal
 from rankflow.processes import Alone, T
+from rankflow.wire import Wire
 
 _SUMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})  # over tokens; all others are averages over batches
-_TIMEOUT = datetime.timedelta(minutes=5)  # one process may evaluate or save while the others wait
 _DRIFT = 1e-6  # relative: replicas get the same gradients and have the same bits, but for how their devices add up
 
 Key = tuple[str, Signal]
@@ -50,7 +49,7 @@ def processes_of(model: nn.Module, adapter: Adapter) -> Alone:
     if not _grouped() or dist.get_world_size() == 1:
         return Alone()
     _refuse(model)
-    return Replicas(model, adapter)
+    return Replicas(model, adapter, Wire())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -88,11 +87,10 @@ class Replicas(Alone):
         DistributedError: from every call, in every process: one has failed, is gone, or is at another layout.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter):
+    def __init__(self, model: nn.Module, adapter: Adapter, wire: Wire):
         self._adapter = adapter
-        self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self.leads = self._rank == 0
-        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._wire = wire
+        self.leads = wire.rank == 0
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self._hook: Any = None
         self._loose: list[nn.Parameter] | None = None  # looked for again once parameters were replaced
@@ -112,44 +110,51 @@ class Replicas(Alone):
         try:
             done = work()
         except Exception as e:
-            self._gather(f"{type(e).__name__}: {e}")
+            self._wire.gather(f"{type(e).__name__}: {e}")
             raise
-        for rank, message in enumerate(self._gather(None)):
+        for rank, message in enumerate(self._wire.gather(None)):
             if message is not None:
                 raise DistributedError(f"process {rank} failed, and all stop with it: {message}")
         return done
 
     def average(self, observed: Observation) -> Observation:
         mine = observed.measured()
-        shapes: dict[Key, torch.Size] = {}
-        for theirs in self._gather({key: t.shape for key, t in mine.items()}):
-            for key, shape in theirs.items():
-                if shapes.setdefault(key, shape) != shape:
-                    raise DistributedError(
-                        f"{key[0]}: {key[1].value} has shape {list(shape)} in one process and {list(shapes[key])} in "
-                        "another"
-                    )
+        shapes = self._all_shapes({key: t.shape for key, t in mine.items()})
         order = sorted(shapes, key=lambda key: (key[0], key[1].value))
         device = next(iter(self._adapter.parameters())).device
         nothing = torch.zeros((), dtype=torch.float64, device=device)
         flat = [mine[key].to(device).double() if key in mine else nothing.expand(shapes[key]) for key in order]
-        summed = self._sum(torch.cat([t.flatten() for t in flat])) if flat else nothing[None][:0]
+        summed = self._wire.sum(torch.cat([t.flatten() for t in flat])) if flat else nothing[None][:0]
         values: dict[Key, Tensor] = {}
         for key, part in zip(order, summed.split([shapes[key].numel() for key in order]), strict=True):
             part = part.reshape(shapes[key]) / self._divisor(key[1])
             values[key] = part.to(mine[key].dtype) if key in mine else part
         return observed.replaced(values)
 
+    def _all_shapes(self, mine: dict[Key, torch.Size]) -> dict[Key, torch.Size]:
+        """Of everything that any process has seen. All have mostly seen the same: told apart by a few bytes each."""
+        said = hashlib.sha256(repr(sorted((n, s.value, tuple(shape)) for (n, s), shape in mine.items())).encode())
+        if len(set(self._wire.gather(said.digest()))) == 1:
+            return mine
+        shapes: dict[Key, torch.Size] = {}
+        for theirs in self._wire.gather(mine):
+            for key, shape in theirs.items():
+                if shapes.setdefault(key, shape) != shape:
+                    raise DistributedError(
+                        f"{key[0]}: {key[1].value} has shape {list(shape)} in one process and {list(shapes[key])} in "
+                        "another"
+                    )
+        return shapes
+
     def _divisor(self, signal: Signal) -> int:
         if signal is Signal.S_B:
-            return self._size**2  # of gradients, each of a loss that is one of so many
-        return 1 if signal in _SUMS else self._size
+            return self._wire.size**2  # of gradients, each of a loss that is one of so many
+        return 1 if signal in _SUMS else self._wire.size
 
     def _start_alike(self, model: nn.Module) -> None:
         """As DistributedDataParallel does when it is made: all begin with the parameters of process 0."""
-        with torch.no_grad(), _readable():
-            for p in _loose(model):
-                dist.broadcast(p.data, src=0)
+        for p in _loose(model):
+            self._wire.give(p.data)
 
     def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
         """A parameter without a gradient here counts as having a zero one; no process waits for the device."""
@@ -167,7 +172,7 @@ class Replicas(Alone):
                 p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in self._loose if p.grad is not None]
         if gradients:
-            mean = self._sum(torch.cat([g.flatten() for g in gradients])) / self._size
+            mean = self._wire.sum(torch.cat([g.flatten() for g in gradients])) / self._wire.size
             for g, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
                 g.copy_(part.view_as(g))
 
@@ -177,22 +182,22 @@ class Replicas(Alone):
             return
         there = torch.tensor([p.grad is not None for p in everything], device=everything[0].device).double()
         flat = [(p.grad if p.grad is not None else torch.zeros_like(p)).double().flatten() for p in everything]
-        summed = self._sum(torch.cat([there, *flat]))
+        summed = self._wire.sum(torch.cat([there, *flat]))
         parts = summed[len(there) :].split([p.numel() for p in everything])
         for p, part, known in zip(everything, parts, summed[: len(there)].tolist(), strict=True):
-            p.grad = (part / self._size).reshape(p.shape).to(p.dtype) if known else None
+            p.grad = (part / self._wire.size).reshape(p.shape).to(p.dtype) if known else None
 
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
         self._same(layout, step)
-        message: list[Any] = [None]
+        message = None
         if self.leads:
             try:
                 plan = decide()
-                message = [(plan.to_json(), plan.pack())]
+                message = (plan.to_json(), plan.pack())
             except Exception as e:  # the others wait, and have to be told
-                self._broadcast([f"{type(e).__name__}: {e}"])
+                self._wire.broadcast(f"{type(e).__name__}: {e}")
                 raise
-        (found,) = self._broadcast(message)
+        found = self._wire.broadcast(message)
         if isinstance(found, str):
             raise PlanError(f"process 0 could not decide: {found}")
         return RankPlan.from_json(*found)
@@ -206,7 +211,7 @@ class Replicas(Alone):
     def _same(self, layout: Layout, step: int) -> None:
         """Compare step, layout and how large the factors are."""
         norm = torch.stack([p.detach().double().norm().cpu() for p in self._adapter.parameters()]).norm().item()
-        said = self._gather((step, layout.digest, norm))
+        said = self._wire.gather((step, layout.digest, norm))
         for rank, (theirs, digest, size) in enumerate(said):
             if theirs != said[0][0]:
                 raise DistributedError(f"process {rank} is at step {theirs}, process 0 at step {said[0][0]}")
@@ -219,38 +224,10 @@ class Replicas(Alone):
                     "DistributedDataParallel before training"
                 )
 
-    # -- what is sent -----------------------------------------------------------------------------------------------
-
-    def _gather(self, message: Any) -> list[Any]:
-        said: list[Any] = [None] * self._size
-        with _readable():
-            dist.all_gather_object(said, message, group=self._group)
-        return said
-
-    def _broadcast(self, message: list[Any]) -> list[Any]:
-        with _readable():
-            dist.broadcast_object_list(message, src=0, group=self._group)
-        return message
-
-    def _sum(self, t: Tensor) -> Tensor:
-        with _readable():
-            dist.all_reduce(t)
-        return t
-
 
 def _loose(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that train and that no process has only a shard of."""
     return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as e:
-        raise DistributedError(
-            f"another process has ended or does not answer; its own output says why ({str(e).splitlines()[0]})"
-        ) from e
 
 
 def rebuild(ddp: DistributedDataParallel) -> None:

@@ -986,8 +986,8 @@ MUTANTS = [
     Mutant(
         "take gradients of a share of the loss for those of all of it",
         "distributed.py",
-        "return self._size**2",
-        "return self._size**4",
+        "return self._wire.size**2",
+        "return self._wire.size**4",
         "tests/test_distributed.py -k loss",
     ),
     Mutant(
@@ -1315,8 +1315,8 @@ MUTANTS = [
     Mutant(
         "sum gradients beside shards and do not divide",
         "distributed.py",
-        "mean = self._sum(torch.cat([g.flatten() for g in gradients])) / self._size",
-        "mean = self._sum(torch.cat([g.flatten() for g in gradients]))",
+        "mean = self._wire.sum(torch.cat([g.flatten() for g in gradients])) / self._wire.size",
+        "mean = self._wire.sum(torch.cat([g.flatten() for g in gradients]))",
         "tests/test_distributed.py",
     ),
     Mutant(

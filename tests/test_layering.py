@@ -70,6 +70,7 @@ EDGES = [
     "grammar",
     "config",
     "distributed",
+    "wire",
     "formats",
     "engines",
     "mismatches",
