@@ -61,6 +61,7 @@ RUNTIME = [
     "sharing",
     "surgeon",
     "ledger",
+    "seals",
     "penalties",
     "processes",
     "controller",
