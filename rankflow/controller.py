@@ -110,16 +110,16 @@ class Controller:
         self._journal: Journal | None = None  # of the call in progress, which happens wholly or not at all
         self._frozen: set[str] = set()  # modules whose training this phase has switched off
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(lambda *_: self._surgeon.ramps.before_step()),
-            self._optimizer.register_step_post_hook(lambda *_: self._count()),
-        ]
-        _attached.setdefault(model, set()).add(adapter_name)
+        self._hooks: list[Any] = []
         try:
+            ramps = self._surgeon.ramps
+            self._hooks.append(self._optimizer.register_step_pre_hook(lambda *_: ramps.before_step()))
+            self._hooks.append(self._optimizer.register_step_post_hook(lambda *_: self._count()))
+            _attached.setdefault(model, set()).add(adapter_name)
             if state is None:
                 with self._whole():
                     self._start()
-                self._listen()
+                    self._listen()
             else:
                 self._go_on(state)
         except BaseException:
@@ -169,17 +169,20 @@ class Controller:
             self._outer_when_due()
             if self.step + 1 >= self.phase.end:
                 self._thaw()
-        self._listen()
+            self._listen()
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """All of the block is done and in the ledger, or what fails leaves everything as it was before."""
         with Journal() as journal, self.ledger.together(self._processes.attempt):
+            journal.undo(self._probes.disarm)
             self._surgeon.averages.remember(journal)
-            journal.keep(self, "step", "_pending", "_phase", "_state", "_frozen", "_journal")
+            journal.keep(self, "step", "_pending", "_phase", "_state", "_frozen", "_hooks")
             self._journal = journal
-            yield
-        self._journal = None
+            try:
+                yield
+            finally:
+                self._journal = None
 
     def outer_step(self, batch: Any) -> Tensor | None:
         """Update gates that are trained on held-out data with `batch`; its loss, None where the phase has no such gate.
@@ -212,13 +215,16 @@ class Controller:
                 self._leave()
                 layout = self.layout
                 self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
+                hooks, self._hooks = self._hooks, []
+            for hook in hooks:
+                hook.remove()
+            self.detach()
             if not self.within_budget and not self._rewound:
                 warnings.warn(
                     f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
                     f"{self.step} of {self.total_steps} steps were taken, or the last decisions were skipped",
                     stacklevel=2,
                 )
-        self.detach()
 
     def detach(self) -> None:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are."""

@@ -101,11 +101,11 @@ class Gates:
         """
         if self.gate is None:
             return {}
-        self._draw(None)  # the last forward may have been one with noise
         reports = {name: dict(self.gate.report(theta)) for name, theta in self._theta.items()}
         stored = self.stored()
         with Journal(journal) as journal, torch.no_grad():
             self._remember(journal)
+            self._draw(None)  # the last forward may have been one with noise
             for name in self._theta:
                 self._fold_site(journal, self._adapter.sites[name], self.gate.value(self._live[name]))
             self.remove()

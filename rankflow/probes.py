@@ -103,7 +103,7 @@ class Probes:
         for name, site in sites.items():
             draws = Draws((self.seed, step, name), *self._sizes)
             self._recorders[name] = recorder = Recorder(site, self._adapter.name, hooked, mask, draws)
-            self._handles += recorder.install()
+            recorder.install(self._handles)
         if hooked & (GRAMS | INPUT):
             self._handles.append(self._adapter.model.register_forward_pre_hook(mask.read, with_kwargs=True))
         if hooked & _TAPPED and "torch._dynamo" in sys.modules:  # else nothing can be compiled
