@@ -161,7 +161,7 @@ class Probes:
 
     def _add_gates(self, values: Mapping[str, dict[Signal, Lazy]]) -> None:
         gates = self._gates
-        if not gates or not self._signals & GATE_SIGNALS:
+        if gates is None or not self._signals & GATE_SIGNALS:  # they may come before anybody reads their values
             return
         readers = {Signal.GATE: gates.values, Signal.GATE_OPEN: gates.opened, Signal.GATE_SCORE: gates.scores}
         readers = {signal: cache(read) for signal, read in readers.items() if signal in self._signals}

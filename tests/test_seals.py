@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from crashing import ticking
 from helpers import same
+from test_crash import Full
 from tiny import Tiny
 
 import rankflow
@@ -143,6 +146,24 @@ def test_one_byte_anywhere_or_an_end_cut_off(saved: Path, tmp_path: Path, name: 
     refused(folder, "damaged")
     path.write_bytes(raw)
     assert load_state(folder) is not None
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_state_there_was(tmp_path: Path):
+    going = run()
+    save_state(going.flow, tmp_path)
+    before = going.flow.state_dict()
+    going.step()
+    for at in range(10**6):
+        disk = Full(at)
+        with ticking(disk), contextlib.suppress(OSError):
+            save_state(going.flow, tmp_path)
+        found = load_state(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["rankflow"], at
+        if disk.calls <= at:
+            break
+        assert same(found, before) or same(found, going.flow.state_dict()), at
+    assert at > 5
+    assert same(found, going.flow.state_dict())
 
 
 def test_a_folder_of_a_newer_rankflow(saved: Path, tmp_path: Path):
