@@ -60,7 +60,7 @@ def _checksum(state: dict[str, Any]) -> str:
 def _fingerprint(value: Any) -> list[Any]:
     if not isinstance(value, Tensor):
         raise TypeError(f"a {type(value).__name__}")
-    raw = value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy()
+    raw = value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data
     return [str(value.dtype), list(value.shape), hashlib.sha256(raw).hexdigest()]
 
 

@@ -545,8 +545,8 @@ MUTANTS = [
     Mutant(
         "leave what a phase froze to the next",
         "controller.py",
-        "        if self.step + 1 >= self.phase.end:\n            self._thaw()",
-        "        pass",
+        "            if self.step + 1 >= self.phase.end:\n                self._thaw()",
+        "            pass",
         "tests/test_lisa.py",
     ),
     Mutant(
