@@ -37,6 +37,10 @@ class Averages:
         self._adapter = adapter
         self._running: dict[str, Running] = {}
 
+    def remember(self, journal: Journal) -> None:
+        """What is taken from here on is undone with `journal`."""
+        journal.keep(self, "_running")
+
     def take(self, observed: Observation, wanted: frozenset[Signal], decay: float) -> Observation:
         """Add what was heard on a step that listened to `sources(wanted)`, and give the Observation that was wanted.
 

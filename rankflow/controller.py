@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from rankflow.adapters import Adapter
 from rankflow.averages import AVERAGED, sources
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.heldout import HeldOut
+from rankflow.journal import Journal
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force, unscaled
@@ -26,12 +28,12 @@ from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.processes import Alone
+from rankflow.seals import check_seal, seal
 from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
 from rankflow.surgeon import Surgeon
 from rankflow.transitions import first, ops_to
 
-FORMAT = 1
 logger = logging.getLogger(__name__)
 
 _attached: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
@@ -90,6 +92,7 @@ class Controller:
         self._gates.average_gradients = self._processes.average_gradients
         self._probes = Probes(self._adapter, gates=self._gates, seed=seed)
         self._held_out = HeldOut(outer_batches, seed) if outer_batches is not None else None
+        state = check_seal(state) if state is not None else None
         self._first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
         layout, self._phases = lifecycle.resolve(total_steps, self._first_layout)
         for phase in self._phases:
@@ -104,18 +107,21 @@ class Controller:
         self._phase = -1
         self._state: State = {}
         self._pending: Observation | None = None
+        self._journal: Journal | None = None  # of the call in progress, which happens wholly or not at all
         self._frozen: set[str] = set()  # modules whose training this phase has switched off
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(lambda *_: self._surgeon.ramps.before_step()),
-            self._optimizer.register_step_post_hook(lambda *_: self._count()),
-        ]
-        _attached.setdefault(model, set()).add(adapter_name)
+        self._hooks: list[Any] = []
         try:
+            ramps = self._surgeon.ramps
+            self._hooks.append(self._optimizer.register_step_pre_hook(lambda *_: ramps.before_step()))
+            self._hooks.append(self._optimizer.register_step_post_hook(lambda *_: self._count()))
+            _attached.setdefault(model, set()).add(adapter_name)
             if state is None:
-                self._start()
+                with self._whole():
+                    self._start()
+                    self._listen()
             else:
-                self.load_state_dict(state)
+                self._go_on(state)
         except BaseException:
             self.detach()
             raise
@@ -151,19 +157,35 @@ class Controller:
     def after_step(self) -> None:
         """The optimizer has stepped and gradients are done with: decide and resize when due.
 
-        A call after which no optimizer step was counted (accumulation, a scaler's skipped step) changes nothing.
+        A call after which no optimizer step was counted (accumulation, a scaler's skipped step) changes nothing. Nor
+        does one that raises: with its cause gone (memory, room on the disk) call it again, before the next step.
         """
-        observed, self._pending = self._pending, None
         if self._counted == self.step:
+            observed, self._pending = self._pending, None
             if observed is not None:
                 self._listen()
             return
-        self.step = self._counted
-        self._advance(observed)
-        self._outer_when_due()
-        if self.step + 1 >= self.phase.end:
-            self._thaw()
-        self._listen()
+        with self._whole():
+            observed, self._pending = self._pending, None
+            self.step = self._counted
+            self._advance(observed)
+            self._outer_when_due()
+            if self.step + 1 >= self.phase.end:
+                self._thaw()
+            self._listen()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All of the block is done and in the ledger, or what fails leaves everything as it was before."""
+        with Journal() as journal, self.ledger.together(self._processes.attempt):
+            journal.undo(self._probes.disarm)
+            self._surgeon.averages.remember(journal)
+            journal.keep(self, "step", "_pending", "_phase", "_state", "_frozen", "_hooks")
+            self._journal = journal
+            try:
+                yield
+            finally:
+                self._journal = None
 
     def outer_step(self, batch: Any) -> Tensor | None:
         """Update gates that are trained on held-out data with `batch`; its loss, None where the phase has no such gate.
@@ -182,7 +204,7 @@ class Controller:
             return value
 
         with own_random_numbers(self.seed, self.step, "outer"), evaluating(self.model):
-            return self._gates.outer_step(loss, self.step + 1)
+            return self._gates.outer_step(loss, self.step + 1, self._journal)
 
     def penalty(self) -> Tensor:
         """The policy's penalty as a term of the loss, for controllers made with `penalty="in_loss"`; else 0."""
@@ -191,16 +213,21 @@ class Controller:
     def finish(self) -> None:
         """The run is over: take the hooks off and close the ledger with a `finish` event."""
         if self._hooks:
-            self._thaw()
-            self._leave()
+            with self._whole():
+                self._thaw()
+                self._leave()
+                layout = self.layout
+                self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
+                hooks, self._hooks = self._hooks, []
+            for hook in hooks:
+                hook.remove()
+            self.detach()
             if not self.within_budget and not self._rewound:
                 warnings.warn(
                     f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
                     f"{self.step} of {self.total_steps} steps were taken, or the last decisions were skipped",
                     stacklevel=2,
                 )
-            self.ledger.append("finish", self.step, total_rank=self.layout.total_rank, params=self.layout.params)
-        self.detach()
 
     def detach(self) -> None:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are."""
@@ -283,9 +310,9 @@ class Controller:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on as if never stopped, beside model and optimizer: JSON values and tensors."""
-        return {
-            "format": FORMAT,
+        """All that is needed to go on as if never stopped, beside model and optimizer: JSON values and tensors on the
+        CPU, as they are now, with a checksum (`rankflow.seals`)."""
+        state = {
             "step": self.step,
             "total_steps": self.total_steps,
             "phase": self._phase,
@@ -302,17 +329,17 @@ class Controller:
             "gates": self._gates.state_dict(),
             "held_out": self._held_out.position if self._held_out is not None else None,
         }
+        return seal(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`. Model and optimizer must already hold that checkpoint's tensors.
 
         Raises:
-            CheckpointError: another format, another policy, or live ranks that are not the checkpoint's.
+            CheckpointError: damaged, of another format or another policy, or live ranks that are not the checkpoint's.
         """
-        if state.get("format") != FORMAT:
-            raise CheckpointError(
-                f"training state has format {state.get('format')!r}; this rankflow reads format {FORMAT}"
-            )
+        self._go_on(check_seal(state))
+
+    def _go_on(self, state: dict[str, Any]) -> None:
         self._check_lifecycle(state)
         layout = Layout.from_json(state["layout"])
         if (live := self._adapter.layout().ranks) != layout.ranks:
@@ -394,7 +421,6 @@ class Controller:
         )
         self._enter(0)
         self._outer_when_due()
-        self._listen()
 
     def _enter(self, phase: int) -> None:
         if self._phase >= 0:
@@ -403,7 +429,7 @@ class Controller:
         self._phase = phase
         if (gate := self._policy.gate) is not None:
             self._part()
-            self._gates.install(gate, self.step)
+            self._gates.install(gate, self.step, self._journal)
         self._state = self._policy.init(self.layout)
         for note in self._policy.notes:
             logger.info(note)
@@ -430,14 +456,17 @@ class Controller:
         """The phase ends: its policy leaves, and its gates become part of the factors."""
         self._change(lambda: self._policy.leave(self._state, self.layout))
         if (gate := self._gates.gate) is not None:
-            reports = self._gates.fold()
+            reports = self._gates.fold(self._journal)
             self.ledger.append("fold", self.step, policy=self.phase.name, gates=reports, total=gate.total(reports))
 
     def _outer_when_due(self) -> None:
         gate = self._gates.gate
         if gate is not None and gate.outer(self.step + 1) and self._adapter.enabled and self.step < self.total_steps:
-            assert self._held_out is not None, "checked at attach"
-            self.outer_step(self._held_out.take())
+            held_out = self._held_out
+            assert held_out is not None, "checked at attach"
+            if self._journal is not None:
+                self._journal.undo(partial(setattr, held_out, "position", held_out.position))
+            self.outer_step(held_out.take())
 
     def _listen(self) -> None:
         """Arm the probes for the next step, in the phase that step belongs to."""
@@ -522,9 +551,9 @@ class Controller:
         for name, ops in plan.ops.items():
             if any(isinstance(op, Train) for op in ops):
                 if after[name].trainable:
-                    self._frozen.discard(name)
+                    self._frozen = self._frozen - {name}
                 elif before[name].trainable:
-                    self._frozen.add(name)
+                    self._frozen = self._frozen | {name}
         self.ledger.append(
             "resize",
             self.step,
@@ -539,8 +568,10 @@ class Controller:
         )
 
     def _operate(self, plan: RankPlan) -> None:
-        self._processes.attempt(lambda: self._surgeon.apply(plan, self.step))
-        self._processes.resized(self.layout, self.step)
+        with Journal(self._journal) as journal:
+            journal.undo(self._processes.undone)
+            self._processes.attempt(lambda: self._surgeon.apply(plan, self.step, journal))
+            self._processes.resized(self.layout, self.step)
 
     def _skip(self, reason: str, *, warn: bool = False) -> None:
         self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason)

@@ -204,6 +204,9 @@ class Replicas(Alone):
 
     def resized(self, layout: Layout, step: int) -> None:
         self._same(layout, step)
+        self.undone()
+
+    def undone(self) -> None:
         self._loose = None
         if self._ddp is not None:
             rebuild(self._ddp)

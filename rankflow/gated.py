@@ -50,7 +50,11 @@ class Fitted:
         self.draw.update(self.still)
 
 
-class _GatedWeight:
+class _Gated:
+    """What has a class of ours for as long as it holds factors under a gate."""
+
+
+class _GatedWeight(_Gated):
     """For the Linear or convolution that `lora_A` or `lora_B` is."""
 
     @property
@@ -59,7 +63,7 @@ class _GatedWeight:
         return at.__dict__[_FITTED]["weight"](at._parameters["weight"])
 
 
-class _GatedEntries:
+class _GatedEntries(_Gated):
     """For the ParameterDict that holds an embedding's factors, of which some may be under a gate."""
 
     def __getitem__(self, key: str) -> Tensor:
@@ -80,7 +84,7 @@ def fit(site: Site, gate: Gate, draw: dict[str, Tensor], still: dict[str, Tensor
         if factor == "B" and type(gate).b is Gate.b:
             continue
         fitted = module.__dict__.setdefault(_FITTED, {})
-        if not fitted:
+        if not isinstance(module, _Gated):
             module.__class__ = _gated(type(module))
         fitted[name] = Fitted(gate, factor, site.experts, draw, still)
     _still_when_written()
@@ -90,9 +94,10 @@ def unfit(module: nn.Module, name: str) -> None:
     """Let a module that holds a factor be what it was."""
     fitted = module.__dict__.get(_FITTED, {})
     fitted.pop(name, None)
-    if not fitted and _FITTED in module.__dict__:
-        del module.__dict__[_FITTED]
-        module.__class__ = type(module).__mro__[2]
+    if not fitted and isinstance(module, _Gated):
+        module.__class__ = next(cls for cls in type(module).__mro__ if not issubclass(cls, _Gated))
+    if not fitted:
+        module.__dict__.pop(_FITTED, None)
 
 
 def gated(module: nn.Module, name: str, *, still: bool = False) -> Tensor:

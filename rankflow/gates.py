@@ -30,6 +30,7 @@ from rankflow.sites import Site
 Params = dict[str, nn.Parameter]
 Draws = dict[str, dict[str, Tensor]]
 _FACTORS: tuple[Factor, Factor] = ("A", "B")
+_KEPT = ("gate", "_theta", "_adam", "_rates", "_gradient", "_stored", "_step", "_micro")  # what draws are made from
 
 
 class Gates:
@@ -75,7 +76,7 @@ class Gates:
 
     # -- coming and going -------------------------------------------------------------------------------------------
 
-    def install(self, gate: Gate, step: int = 0) -> None:
+    def install(self, gate: Gate, step: int = 0, journal: Journal | None = None) -> None:
         """Put every module that is in the adapter under `gate`, with fresh parameters."""
         if self._carrier is None:
             raise OptimizerError("gates are trained beside the factors and need their optimizer")
@@ -84,22 +85,15 @@ class Gates:
                 "gates follow the optimizer's learning rate and it has none of its own (Adafactor with relative_step); "
                 "give it a learning rate"
             )
-        self.gate, self._step = gate, step
-        try:
+        with Journal(journal) as journal:
+            self._remember(journal)
+            self.gate, self._step = gate, step
             self._train(
                 {n: self._fresh(n, site, site.slot()) for n, site in self._adapter.sites.items() if site.present}, {}
             )
             self._refit()
-        except BaseException:
-            self.remove()
-            raise
-        if type(gate).noise is not Gate.noise:
-            # Noise must be there before the forward that uses it, and not be drawn again when a checkpoint recomputes.
-            # A compiled forward must not take the hook into its graph
-            before: Any = torch.compiler.disable(self._before_forward)
-            self._hook = self._adapter.model.register_forward_pre_hook(before)
 
-    def fold(self) -> dict[str, dict[str, float]]:
+    def fold(self, journal: Journal | None = None) -> dict[str, dict[str, float]]:
         """Write what the gates make of the factors into them, and take the gates off; what they report, by module.
 
         The function stays. So does the direction of the optimizer's next step of each entry: with A' = diag(v) A the
@@ -107,14 +101,15 @@ class Gates:
         """
         if self.gate is None:
             return {}
-        self._draw(None)  # the last forward may have been one with noise
         reports = {name: dict(self.gate.report(theta)) for name, theta in self._theta.items()}
         stored = self.stored()
-        with Journal() as journal, torch.no_grad():
+        with Journal(journal) as journal, torch.no_grad():
+            self._remember(journal)
+            self._draw(None)  # the last forward may have been one with noise
             for name in self._theta:
                 self._fold_site(journal, self._adapter.sites[name], self.gate.value(self._live[name]))
-        self.remove()
-        self._stored = stored
+            self.remove()
+            self._stored = stored
         return {name: report for name, report in reports.items() if report}
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
@@ -133,14 +128,19 @@ class Gates:
 
     def remove(self) -> None:
         """Take the gates off; factors stay as they are without them."""
-        for site in self._adapter.sites.values():
-            if site.present or site.kind == "embedding":
-                for module, name in site.holders.values():
-                    unfit(module, name)
-        if self._hook is not None:
-            self._hook.remove()
-        self.gate, self._adam, self._hook = None, None, None
-        self._theta, self._live, self._still, self._drawn, self._gradient, self._rates = {}, {}, {}, [], {}, []
+        self.gate, self._adam = None, None
+        self._theta, self._gradient, self._rates = {}, {}, []
+        self._refit()
+
+    def _remember(self, journal: Journal, values: Callable[[], None] = lambda: None) -> None:
+        """What follows is undone with `journal`; of updates of parameters in place that is for `values` to do."""
+        self.follow(journal)
+        journal.undo(values)
+        journal.keep(self, *_KEPT)
+
+    def follow(self, journal: Journal) -> None:
+        """Once all that is written to `journal` from here on is undone, factors are under the gates there are then."""
+        journal.undo(self._refit)
 
     def _fold_site(self, journal: Journal, site: Site, value: Tensor) -> None:
         for factor, (module, name) in site.holders.items():
@@ -162,7 +162,7 @@ class Gates:
     # -- what forwards see ------------------------------------------------------------------------------------------
 
     def _refit(self) -> None:
-        """Let exactly the modules that have a gate be under it, in deterministic state."""
+        """Let exactly the modules that have a gate be under it, in deterministic state, and noise come to forwards."""
         self._live, self._still, self._drawn = {n: {} for n in self._theta}, {n: {} for n in self._theta}, []
         for name, site in self._adapter.sites.items():
             if self.gate is not None and name in self._theta:
@@ -170,6 +170,15 @@ class Gates:
             elif site.present or site.kind == "embedding":
                 for module, key in site.holders.values():
                     unfit(module, key)
+        noisy = self.gate is not None and type(self.gate).noise is not Gate.noise
+        if noisy and self._hook is None:
+            # Noise must be there before the forward that uses it, and not be drawn again when a checkpoint recomputes.
+            # A compiled forward must not take the hook into its graph
+            before: Any = torch.compiler.disable(self._before_forward)
+            self._hook = self._adapter.model.register_forward_pre_hook(before)
+        elif not noisy and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         if self.gate is not None:
             self._draw(None)
 
@@ -289,9 +298,12 @@ class Gates:
                 self._update(self._step)
             self._settle()
 
-    def outer_step(self, loss: Callable[[], Tensor], step: int) -> Tensor:
+    def outer_step(self, loss: Callable[[], Tensor], step: int, journal: Journal | None = None) -> Tensor:
         """One update of gates that are trained on held-out data; of the factors nothing changes, not even `.grad`."""
         assert self.gate is not None
+        if journal is not None:
+            before = {name: self._learnt(name).copy() for name in self._theta}
+            self._remember(journal, lambda: self._resume(before))
         self._drawn = []
         self._draw(None, outer=True)
         leaves = [leaf for draw in self._live.values() for leaf in draw.values() if leaf.requires_grad]
@@ -374,15 +386,16 @@ class Gates:
         """Let gates follow a plan whose factors are in place; `slots` are those after it."""
         if self.gate is None:
             return
-        journal.write(lambda: None, self._refit)  # undone last, when everything below is back
         learnt = {name: self._learnt(name) for name in self._adapter.sites if name in self._theta or name in plan.ops}
         for name, ops in plan.ops.items():
             learnt[name] = learnt[name].through(ops, partial(self._directions, name, slots[name]))
         learnt = {name: of for name, of in learnt.items() if slots[name].rank}
-        for attr in ("_theta", "_adam", "_rates"):
-            journal.attr(self, attr, getattr(self, attr))  # `_train` makes new ones
-        self._train({n: of.theta for n, of in learnt.items()}, {n: of.adam for n, of in learnt.items()})
+        journal.keep(self, "_theta", "_adam", "_rates")  # `_train` makes new ones
+        self._resume(learnt)
         self._refit()
+
+    def _resume(self, learnt: Mapping[str, Learnt]) -> None:
+        self._train({n: of.theta for n, of in learnt.items()}, {n: of.adam for n, of in learnt.items()})
 
     def _directions(self, name: str, slot: Slot, n: int) -> dict[str, Tensor]:
         """Parameters of `n` new ones."""

@@ -21,17 +21,16 @@ class HeldOut:
         self._batches = batches
         self._iterator: Iterator[Any] | None = None
         self._pass, self._index = 0, 0
+        self._skipped = 0  # batches from there on that are not to be seen again
 
     @property
     def position(self) -> list[int]:
         """[pass, batch] of the next one."""
-        return [self._pass, self._index]
+        return [self._pass, self._index + self._skipped]
 
     @position.setter
     def position(self, at: list[int]) -> None:
-        self._pass, self._index, self._iterator = at[0], 0, None
-        for _ in range(at[1]):
-            self.take()
+        self._pass, self._index, self._iterator, self._skipped = at[0], 0, None, at[1]
 
     def take(self) -> Any:
         """The next batch.
@@ -39,6 +38,12 @@ class HeldOut:
         Raises:
             ConfigError: there are none.
         """
+        while self._skipped:
+            self._next()
+            self._skipped -= 1
+        return self._next()
+
+    def _next(self) -> Any:
         for _ in range(2):
             with own_random_numbers(self.seed, self._pass, self._index, "held-out"):
                 if self._iterator is None:

@@ -8,9 +8,13 @@ from typing import Any
 
 
 class Journal:
-    """Remembers how to undo each write made through it, and does so when its `with` block is left by an exception."""
+    """Remembers how to undo each write made through it, and does so when its `with` block is left by an exception.
 
-    def __init__(self) -> None:
+    With an `outer` one, what was written is undone too when that one is left by an exception later.
+    """
+
+    def __init__(self, outer: Journal | None = None) -> None:
+        self._outer = outer
         self._undo: list[Callable[[], object]] = []
 
     def attr(self, owner: Any, name: str, value: Any) -> None:
@@ -23,15 +27,32 @@ class Journal:
         old, new = owner.copy(), owner.__class__(value) if isinstance(owner, list) else dict(value)
         self.write(lambda: _fill(owner, new), lambda: _fill(owner, old))
 
+    def keep(self, owner: Any, *names: str) -> None:
+        """Let these attributes hold what they hold now, in the same objects, whatever is written to them otherwise."""
+        for name in names:
+            value = getattr(owner, name)
+            if isinstance(value, dict | list):
+                self.contents(value, value)
+            self.attr(owner, name, value)
+
+    def undo(self, undo: Callable[[], object]) -> None:
+        """What else is to be done when everything written from here on has been undone."""
+        self.write(lambda: None, undo)
+
     def write(self, do: Callable[[], object], undo: Callable[[], object]) -> None:
         """`undo` must be right whether `do` failed before, halfway or after."""
         self._undo.append(undo)
         do()
 
     def rollback(self) -> None:
-        """Undo everything, last write first."""
+        """Undo everything, last write first; where one cannot be undone, the others are all the same."""
         while self._undo:
-            self._undo.pop()()
+            undo = self._undo.pop()
+            try:
+                undo()
+            except BaseException:
+                self.rollback()
+                raise
 
     def __enter__(self) -> Journal:
         return self
@@ -39,6 +60,8 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             self.rollback()
+        elif self._outer is not None:
+            self._outer._undo += self._undo
 
 
 def _fill(owner: dict[Any, Any] | list[Any], value: Any) -> None:

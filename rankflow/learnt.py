@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ class Learnt:
     gate: Gate
     theta: Mapping[str, Tensor]
     adam: Mapping[str, Mapping[str, Any]]
+
+    def copy(self) -> Learnt:
+        """The same in tensors of its own, which updates in place of this one do not reach."""
+        return self._map(lambda key, t: t.clone(), lambda key, t: t.clone() if isinstance(t, Tensor) else t)
 
     def through(self, ops: Iterable[Op], fresh: Callable[[int], Mapping[str, Tensor]]) -> Learnt:
         """After `ops`; `fresh` gives the parameters of so many new directions."""
@@ -61,8 +66,11 @@ class Learnt:
             per_direction = self.gate.scope == "component" and key in self.gate.per_direction
             return change(key, t) if per_direction and isinstance(t, Tensor) and t.dim() > 0 else t
 
+        return self._map(partial(along, theta), partial(along, adam))
+
+    def _map(self, theta: Callable[[str, Any], Any], adam: Callable[[str, Any], Any]) -> Learnt:
         return Learnt(
             self.gate,
-            {key: along(theta, key, t) for key, t in self.theta.items()},
-            {key: {e: along(adam, key, t) for e, t in entries.items()} for key, entries in self.adam.items()},
+            {key: theta(key, t) for key, t in self.theta.items()},
+            {key: {e: adam(key, t) for e, t in entries.items()} for key, entries in self.adam.items()},
         )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,7 +103,8 @@ class Ledger:
     """The events of one run, in memory and, with a `path`, line by line on disk.
 
     A line is written whole or not at all, and synced before `append` returns; a last line cut short by a crash is
-    dropped when the file is next opened. With `keep_matrices` the matrices of each plan lie beside the ledger.
+    dropped when the file is next opened. What is appended in a `together` block is written at its end, all of it or
+    nothing. With `keep_matrices` the matrices of each plan lie beside the ledger.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, keep_matrices: bool = False):
@@ -109,6 +112,7 @@ class Ledger:
         self.keep_matrices = keep_matrices
         self._source = self.path  # what messages are about
         self.events: list[Event] = []
+        self._waiting: list[Event] | None = None  # of a `together` block
         if self.path is not None and self.path.exists():
             self.events = _effective(_read_lines(self.path, mend=True))
 
@@ -132,24 +136,45 @@ class Ledger:
         line: Event = {"event": event, "step": step, **fields}
         if plan is not None:
             line["plan"] = plan.to_json()
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if plan is not None and self.keep_matrices:
-                line["matrices"] = self._save_matrices(step, plan)
-            _append_line(self.path, line)
+        if self.path is not None and plan is not None and self.keep_matrices:
+            line["matrices"] = self._save_matrices(step, plan)
+        self._write([line])
         self.events = _effective([*self.events, line])
         return line
 
+    @contextmanager
+    def together(self, attempt: Callable[[Callable[[], None]], object] = lambda write: write()) -> Iterator[None]:
+        """The events of the block are one: where it, or writing them at its end, fails, there were none.
+
+        `attempt` is handed the writing, to be done at once, if there is anything to write.
+        """
+        before, self._waiting = self.events, []
+        try:
+            yield
+            if lines := self._waiting:
+                self._waiting = None
+                attempt(lambda: self._write(lines))
+        except BaseException:
+            self.events = before
+            raise
+        finally:
+            self._waiting = None
+
+    def _write(self, lines: list[Event]) -> None:
+        if self._waiting is not None:
+            self._waiting += lines
+        elif self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _append_lines(self.path, lines)
+
     def restore(self, events: list[Event], step: int) -> None:
         """Go on from an earlier point: `events` are those the checkpoint at `step` had seen."""
-        if self.events[: len(events)] != events:
-            # Another file or an empty one: carry the history over, so that this ledger alone replays.
-            for event in events:
-                if self.path is not None:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    _append_line(self.path, event)
-        self.events = list(events)
-        self.append("restore", step, events=len(events))
+        known = self.events[: len(events)] == events
+        with self.together():
+            if not known:  # another file or an empty one: carry the history over, so that this ledger alone replays
+                self._write(events)
+            self.events = list(events)
+            self.append("restore", step, events=len(events))
 
     def layout(self) -> Layout:
         """The layout after all events, by replay alone.
@@ -192,6 +217,7 @@ class Ledger:
 
     def _save_matrices(self, step: int, plan: RankPlan) -> str:
         assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         name = f"{self.path.stem}-step-{step:06d}.safetensors"
         partial = self.path.parent / f".{name}.part"
         save_file({"flat": plan.pack()}, partial)
@@ -212,18 +238,18 @@ def _effective(events: list[Event]) -> list[Event]:
     return out
 
 
-def _append_line(path: Path, line: Event) -> None:
+def _append_lines(path: Path, lines: list[Event]) -> None:
+    timed = [{**line, "time": round(time.time(), 3)} for line in lines]
+    left = "".join(json.dumps(line, allow_nan=False) + "\n" for line in timed).encode()
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    size = os.fstat(fd).st_size
     try:
-        timed = {**line, "time": round(time.time(), 3)}
-        left, size = (json.dumps(timed, allow_nan=False) + "\n").encode(), os.fstat(fd).st_size
-        try:
-            while left:  # a disk that is nearly full takes a part of it first
-                left = left[os.write(fd, left) :]
-        except OSError:
-            os.ftruncate(fd, size)
-            raise
+        while left:  # a disk that is nearly full takes a part of it first
+            left = left[os.write(fd, left) :]
         os.fsync(fd)
+    except BaseException:
+        os.ftruncate(fd, size)
+        raise
     finally:
         os.close(fd)
 

@@ -103,7 +103,7 @@ class Probes:
         for name, site in sites.items():
             draws = Draws((self.seed, step, name), *self._sizes)
             self._recorders[name] = recorder = Recorder(site, self._adapter.name, hooked, mask, draws)
-            self._handles += recorder.install()
+            recorder.install(self._handles)
         if hooked & (GRAMS | INPUT):
             self._handles.append(self._adapter.model.register_forward_pre_hook(mask.read, with_kwargs=True))
         if hooked & _TAPPED and "torch._dynamo" in sys.modules:  # else nothing can be compiled
@@ -161,7 +161,7 @@ class Probes:
 
     def _add_gates(self, values: Mapping[str, dict[Signal, Lazy]]) -> None:
         gates = self._gates
-        if not gates or not self._signals & GATE_SIGNALS:
+        if gates is None or not self._signals & GATE_SIGNALS:  # they may come before anybody reads their values
             return
         readers = {Signal.GATE: gates.values, Signal.GATE_OPEN: gates.opened, Signal.GATE_SCORE: gates.scores}
         readers = {signal: cache(read) for signal, read in readers.items() if signal in self._signals}

@@ -42,3 +42,6 @@ class Alone:
 
     def resized(self, layout: Layout, step: int) -> None:
         """Parameters were replaced: all have to have come to this layout."""
+
+    def undone(self) -> None:
+        """Parameters are again those that were there before; nobody else is waited for."""

@@ -60,24 +60,22 @@ class Recorder:
         self._channels = 1 if site.kind == "conv" else -1
         self._passes: list[tuple[Tensor, Tensor, float]] = []  # (g, x, scaling in force) of this batch
 
-    def install(self) -> list[Any]:
-        handles: list[Any] = [
-            parameter.register_post_accumulate_grad_hook(partial(self._accumulated, factor))
-            for factor, parameter in (("A", self.site.A), ("B", self.site.B))
-            if parameter.requires_grad
-        ]
+    def install(self, handles: list[Any]) -> None:
+        """Put the hooks on; `handles` has each as soon as it is on, so that they come off wherever this ends."""
+        for factor, parameter in (("A", self.site.A), ("B", self.site.B)):
+            if parameter.requires_grad:
+                handles.append(parameter.register_post_accumulate_grad_hook(partial(self._accumulated, factor)))
         layer: Any = self.site.layer
         if self.site.kind == "embedding":
             if self._signals & (GRAMS | DELTA):
                 handles.append(layer.register_forward_hook(self._on_embedding))
-            return handles
+            return
         if self._signals & (GRAMS | INPUT):
             handles.append(layer.lora_dropout[self._adapter].register_forward_pre_hook(self._on_dropout))
         if self._signals & (GRAMS | DELTA | INPUT):
             handles.append(layer.lora_A[self._adapter].register_forward_hook(self._on_down))
         if self._signals & (DELTA | INPUT):
             handles.append(layer.lora_B[self._adapter].register_forward_hook(self._on_up))
-        return handles
 
     # -- gradients of the factors -----------------------------------------------------------------------------------
 

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rankflow.adapters import Adapter, reshape
 from rankflow.controller import Controller
-from rankflow.errors import AdapterError, CheckpointError
+from rankflow.errors import AdapterError, CheckpointError, naming
+from rankflow.formats.atomic import atomic_folder
 from rankflow.formats.peft import PeftAdapter
 from rankflow.plan import Layout
+from rankflow.seals import check_seal
 
 FOLDER = "rankflow"
+SUMS = "SHA256SUMS"
 _TENSOR = "tensor:"
 
 
 def save_state(controller: Controller, checkpoint: str | os.PathLike[str]) -> Path:
-    """Write `<checkpoint>/rankflow/`: state.json and state.safetensors. The folder appears whole or not at all."""
+    """Write `<checkpoint>/rankflow/`: state.json, state.safetensors and the SHA256SUMS of both.
+
+    The folder appears whole or not at all, and until then an earlier one stays.
+    """
     folder = Path(checkpoint) / FOLDER
-    partial = folder.with_name(f".{FOLDER}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     plain = _split(controller.state_dict(), tensors)
-    save_file(tensors, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(plain, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    files = {"state.json": json.dumps(plain, indent=1).encode(), "state.safetensors": save(tensors)}
+    with atomic_folder(folder) as partial:
+        for name, raw in files.items():
+            (partial / name).write_bytes(raw)
+        (partial / SUMS).write_text(_sums(files))
     return folder
 
 
@@ -43,16 +48,27 @@ def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What `save_state` wrote, for `Controller.load_state_dict`; None where a checkpoint has none.
 
     Raises:
-        CheckpointError: the files are damaged.
+        CheckpointError: the files are damaged, or of a newer rankflow.
     """
     folder = Path(checkpoint) / FOLDER
     if not folder.is_dir():
         return None
     try:
-        plain = json.loads((folder / "state.json").read_text())
-        return _join(plain, load_file(folder / "state.safetensors"))
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: the rank state of this checkpoint is damaged ({e})") from e
+        files = {name: (folder / name).read_bytes() for name in ("state.json", "state.safetensors")}
+        if (folder / SUMS).read_bytes() != _sums(files).encode():
+            raise ValueError(f"its files are not those of {SUMS}")
+        state = _join(json.loads(files["state.json"]), load(files["state.safetensors"]))
+    except (OSError, ValueError, SafetensorError, RecursionError) as e:
+        raise CheckpointError(
+            f"{folder}: the rank state of this checkpoint is damaged ({e}); go on from an earlier checkpoint"
+        ) from None
+    with naming(folder):
+        return check_seal(state)
+
+
+def _sums(files: Mapping[str, bytes]) -> str:
+    """As `sha256sum` writes and checks them."""
+    return "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in files.items())
 
 
 def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
@@ -98,7 +114,7 @@ def checkpoint_of(path: str | os.PathLike[str]) -> Path | None:
 
 def _split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
+        tensors[path] = value
         return _TENSOR + path
     if isinstance(value, dict):
         return {k: _split(v, tensors, f"{path}/{k}") for k, v in value.items()}
@@ -109,7 +125,7 @@ def _split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, str) and value.startswith(_TENSOR):
-        return tensors[value.removeprefix(_TENSOR)]
+        return tensors.get(value.removeprefix(_TENSOR), value)  # a missing one breaks the seal
     if isinstance(value, dict):
         return {k: _join(v, tensors) for k, v in value.items()}
     if isinstance(value, list):

@@ -128,8 +128,8 @@ def _scaled(adapter: Adapter, point: float) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, then every module back in its own."""
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, training in before:
@@ -144,10 +144,10 @@ def own_random_numbers(*key: object) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         seed = int(torch.randint(2**31, (), generator=keyed_generator(*key, "study")))
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
         try:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
             yield
         finally:
             random.setstate(states[0])

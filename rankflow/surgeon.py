@@ -80,8 +80,10 @@ class Surgeon:
         self._agree(layout)
         self._layout = layout
 
-    def apply(self, plan: RankPlan, step: int = 0) -> Layout:
+    def apply(self, plan: RankPlan, step: int = 0, journal: Journal | None = None) -> Layout:
         """Carry out `plan` and return the layout after it. Whatever is raised, nothing has changed then.
+
+        With a `journal` it is undone, too, should that one be.
 
         Old parameters of resized modules are replaced by new ones, without gradients; whoever holds old ones holds
         stale ones (`version` tells). Kept directions and their optimizer state stay bit for bit.
@@ -117,7 +119,8 @@ class Surgeon:
             for name, ops in plan.ops.items()
         }
         resized = [s for s in staged if s.resized]
-        with Journal() as journal:
+        with Journal(journal) as journal:
+            self.gates.follow(journal)
             for s in staged:
                 self._commit(journal, s)
             if resized:
@@ -128,8 +131,8 @@ class Surgeon:
             self.gates.write(journal, plan, target)
             self.averages.carry(journal, plan.ops)
             self._verify(staged, target)
-        self._layout = target
-        self.version += bool(resized)
+            journal.attr(self, "_layout", target)
+            journal.attr(self, "version", self.version + bool(resized))
         return target
 
     # -- before anything is written ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from rankflow.controller import Controller
 from rankflow.distributed import own_ledger, processes_of, sharded
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.ledger import Ledger
-from rankflow.resume import checkpoint_of, load_state, match_layout, save_state, saved_layout
+from rankflow.resume import FOLDER, checkpoint_of, load_state, match_layout, save_state, saved_layout
 from rankflow.seeds import keyed_generator
 
 T = TypeVar("T")
@@ -252,7 +252,15 @@ def _follow_ranks_when_loading() -> None:
         checkpoint = checkpoint_of(model_id) if adapter_name in self.peft_config else None
         if checkpoint is None:
             _loaded.pop(self, None)
-            return load(self, model_id, adapter_name, *args, **kwargs)
+            try:
+                return load(self, model_id, adapter_name, *args, **kwargs)
+            except RuntimeError as e:
+                if adapter_name not in self.peft_config or not _callbacks:
+                    raise
+                raise CheckpointError(
+                    f"{model_id}: its adapter does not fit this one, and it has no {FOLDER} folder with the ranks it "
+                    f"had come to. {_NO_STATE}"
+                ) from e
         if (Path(model_id) / adapter_name).is_dir():  # the Trainer offers the root, which is where "default" is
             model_id = str(Path(model_id) / adapter_name)
         flows = [c.flow for c in _callbacks if c.flow is not None and c.flow.attached]
@@ -271,14 +279,19 @@ def _follow_ranks_when_loading() -> None:
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
+_NO_STATE = (
+    "If the process was killed while it saved, resume from an earlier checkpoint; if it was saved without "
+    "RankFlowCallback, start anew from its adapter: rankflow.restore(model, checkpoint), then train()"
+)
+
+
 def _state_to_resume(model: nn.Module, state: TrainerState) -> dict[str, Any]:
     checkpoint = _loaded.get(model)
     saved = load_state(checkpoint) if checkpoint is not None else None
     if saved is None:
         raise CheckpointError(
-            f"training resumes at step {state.global_step} from a checkpoint that was saved without RankFlowCallback "
-            "and does not say how far its ranks had come; start anew from its adapter instead: "
-            "rankflow.restore(model, checkpoint), then train()"
+            f"training resumes at step {state.global_step} from a checkpoint that does not say how far its ranks had "
+            f"come. {_NO_STATE}"
         )
     return saved
 

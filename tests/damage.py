@@ -385,6 +385,9 @@ def harm(rng: random.Random, files: Files, marker: Path) -> str:
     if len(files) > 1 and rng.random() < 0.4:  # what is special about a reader is in its first file
         name = next(iter(files))
     raw = files[name]
+    if "." not in name:  # a list of checksums
+        files[name] = harm_bytes(rng, raw)
+        return f"{name}: bytes"
     if name.endswith(".yaml"):
         files[name] = harm_yaml(rng, raw, marker)
         return f"{name}: yaml"

@@ -32,8 +32,10 @@ from rankflow import ConfigError, RankFlowError, canonicalize, diff, expand, ins
 from rankflow.cli import app
 from rankflow.formats.detect import open_adapter
 from rankflow.ledger import Ledger
+from rankflow.plan import Layout
 from rankflow.planning import read_budget, read_plan
 from rankflow.quantized import load_quantized
+from rankflow.resume import load_state, saved_layout
 from rankflow.watching import view
 
 SECONDS = 20.0  # that one file may take, on a busy machine; most take a hundredth of one
@@ -141,6 +143,12 @@ def operate(reader: str, src: Path, out: Path, rng: random.Random) -> str:
     if reader == "quantized":
         load_quantized(src)
         return "load"
+    if reader == "checkpoint":
+        state = load_state(src)
+        if state is None or state["step"] != 3:
+            raise Wrong("what was damaged was read")
+        saved_layout(src, Layout.from_json(state["layout"]))
+        return "resume"
     way = rng.choice(["squeeze"] * 5 + ["inspect", "diff", "canonicalize", "pad", "check", "squeeze --dry-run", "show"])
     if way == "squeeze":
         _squeeze(target, out, rng)

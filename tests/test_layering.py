@@ -62,6 +62,7 @@ RUNTIME = [
     "sharing",
     "surgeon",
     "ledger",
+    "seals",
     "penalties",
     "processes",
     "controller",

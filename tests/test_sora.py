@@ -227,6 +227,17 @@ def test_a_budget_takes_the_least_directions_of_all_modules():
     assert kept == {"m0": (0, 2), "m1": (1,)}
 
 
+def test_a_phase_that_decides_on_its_first_step_sees_the_gates_it_has_just_put_on():
+    phases = [
+        {"policy": "hold", "until": 2},
+        {"policy": "sora", "budget": {"mean_rank": 1}, "when": {"every": 2}, "params": {"shape": "constant"}},
+    ]
+    run = Run({"phases": phases, "limits": {"*": {"min": 0}}}, 4, model=tiny_llama(r=2)).until(2)
+    first = [e for e in run.flow.ledger.events if e["event"] == "resize"]
+    assert [(e["step"], e["total_rank"]) for e in first] == [(2, 10)]
+    assert "0 of 20 gates are zero" in first[0]["reason"]
+
+
 def test_limits_keep_more_than_gates_do():
     policy = Sora(when=When(1, 1, 2))
     before = layout([4, 4], min_rank=2)

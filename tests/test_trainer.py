@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,15 @@ def test_a_checkpoint_without_rank_state_is_refused_with_the_remedy(tmp_path):
     run = trainer(tmp_path, RankFlowCallback(GROW_THEN_SQUEEZE))
     with pytest.raises(CheckpointError, match=r"rankflow\.restore"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("stop", [5, 10])  # at other ranks than a fresh model's, and at the same again
+def test_a_checkpoint_of_a_process_killed_while_saving_is_refused_with_the_remedy(tmp_path, stop):
+    options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}
+    trainer(tmp_path, RankFlowCallback(GROW_THEN_SQUEEZE), **options).train()
+    shutil.rmtree(tmp_path / f"checkpoint-{stop}" / "rankflow")
+    with pytest.raises(CheckpointError, match="killed while it saved, resume from an earlier"):
+        trainer(tmp_path, RankFlowCallback(GROW_THEN_SQUEEZE), **options).train(str(tmp_path / f"checkpoint-{stop}"))
 
 
 def test_a_second_train_goes_on_from_the_ranks_there_are(tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,23 @@ def _quantized() -> Files:
     return {"rankflow_quantized.safetensors": quantized, **_peft(adapter, r=2)}
 
 
+def _checkpoint() -> Files:
+    """Of a run under gates, so that there are tensors of all kinds."""
+    from tiny import Tiny, save
+
+    from rankflow.resume import save_state
+
+    run = Tiny({"policy": "sora", "when": {"start": 2, "every": 2}, "limits": {"*": {"min": 1}}}, 8).until(3)
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a model that has no config
+        folder = Path(name)
+        save(run, folder)
+        save_state(run.flow, folder)
+        (folder / "run.pt").unlink()
+        (folder / "README.md").unlink(missing_ok=True)
+        return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
 READERS: dict[str, Callable[[], Files]] = {
     "peft": _peft,
     "rslora": lambda: _peft(use_rslora=True),
@@ -288,6 +306,7 @@ READERS: dict[str, Callable[[], Files]] = {
     "budget": _budget,
     "ledger": _ledger,
     "quantized": _quantized,
+    "checkpoint": _checkpoint,
 }
 
 
@@ -299,5 +318,6 @@ def unpacked(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 def put(folder: Path, files: Files) -> Path:
     folder.mkdir()
     for name, raw in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(raw)
     return folder

@@ -1,0 +1,71 @@
+"""Failures at every line of rankflow that a piece of work runs, and at every single write that can be undone."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import rankflow
+from rankflow.journal import Journal
+
+PACKAGE = str(Path(rankflow.__file__).parent)
+_WRITE = Journal.write.__code__
+_UNDOING = {Journal.__exit__.__code__, Journal.rollback.__code__}  # no way back from there
+
+
+class Planted(Exception):
+    pass
+
+
+@cache
+def _cleaning(file: str) -> frozenset[int]:
+    """Lines inside `finally`: what fails there has no one to clean up after it."""
+    tries = [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Try)]
+    return frozenset(
+        line for node in tries for stmt in node.finalbody for line in range(stmt.lineno, (stmt.end_lineno or 0) + 1)
+    )
+
+
+@contextmanager
+def failing(at: int) -> Iterator[Callable[[], int]]:
+    """`Planted` is raised at the place of that number; what is yielded tells how many places there were.
+
+    A place is a line of rankflow's the first time it runs, and both before and after every write of a `Journal`. So
+    whatever is written, in whatever way, some place lies between it and the next thing that is.
+    """
+    seen: set[tuple[CodeType, int]] = set()
+    places = 0
+
+    def place() -> None:
+        nonlocal places
+        places += 1
+        if places - 1 == at:
+            sys.settrace(None)
+            raise Planted
+
+    def inside(frame: FrameType, event: str, argument: Any) -> Any:
+        code, line = frame.f_code, frame.f_lineno
+        if code is _WRITE:
+            if event in ("line", "return") and sys.exc_info()[0] is None:
+                place()
+        elif event == "line" and (code, line) not in seen and line not in _cleaning(code.co_filename):
+            seen.add((code, line))
+            place()
+        return inside
+
+    def entering(frame: FrameType, event: str, argument: Any) -> Any:
+        ours = frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code not in _UNDOING
+        return inside if ours else None
+
+    before = sys.gettrace()
+    sys.settrace(entering)
+    try:
+        yield lambda: places
+    finally:
+        sys.settrace(before)
