@@ -313,15 +313,27 @@ def squeeze_each(
 
 
 def canonicalize(
-    src: str | Path, out: str | Path, *, force: bool = False, progress: Progress | None = None
+    src: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> SqueezeReport:
     """The same adapter with the directions of every module sorted by what they add: whatever number of them is taken
     from the front is the best adapter of that rank.
 
+    Args:
+        base: the base model's folder, for adapters that say less than all in their file.
+
     Raises:
         ConfigError, AdapterError: as `squeeze`.
     """
-    return squeeze_each(src, [Target(keep=True)], [out], force=force, canonical=True, progress=progress)[0]
+    fitting = fitting_for(None, base=base)
+    (found,) = squeeze_each(
+        src, [Target(keep=True)], [out], force=force, canonical=True, fitting=fitting, progress=progress
+    )
+    return found
 
 
 def _sketch(targets: Sequence[Target], backend: Backend | None) -> Sketch:

@@ -36,6 +36,7 @@ def check(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
+    base: options.Base = None,
 ) -> None:
     """Say what a policy means for a model: the modules its limits reach, its budgets, and the steps it decides on.
 
@@ -44,7 +45,7 @@ def check(
     from rankflow.formats.detect import looks_like_adapter
 
     if engine is not None or looks_like_adapter(Path(subject)):
-        _check_adapter(Path(subject), engine, as_json)
+        _check_adapter(Path(subject), engine, as_json, base)
         return
     from rankflow.config import load_policy
     from rankflow.policy_tables import limits_table, phases_table
@@ -155,7 +156,7 @@ def watch(
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _check_adapter(adapter: Path, engine: str | None, as_json: bool) -> None:
+def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str | None) -> None:
     """
     Raises:
         typer.Exit: with status 1, if anything would go wrong.
@@ -165,7 +166,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool) -> None:
     from rankflow.mismatches import check as run
     from rankflow.tables import verdict_table
 
-    found = run(adapter, engine)
+    found = run(adapter, engine, base=base)
     if as_json:
         print_json(found.to_json())
     elif found.problems:
