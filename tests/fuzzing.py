@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from damage import harm, harm_bytes
+from gguf import GGUFReader
 from rich.console import Console
 from typer.testing import CliRunner
 from whole_files import READERS, Files, put
@@ -148,6 +149,14 @@ def operate(reader: str, src: Path, out: Path, rng: random.Random) -> str:
         read.layout()
         Console(file=io.StringIO(), markup=False).print(view(Ledger.read(src / "rankflow.jsonl", times=True), 2e9))
         return "read"
+    if reader == "gguf":
+        out = out.with_suffix(".gguf")
+        if rng.random() < 0.2:
+            _by_command("squeeze", src, "--target-rank", 2, "--for", "llamacpp", "--base", src / "base", "-o", out)
+        else:
+            squeeze(src, out, base=src / "base", **rng.choice([{"engine": "llamacpp"}, {"to": "gguf"}]), energy=0.7)
+            GGUFReader(out)
+        return "squeeze to gguf"
     if reader == "quantized":
         load_quantized(src)
         return "load"

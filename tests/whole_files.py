@@ -225,6 +225,17 @@ def _diffusers() -> Files:
     return {"pytorch_lora_weights.safetensors": save(_pairs(_UNET, "unet.{0}.lora_{1}.weight"), meta)}
 
 
+def _gguf() -> Files:
+    """What GGUF is made of: the adapter of a model of the llama family, and that model's config."""
+    shapes = {f"model.layers.{i}.{name}": (8, 8) for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "hidden_size": 8, "tie_word_embeddings": False,
+    }  # fmt: skip
+    adapter = _peft(_pairs(shapes, _PEFT), target_modules=["q_proj", "up_proj"])
+    return {"base/config.json": json.dumps(config).encode(), **adapter}
+
+
 def _tail() -> Files:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -331,6 +342,7 @@ READERS: dict[str, Callable[[], Files]] = {
     "locon": _locon,
     "comfyui": _comfyui,
     "diffusers": _diffusers,
+    "gguf": _gguf,
     "tail": _tail,
     "statistics": _statistics,
     "plan": _plan,
