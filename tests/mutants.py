@@ -1313,6 +1313,20 @@ MUTANTS = [
         "tests/test_fuzz.py::test_miss_and_vera_of_ranks_that_would_fill_the_memory",
     ),
     Mutant(
+        "bad files: a base model of no inputs",
+        "formats/vera.py",
+        "weight.ndim != 2 or not weight.numel():",
+        "weight.ndim != 2:",
+        "tests/test_fuzz.py::test_a_base_model_of_no_inputs_and_one_too_large_to_count_in",
+    ),
+    Mutant(
+        "bad files: look for intruders among infinities",
+        "against_base.py",
+        "return not max(sizes[0], sizes[1] * sizes[2], *sizes) <",
+        "return not min(sizes[0], sizes[1] * sizes[2], *sizes) <",
+        "tests/test_fuzz.py::test_a_base_model_of_no_inputs_and_one_too_large_to_count_in",
+    ),
+    Mutant(
         "bad files: hold all factors that are made",
         "formats/peft_modules.py",
         '*(tensors[key].to("meta") for key in keys)',

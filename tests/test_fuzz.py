@@ -252,6 +252,22 @@ def test_miss_and_vera_of_ranks_that_would_fill_the_memory(tmp_path: Path, monke
         inspect(src, base=src / "base")
 
 
+def test_a_base_model_of_no_inputs_and_one_too_large_to_count_in(tmp_path: Path):
+    src = put(tmp_path / "src", READERS["miss"]())
+    weights = src / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: t[:, :0].clone() for key, t in tensors.items()}, weights)
+    with pytest.raises(AdapterError, match=r"no such linear layer as layers\.0\.q"):
+        inspect(src, base=src / "base")
+    for size in (1e19, 3e38):
+        save_file({key: t.sign() * size for key, t in tensors.items()}, weights)
+        with pytest.raises(ConfigError, match=r"layers\.0\.q has values in it .* too large to be compared") as error:
+            inspect(src, base=src / "base")
+        assert str(src) in str(error.value)
+    save_file({key: t * 1e10 for key, t in tensors.items()}, weights)
+    inspect(src, base=src / "base")
+
+
 def test_factors_that_are_made_are_not_held_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from rankflow.formats.folding import Lazy
     from rankflow.formats.peft import PeftAdapter

@@ -111,7 +111,7 @@ def shapes_of(modules: Iterable[str], base: Path, path: Path) -> dict[str, tuple
     shapes = {}
     for module in modules:
         weight = weight_of(tensors, module.removeprefix(PREFIX))
-        if weight is None or weight.ndim != 2:
+        if weight is None or weight.ndim != 2 or not weight.numel():
             raise no_module(module, path)
         shapes[module] = (weight.shape[0], weight.shape[1])
     return shapes
