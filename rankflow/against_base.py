@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rankflow.crew import Progress
@@ -64,6 +66,8 @@ def compare(
         if not all_finite(W0):
             raise ConfigError(f"{base}: the weight of {name} has NaN or infinite values; download the model again")
         a, b = adapter.factors(name)
+        if _too_large(W0, a, adapter.layout[name].scaling * b):
+            raise ConfigError(f"{base}: {name} has values in it or in {adapter.path} too large to be compared with")
         W0 = _oriented(W0, (len(b), a.shape[-1]), bool(config.get("fan_in_fan_out")), f"{base}: {name}")
         found[name] = intruders(W0, a, b, adapter.layout[name].scaling, top_k=top_k, epsilon=epsilon)
     undecided = [name for name, i in found.items() if i.undecided]
@@ -75,6 +79,13 @@ def compare(
             *_said("have directions that are intruders or not by estimate only", undecided),
         ),
     )
+
+
+def _too_large(W0: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether sums of squares of W0 or B A may be above what is computed in can hold."""
+    most = torch.finfo(torch.float64 if W0.dtype == torch.float64 else torch.float32).max
+    sizes = [float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (W0, a, b)]
+    return not max(sizes[0], sizes[1] * sizes[2], *sizes) < math.sqrt(most) / 4
 
 
 def _oriented(W0: Tensor, shape: tuple[int, int], turned: bool, what: str) -> Tensor:

@@ -24,6 +24,7 @@ from rankflow.devices import usable
 from rankflow.errors import ConfigError, naming
 from rankflow.fitting import Fitting, fitting_for, padded
 from rankflow.formats.adapter import Put, Sketch
+from rankflow.formats.atomic import together
 from rankflow.formats.detect import open_adapter
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.tensors import all_finite
@@ -97,7 +98,8 @@ def squeeze(
         gauge: `balanced` splits singular values evenly between A and B; `keep` keeps |A| / |B|.
         force: replace `out` if it is an adapter.
         dry_run: compute the report and write nothing.
-        keep_tail: a `.safetensors` file for what is cut off, with which `rankflow.expand` goes back.
+        keep_tail: a `.safetensors` file for what is cut off, with which `rankflow.expand` goes back; `out` and it
+            appear together or not at all, but for what `rankflow.formats.atomic.together` says.
         gate: in place of a target: takes the path of a candidate and says whether it is good enough; the smallest
             uniform rank that it accepts is written, to `<src>-accepted` if `out` is left out. Found by bisection.
         kind: the source's format (`peft`, `kohya`, `comfyui`, `diffusers`, `full`); told from its tensors if left out.
@@ -219,7 +221,7 @@ def squeeze_each(
         for path in paths:
             adapter.check_out(path, force=force)
         if tail is not None:
-            check_tail(tail, force=force)
+            check_tail(tail, paths[0], force=force)
     if tail is not None and metric != "weights":
         raise ConfigError(f"a cut by metric {metric!r} leaves nothing that puts it back; keep tails with 'weights'")
     layout = adapter.layout
@@ -277,8 +279,11 @@ def squeeze_each(
             with ExitStack() as files:
                 put_tail = None
                 if tail is not None and isinstance(adapter, PeftAdapter):
-                    put_tail = files.enter_context(tail_writer(tail, adapter, ranks, wanted))
-                put = files.enter_context(adapter.rewrite(out, rows, dtype=wanted, force=force))
+                    both = files.enter_context(together())
+                    put_tail = files.enter_context(tail_writer(tail, adapter, ranks, wanted, both))
+                    put = files.enter_context(adapter.rewrite(out, rows, dtype=wanted, force=force, group=both))
+                else:
+                    put = files.enter_context(adapter.rewrite(out, rows, dtype=wanted, force=force))
                 with naming(adapter.path):
                     spectra = crew.each(lambda name: write(name, ranks[name], rows[name], put, put_tail), layout)
         return report(
@@ -324,15 +329,27 @@ def squeeze_each(
 
 
 def canonicalize(
-    src: str | Path, out: str | Path, *, force: bool = False, progress: Progress | None = None
+    src: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> SqueezeReport:
     """The same adapter with the directions of every module sorted by what they add: whatever number of them is taken
     from the front is the best adapter of that rank.
 
+    Args:
+        base: the base model's folder, for adapters that say less than all in their file.
+
     Raises:
         ConfigError, AdapterError: as `squeeze`.
     """
-    return squeeze_each(src, [Target(keep=True)], [out], force=force, canonical=True, progress=progress)[0]
+    fitting = fitting_for(None, base=base)
+    (found,) = squeeze_each(
+        src, [Target(keep=True)], [out], force=force, canonical=True, fitting=fitting, progress=progress
+    )
+    return found
 
 
 def _sketch(targets: Sequence[Target], backend: Backend | None) -> Sketch:

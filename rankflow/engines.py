@@ -32,6 +32,13 @@ diffusers    Alphas of a file, or the PEFT config in its header; without either 
              14409 get wrong where ranks differ [thread].
 comfyui      `weight_adapter/lora.py`. A module's alpha over its rank, 1 without; headers are not read [code].
 peft         What it writes; all of it is heeded.
+
+Nothing but peft loads what PEFT saves of other types than LORA (VeRA, LoHa, RandLoRA, ..) [code]: their configs have no
+lora_alpha, which vllm, sglang, lorax and llamacpp's converter ask for, sglang asks for the type too, and tensorrt-llm
+refuses names of tensors that it does not know. AdaLoRA has a lora_alpha, but names without `.weight`: vllm,
+tensorrt-llm and llamacpp refuse them, sglang its type, and lorax finds no factor and serves the base alone [code]. An
+r x r matrix between the factors (LoRA-XS, NLoRA) goes by the type LORA: vllm, tensorrt-llm and llamacpp refuse its
+name, lorax and peft load A and B without it [code], and sglang takes whatever is not A for B [reading].
 """
 
 from __future__ import annotations
@@ -51,6 +58,12 @@ class Fate(Enum):
     REFUSED = "refused"
     SILENT = "silent"
     UNKNOWN = "not known"
+
+
+# What of PEFT's is read here as the LoRA that it equals, and is none to an engine
+ADALORA = "AdaLoRA's factors, which are named otherwise"
+OTHER_TYPES = "adapters of a PEFT type other than LORA"
+MIDDLE = "what stands between A and B"
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,8 @@ class Engine:
 _REFUSED, _SILENT, _UNKNOWN = Fate.REFUSED, Fate.SILENT, Fate.UNKNOWN
 _SINGLE = ("kohya", "comfyui", "diffusers")
 _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")  # multi-head latent attention, whose q is a module of its own
-_LINEAR_ONLY = {"convolutions": _REFUSED, "attention": _REFUSED, "experts": _UNKNOWN, "what is no plain LoRA": _REFUSED}
+_PLAIN_ONLY = {ADALORA: _REFUSED, OTHER_TYPES: _REFUSED, MIDDLE: _REFUSED}
+_LINEAR_ONLY = {"convolutions": _REFUSED, "attention": _REFUSED, "experts": _UNKNOWN, **_PLAIN_ONLY}
 
 _ALL = (
     Engine(
@@ -170,6 +184,7 @@ _ALL = (
         setting="--max-lora-rank",
         fates={
             **_LINEAR_ONLY,
+            MIDDLE: _UNKNOWN,
             "DoRA": _REFUSED,
             "modules_to_save": _SILENT,
             "bias": _UNKNOWN,
@@ -195,7 +210,9 @@ _ALL = (
             "attention": _SILENT,
             "experts": _SILENT,
             "embeddings": _SILENT,
-            "what is no plain LoRA": _SILENT,
+            ADALORA: _SILENT,
+            OTHER_TYPES: _REFUSED,
+            MIDDLE: _SILENT,
             "DoRA": _SILENT,
             "modules_to_save": _SILENT,
             "bias": _SILENT,
@@ -238,7 +255,7 @@ _ALL = (
             "convolutions": _REFUSED,
             "attention": _REFUSED,
             "experts": _REFUSED,
-            "what is no plain LoRA": _REFUSED,
+            **_PLAIN_ONLY,
             "DoRA": _REFUSED,
             "modules_to_save": _REFUSED,
             "bias": _REFUSED,
@@ -249,7 +266,7 @@ _ALL = (
     ),
     Engine("diffusers", "diffusers", reads=_SINGLE),
     Engine("comfyui", "", reads=_SINGLE),
-    Engine("peft", "peft", fates={"what stands between A and B": _SILENT}),
+    Engine("peft", "peft", fates={MIDDLE: _SILENT}),
 )
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _ALL}
 

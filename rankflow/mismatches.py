@@ -6,18 +6,22 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from rankflow.engines import Engine, Fate, Stack, engine_named
+from rankflow.engines import ADALORA, MIDDLE, OTHER_TYPES, Engine, Fate, Stack, engine_named
 from rankflow.formats.adapter import BASE_COPY, SavedAdapter
+from rankflow.formats.convert import Converted, Source
+from rankflow.formats.dense import DenseAdapter
 from rankflow.formats.detect import open_adapter
 from rankflow.formats.diffusers import METADATA, DiffusersAdapter, mixed
+from rankflow.formats.full import KIND as FULL
 from rankflow.formats.peft import PeftAdapter
 from rankflow.names import arrange
 
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
+_SQUEEZE = "rankflow squeeze"
 _ELSEWHERE = "serve it with another engine, or merge the adapter into its base model"
 _ROUNDING = 1e-6  # scales nearer than this, relatively, are one
 
@@ -65,16 +69,18 @@ def check(src: str | Path, engine: str, *, kind: str | None = None, base: str | 
     """
     found = engine_named(engine)
     adapter = open_adapter(src, kind, base)
-    wrong = tuple(problems(adapter, found))
+    wrong = tuple(_on_base(problem, base) for problem in problems(adapter, found))
     return Verdict(str(adapter.path), engine, wrong, "" if wrong else found.hint(max(adapter.layout.ranks.values())))
 
 
 def problems(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
-    if adapter.kind not in engine.reads:
-        where = f"is a {adapter.kind} file; {engine.name} loads {', '.join(engine.reads)}"
+    kind = _source(adapter).kind
+    if kind == FULL or adapter.kind not in engine.reads:
+        what = "whole model and no adapter" if kind == FULL else f"{adapter.kind} file"
+        where = f"is a {what}; {engine.name} loads {', '.join(engine.reads)}"
         return [Problem("format", where, Fate.REFUSED, _rewrite(adapter, engine))]
     of_file = _features(adapter, engine, _OF_THE_FILE)
-    if FEATURES["what is no plain LoRA"](adapter):  # of which ranks and scales are not those of any tensor
+    if _no_plain_lora(adapter):  # of which ranks and scales are not those of any tensor
         return of_file
     return [*of_file, *_rows(adapter, engine), *_scales(adapter, engine), *lasting(adapter, engine)]
 
@@ -86,7 +92,15 @@ def lasting(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
 
 
 def _rewrite(adapter: SavedAdapter, engine: Engine) -> str:
-    return f"rankflow squeeze {adapter.path} --for {engine.name}"
+    gguf = engine.writes == "gguf" and not isinstance(adapter, PeftAdapter)  # which is made of PEFT's alone
+    return f"{_SQUEEZE} {adapter.path} {'--format peft' if gguf else f'--for {engine.name}'}"
+
+
+def _on_base(problem: Problem, base: str | Path | None) -> Problem:
+    """The same with a remedy that reads what was read."""
+    if base is None or not problem.remedy.startswith(_SQUEEZE):
+        return problem
+    return replace(problem, remedy=f"{problem.remedy} --base {base}")
 
 
 # -- what is in a file beside plain linear factors ------------------------------------------------------------------
@@ -106,12 +120,21 @@ def _extra(adapter: SavedAdapter, matches: Callable[[str], bool]) -> list[str]:
     ]
 
 
-def _folded(adapter: SavedAdapter) -> TypeGuard[PeftAdapter]:
-    return isinstance(adapter, PeftAdapter) and adapter.folded
+def _source(adapter: SavedAdapter) -> Source:
+    return adapter.source if isinstance(adapter, Converted) else adapter
 
 
-def _what(adapter: PeftAdapter) -> str:
-    return adapter.notes[0].partition(",")[0]
+def _no_plain_lora(adapter: SavedAdapter, *origins: str, other: bool = False) -> list[str]:
+    """What an adapter of PEFT's is that is read as a LoRA without being one, if it is of one of these types; of any, if
+    none are given, or with `other` of any but these."""
+    source = _source(adapter)
+    if isinstance(source, DenseAdapter):
+        found, origin = source.kind, source.kind.upper()
+    elif isinstance(source, PeftAdapter) and source.folded:
+        found, origin = source.notes[0].partition(",")[0], source.origin
+    else:
+        return []
+    return [found] if not origins or (origin in origins) != other else []
 
 
 def _is_norm(key: str) -> bool:
@@ -135,10 +158,9 @@ def _setting(name: str, default: object) -> Callable[[SavedAdapter], list[str]]:
 
 
 FEATURES: Mapping[str, Callable[[SavedAdapter], list[str]]] = {
-    "what is no plain LoRA": lambda adapter: [_what(adapter)] if _folded(adapter) else [],
-    "what stands between A and B": lambda adapter: (
-        [_what(adapter)] if _folded(adapter) and adapter.origin == "LORA" else []
-    ),
+    ADALORA: lambda adapter: _no_plain_lora(adapter, "ADALORA"),
+    OTHER_TYPES: lambda adapter: _no_plain_lora(adapter, "LORA", "ADALORA", other=True),
+    MIDDLE: lambda adapter: _no_plain_lora(adapter, "LORA"),
     "target_modules as an expression": lambda adapter: (
         ["target_modules"]
         if isinstance(targets := _config(adapter).get("target_modules"), str) and targets not in ("all-linear", "all")
@@ -156,11 +178,7 @@ FEATURES: Mapping[str, Callable[[SavedAdapter], list[str]]] = {
     "norms": lambda adapter: _extra(adapter, _is_norm),
     "other tensors": lambda adapter: _extra(adapter, lambda key: not _is_embedding(key) and not _is_norm(key)),
 }
-_OF_THE_FILE = (
-    "what is no plain LoRA",
-    "what stands between A and B",
-    "target_modules as an expression",
-)  # gone once it is written anew
+_OF_THE_FILE = (ADALORA, OTHER_TYPES, MIDDLE, "target_modules as an expression")  # gone once it is written anew
 _SAID = {Fate.REFUSED: "does not load", Fate.SILENT: "leaves out", Fate.UNKNOWN: "may or may not load"}
 
 

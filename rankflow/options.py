@@ -113,8 +113,11 @@ def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Pat
     data = None if found is None or found.suffix == ".safetensors" else found
     for_gguf = given.get("to") == "gguf" or given.get("engine") == "llamacpp"
     needless = base is not None and not for_gguf and not uses_base(given["adapter"])
-    if (base is None and data is not None) or (data is None and needless):
-        raise ConfigError("--calibration DATA and --base MODEL go together; a statistics file needs no base")
+    together = "--calibration DATA and --base MODEL go together; a statistics file needs no base"
+    if base is None and data is not None:
+        raise ConfigError(together)
+    if data is None and needless:
+        raise ConfigError(f"{given['adapter']}: is read without its base; {together}")
     if base is None or data is None:
         return found
     from rankflow.base_model import calibrate_saved

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rankflow.controller import Controller
 from rankflow.errors import AdapterError, CheckpointError, ConfigError
+from rankflow.formats.atomic import atomic_file
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.strict_json import strict_loads
 from rankflow.formats.tensors import open_tensors
@@ -79,9 +80,8 @@ def save_quantized(flow: Controller, folder: str | os.PathLike[str]) -> Path:
         tensors |= {f"{name}.{key}": _pack(t, b) for (key, t), b in zip(stored.items(), m.bits, strict=True)}
         tensors[f"{name}.step"] = m.step
         about[name] = {"bits": m.bits, "shapes": [list(t.shape) for t in stored.values()]}
-    partial = path.with_name(f".{FILE}.part")
-    save_file(tensors, partial, {"rankflow_quantized": json.dumps({"format": FORMAT, "modules": about})})
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        partial.write_bytes(save(tensors, {"rankflow_quantized": json.dumps({"format": FORMAT, "modules": about})}))
     return path
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from rankflow.crew import Crew, Progress
 from rankflow.errors import AdapterError, ConfigError, naming
 from rankflow.formats.adapter import Put
-from rankflow.formats.atomic import atomic_file, atomic_folder
+from rankflow.formats.atomic import Together, atomic_file, atomic_folder
 from rankflow.formats.peft import PeftAdapter, write_adapter_files
 from rankflow.formats.peft_config import check_config
 from rankflow.formats.peft_modules import Entry, read_entries
@@ -32,15 +32,20 @@ _CONFIG, _SHAPES = "rankflow_adapter_config", "rankflow_shapes"  # in the metada
 
 
 @contextmanager
-def tail_writer(path: Path, adapter: PeftAdapter, ranks: Mapping[str, int], dtype: torch.dtype | None) -> Iterator[Put]:
-    """Yields ``put(name, A, B)``, to be called with the cut-off factors of every module that loses rank."""
+def tail_writer(
+    path: Path, adapter: PeftAdapter, ranks: Mapping[str, int], dtype: torch.dtype | None, group: Together
+) -> Iterator[Put]:
+    """Yields ``put(name, A, B)``, to be called with the cut-off factors of every module that loses rank.
+
+    The tail appears with the adapter that it belongs to, which is in the same `group`, and just before it.
+    """
     specs: dict[str, Spec] = {}
     shapes = {key: s for e in adapter.entries.values() for key, s in ((e.a_key, e.a_shape), (e.b_key, e.b_shape))}
     for name, entry in adapter.entries.items():
         if lost := entry.slot.rank - ranks[name]:
             for key, shape in zip((entry.a_key, entry.b_key), entry.raw_shapes(lost), strict=True):
                 specs[key] = dtype or entry.dtype, shape
-    with atomic_file(path) as partial:
+    with atomic_file(path, group) as partial:
         writer = tensor_writer(partial, specs, {_CONFIG: json.dumps(adapter.config), _SHAPES: json.dumps(shapes)})
 
         def put(name: str, a: Tensor, b: Tensor) -> None:
@@ -52,15 +57,26 @@ def tail_writer(path: Path, adapter: PeftAdapter, ranks: Mapping[str, int], dtyp
         writer.close()
 
 
-def check_tail(path: Path, *, force: bool) -> None:
+def check_tail(path: Path, out: Path, *, force: bool) -> None:
     """
     Raises:
-        ConfigError: a tail cannot be written there.
+        ConfigError: a tail cannot be written there, beside an adapter at `out`, or would replace what is none.
     """
     if path.suffix != ".safetensors":
         raise ConfigError(f"{path}: a tail is a .safetensors file; give it such a name")
+    if path.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"{path}: is in {out}, which is replaced as a whole; put the tail beside it")
     if path.exists() and not force:
         raise ConfigError(f"{path}: is there already; choose another name, or replace it with --force")
+    if path.exists() and not _is_tail(path):
+        raise ConfigError(f"{path}: is no tail, so --force does not replace it; choose another name")
+
+
+def _is_tail(path: Path) -> bool:
+    try:
+        return open_tensors(path)[1].keys() >= {_CONFIG, _SHAPES}
+    except AdapterError:
+        return False
 
 
 def expand(

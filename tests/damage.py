@@ -177,7 +177,7 @@ def harm_header(rng: random.Random, raw: bytes) -> bytes:
             entry["shape"] = entry["shape"][::-1]
         else:
             entry["dtype"], n = "F64", entry["shape"][-1] if entry["shape"] else 1
-            entry["shape"] = [*entry["shape"][:-1], n // 2]
+            entry["shape"] = [*entry["shape"][:-1], n // 2 if isinstance(n, int) else n]
     text = dumped(rng, header)
     if rng.random() < 0.1:
         text = text.replace(b"lora", rng.choice([b"\xff\xfe", b"lo\x00ra", b"\\ud800", b"\\u0000"]), 1)

@@ -17,12 +17,14 @@ import torch
 from helpers import base_of, lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, RandLoraConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from test_cli import run
 from test_formats_adalora import logits, saved
+from test_formats_forms import saved as live
 from test_formats_single import UNET, Factors, comfy, delta, diffusers_config, drawn, kohya, styled
 from torch import Tensor, nn
+from whole_files import READERS, put
 
 from rankflow import ConfigError, Target, check, pad, squeeze, squeeze_each
 from rankflow.engines import ENGINES
@@ -525,6 +527,58 @@ def test_adalora_is_not_loaded_as_it_is_and_served_once_written(tmp_path: Path):
     assert config["r"] == config["lora_alpha"] == 8
     assert {len(a) for a, _ in factors.values()} == {8}
     torch.testing.assert_close(logits(tmp_path / "out"), before, rtol=0, atol=2e-6)
+
+
+FORMS = {  # reader, engine -> fate; refused where nothing is said
+    "vera": {},
+    "drawn vera": {},
+    "pvera": {},
+    "miss": {},
+    "loha": {},
+    "randlora": {},
+    "adalora": {"lorax": "silent"},
+    "middles": {"sglang": "not known", "lorax": "silent", "peft": "silent"},
+    "full": {"peft": "refused"},
+}
+
+
+@pytest.mark.parametrize("reader", FORMS)
+def test_what_engines_make_of_what_is_no_plain_lora(tmp_path: Path, reader: str):
+    put(tmp_path / "x", READERS[reader]())
+    src = tmp_path / "x" / "full" if reader == "full" else tmp_path / "x"
+    base = tmp_path / "x" / "base" if (tmp_path / "x" / "base").is_dir() else None
+    for engine in (*PEFT_ENGINES, "llamacpp", "peft"):
+        found = check(src, engine, base=base).problems
+        fate = FORMS[reader].get(engine, "" if engine == "peft" else "refused")
+        assert [p.fate.value for p in found] == ([fate] if fate else []), engine
+        if not found:
+            continue
+        (problem,) = found
+        said = {"full": "is a whole model and no adapter", "middles": "what stands between A and B"}
+        said |= {"adalora": "AdaLoRA's factors"}
+        assert said.get(reader, "adapters of a PEFT type other than LORA") in problem.does
+        if engine in ("vllm", "sglang", "tensorrt-llm"):  # what is advised is done, and was right
+            run(*problem.remedy.split()[1:], "-o", tmp_path / engine)
+            assert check(tmp_path / engine, engine).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "out"),
+    [
+        (VeraConfig(r=3, target_modules=["q_proj"]), "out.gguf"),
+        (RandLoraConfig(r=4, randlora_alpha=8, target_modules=["q_proj"]), "out"),  # of PEFT's alone GGUF is made
+    ],
+)
+def test_the_way_to_llamacpp_of_what_is_no_plain_lora(tmp_path: Path, config: PeftConfig, out: str):
+    live(tmp_path, config)
+    words = ("--for", "llamacpp", "--base", tmp_path / "base")
+    data = json.loads(run("check", tmp_path / "src", *words, "--json", status=1).stdout)
+    (problem,) = data["problems"]
+    assert problem["remedy"].endswith(f"--base {tmp_path / 'base'}")
+    run(*problem["remedy"].split()[1:], "-o", tmp_path / out)
+    if out == "out":
+        run("check", tmp_path / out, *words)
+        run("squeeze", tmp_path / out, *words, "-o", tmp_path / "out.gguf")
 
 
 # -- image models ----------------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ FORMS: dict[str, tuple[PeftConfig, dict[str, int]]] = {
     "Uni-LoRA": (UniLoraConfig(r=3, theta_d_length=50, target_modules=T, save_indices=True), dict.fromkeys(T, 3)),
     "DeLoRA": (DeloraConfig(r=3, target_modules=T), dict.fromkeys(T, 3)),
     "MiSS": (MissConfig(r=3, target_modules=T), dict.fromkeys(T, 3)),
+    "MiSS of full rank": (MissConfig(r=12, target_modules=T), {"q_proj": 12, "k_proj": 8, "down_proj": 12}),
     "MiSS of parts": (MissConfig(r=4, mini_r=2, init_weights="mini", target_modules=T), dict.fromkeys(T, 4)),
     "GraLoRA": (GraloraConfig(r=4, alpha=6, gralora_k=2, target_modules=T), dict.fromkeys(T, 8)),
     "GraLoRA with LoRA": (GraloraConfig(r=4, alpha=6, gralora_k=2, hybrid_r=3, target_modules=T), dict.fromkeys(T, 11)),

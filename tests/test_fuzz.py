@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -210,6 +211,82 @@ def test_other_kinds_with_nothing_in_them(tmp_path: Path, reader: str):
         with pytest.raises(AdapterError) as error:
             inspect(src)
         assert str(src) in str(error.value)
+
+
+def test_randlora_of_several_precisions(tmp_path: Path):
+    src = put(tmp_path / "src", READERS["randlora"]())
+    before = squeeze(src, tmp_path / "one", target_rank=2, base=src / "base")
+    tensors = load_file(src / "adapter_model.safetensors")
+    for key in [key for key in tensors if "gamma" in key]:
+        tensors[key] = tensors[key].double()
+    save_file(tensors, src / "adapter_model.safetensors")
+    after = squeeze(src, tmp_path / "other", target_rank=2, base=src / "base")
+    for one, other in zip(before.modules, after.modules, strict=True):
+        assert other.error == pytest.approx(one.error, rel=1e-5)
+
+
+def test_miss_and_vera_of_ranks_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rankflow.formats import blocks, vera
+
+    def never(*args: object) -> None:
+        raise AssertionError("made what is larger than any file")
+
+    src = put(tmp_path / "src", READERS["miss"]())
+    wide = {f"layers.{i}.q.weight": torch.ones(1, 5000) for i in range(2)}
+    save_file(wide, src / "base" / "model.safetensors")
+    names = [f"base_model.model.layers.{i}.q" for i in range(2)]
+    save_file({f"{name}.miss_block": torch.ones(5000, 1) for name in names}, src / "adapter_model.safetensors")
+    configure(src, r=5000)
+    monkeypatch.setattr(blocks, "_summing", never)
+    assert [m.rank for m in inspect(src, base=src / "base").modules] == [1, 1]
+
+    src = put(tmp_path / "vera", READERS["drawn vera"]())
+    tensors = load_file(src / "adapter_model.safetensors")
+    save_file(
+        {key: torch.ones(5000) if "lambda_d" in key else t for key, t in tensors.items()},
+        src / "adapter_model.safetensors",
+    )
+    configure(src, r=5000)
+    monkeypatch.setattr(vera, "_drawn", never)
+    with pytest.raises(AdapterError, match="rank 5000 is above what any module's shape can hold"):
+        inspect(src, base=src / "base")
+
+
+def test_a_base_model_of_no_inputs_and_one_too_large_to_count_in(tmp_path: Path):
+    src = put(tmp_path / "src", READERS["miss"]())
+    weights = src / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: t[:, :0].clone() for key, t in tensors.items()}, weights)
+    with pytest.raises(AdapterError, match=r"no such linear layer as layers\.0\.q"):
+        inspect(src, base=src / "base")
+    for size in (1e19, 3e38):
+        save_file({key: t.sign() * size for key, t in tensors.items()}, weights)
+        with pytest.raises(ConfigError, match=r"layers\.0\.q has values in it .* too large to be compared") as error:
+            inspect(src, base=src / "base")
+        assert str(src) in str(error.value)
+    save_file({key: t * 1e10 for key, t in tensors.items()}, weights)
+    inspect(src, base=src / "base")
+
+
+def test_factors_that_are_made_are_not_held_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rankflow.formats.folding import Lazy
+    from rankflow.formats.peft import PeftAdapter
+
+    made: list[weakref.ref[torch.Tensor]] = []
+    get, most = Lazy.__getitem__, 0
+
+    def counted(self: Lazy, key: str) -> torch.Tensor:
+        nonlocal most
+        t = get(self, key)
+        made.append(weakref.ref(t))
+        most = max(most, sum(ref() is not None for ref in made))
+        return t
+
+    monkeypatch.setattr(Lazy, "__getitem__", counted)
+    src = put(tmp_path / "src", READERS["vera"]())
+    PeftAdapter(src, src / "base")
+    assert len(made) == 4
+    assert most == 1
 
 
 def test_a_statistics_header_with_a_key_of_two_lines(tmp_path: Path):

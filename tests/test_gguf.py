@@ -249,7 +249,11 @@ def test_the_base_model_has_to_be_known(tmp_path: Path):
         ),
         ({"architectures": None}, "architecture None"),
         ({"num_hidden_layers": 1}, r"model.layers.1.\S+: is no module of llama as"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be a positive whole number"),
+        ({"architectures": True}, "architecture True"),
+        ({"architectures": ["x" * 5000]}, "architecture x{80}, whose"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be a whole number from 1"),
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000; it must be a whole number from 1 to 1,000"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
         ({"num_attention_heads": 3}, r"q_proj: has 16 outputs, and .* says 3 heads"),
     ):
         config.write_text(json.dumps(whole | change))

@@ -20,7 +20,7 @@ from rankflow import squeeze
 from rankflow.measured import Statistics, digest
 from rankflow.policy import Signal
 
-Files = dict[str, bytes]  # name in the source's folder -> content
+Files = dict[str, bytes]  # name in the source's folder, or in a folder of it, -> content
 RANK = 4
 _STEM = "down_blocks.0.attentions.0.attn1."
 
@@ -150,6 +150,49 @@ def _gralora() -> Files:
     return _form("GRALORA", {"gralora_A": _drawn(1, 2, 4, RANK), "gralora_B": _drawn(2, 2, RANK, 6)}, hybrid_r=0)
 
 
+def _base(shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """The weights of a base model, as [out, in]."""
+    return {f"{name}.weight": _drawn(50 + i, *shape[::-1]) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def _on_base(kind: str, parts: Mapping[str, Tensor], shared: Mapping[str, Tensor] = {}, **fields: Any) -> Files:
+    """`_form` of two modules with 8 inputs and 12 outputs, and their base model."""
+    base = save(_base({f"layers.{i}.q": (8, 12) for i in range(2)}), {"format": "pt"})
+    return _form(kind, parts, shared, r=RANK, **fields) | {"base/model.safetensors": base}
+
+
+def _vera(stem: str = "vera", *, drawn: bool = False) -> Files:
+    rows = RANK * (2 if stem == "pvera" else 1)
+    vectors = {f"{stem}_lambda_b": _drawn(1, 12), f"{stem}_lambda_d": _drawn(2, rows)}
+    shared = {} if drawn else {f"{stem}_A": _drawn(3, rows, 8), f"{stem}_B": _drawn(4, 12, RANK)}
+    sampled = {"sample_at_inference": False} if stem == "pvera" else {}
+    return _on_base(stem.upper(), vectors, shared, projection_prng_key=7, save_projection=not drawn, **sampled)
+
+
+def _miss() -> Files:
+    return _on_base("MISS", {"miss_block": _drawn(1, RANK, 6)}, init_weights="mini", mini_r=2)
+
+
+def _randlora() -> Files:
+    vectors = {"randlora_lambda": _drawn(1, RANK, 2), "randlora_gamma": _drawn(2, 2, 8)}
+    shared = {"randlora_A": _drawn(3, RANK, 1, 8), "randlora_B": _drawn(4, 12, 2, RANK)}
+    return _on_base("RANDLORA", vectors, shared, randlora_alpha=8, save_projection=True)
+
+
+def _full() -> Files:
+    """A full fine-tune in one file, and its base in two."""
+    base = _base(_LINEAR) | {"norm.weight": torch.ones(8), "emb.weight": _drawn(60, 9, 8)}
+    tuned = {name: t + _drawn(70 + i, *t.shape) for i, (name, t) in enumerate(base.items())}
+    shards = {f"base/model-{i}-of-2.safetensors": dict(list(base.items())[i - 1 :: 2]) for i in (1, 2)}
+    index = {name: Path(file).name for file, tensors in shards.items() for name in tensors}
+    return {
+        "full/model.safetensors": save(tuned, {"format": "pt"}),
+        "full/config.json": json.dumps({"model_type": "llama", "architectures": ["LlamaModel"]}).encode(),
+        "base/model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": index}).encode(),
+        **{file: save(tensors, {"format": "pt"}) for file, tensors in shards.items()},
+    }
+
+
 _UNET = {_STEM + "to_q": (8, 8), _STEM + "to_out.0": (8, 12), "mid_block.resnets.0.conv1": (4, 6, 3, 3)}
 
 
@@ -181,6 +224,17 @@ def _diffusers() -> Files:
     packed = {"unet.r": RANK, "unet.lora_alpha": 8, "unet.target_modules": ["to_q"], "unet.rank_pattern": {}}
     meta = {"format": "pt", "lora_adapter_metadata": json.dumps(packed)}
     return {"pytorch_lora_weights.safetensors": save(_pairs(_UNET, "unet.{0}.lora_{1}.weight"), meta)}
+
+
+def _gguf() -> Files:
+    """What GGUF is made of: the adapter of a model of the llama family, and that model's config."""
+    shapes = {f"model.layers.{i}.{name}": (8, 8) for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "hidden_size": 8, "tie_word_embeddings": False,
+    }  # fmt: skip
+    adapter = _peft(_pairs(shapes, _PEFT), target_modules=["q_proj", "up_proj"])
+    return {"base/config.json": json.dumps(config).encode(), **adapter}
 
 
 def _tail() -> Files:
@@ -296,10 +350,17 @@ READERS: dict[str, Callable[[], Files]] = {
     "unilora": _unilora,
     "delora": _delora,
     "gralora": _gralora,
+    "vera": _vera,
+    "drawn vera": lambda: _vera(drawn=True),
+    "pvera": lambda: _vera("pvera"),
+    "miss": _miss,
+    "randlora": _randlora,
+    "full": _full,
     "kohya": _kohya,
     "locon": _locon,
     "comfyui": _comfyui,
     "diffusers": _diffusers,
+    "gguf": _gguf,
     "tail": _tail,
     "statistics": _statistics,
     "plan": _plan,

@@ -254,12 +254,12 @@ def expand(
 
 
 @app.command(epilog="Example: [bold]rankflow canonicalize out/checkpoint-500 -o out/sorted[/bold]")
-def canonicalize(adapter: Adapter, out: Out, force: Force = False) -> None:
+def canonicalize(adapter: Adapter, out: Out, base: options.Base = None, force: Force = False) -> None:
     """Sort every module's directions, so that the first k of them are the best adapter of rank k."""
     from rankflow.checkpoint import canonicalize as run
 
     with bar("sorting") as progress:
-        done = run(adapter, out, force=force, progress=progress)
+        done = run(adapter, out, base=base, force=force, progress=progress)
     typer.echo(f"Wrote {done.out}: {len(done.modules)} modules, same ranks, same DeltaW.")
 
 

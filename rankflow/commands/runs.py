@@ -39,6 +39,7 @@ def check(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
+    base: options.Base = None,
 ) -> None:
     """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
     the run takes in memory and in messages between processes. Models may be of any size: only their config is read.
@@ -48,7 +49,7 @@ def check(
     from rankflow.formats.detect import looks_like_adapter
 
     if engine is not None or looks_like_adapter(Path(subject)):
-        _check_adapter(Path(subject), engine, as_json)
+        _check_adapter(Path(subject), engine, as_json, base)
         return
     from rankflow.config import load_policy
     from rankflow.costs import foretell
@@ -161,7 +162,7 @@ def watch(
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _check_adapter(adapter: Path, engine: str | None, as_json: bool) -> None:
+def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str | None) -> None:
     """
     Raises:
         typer.Exit: with status 1, if anything would go wrong.
@@ -171,7 +172,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool) -> None:
     from rankflow.mismatches import check as run
     from rankflow.tables import verdict_table
 
-    found = run(adapter, engine)
+    found = run(adapter, engine, base=base)
     if as_json:
         print_json(found.to_json())
     elif found.problems:

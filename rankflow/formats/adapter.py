@@ -44,7 +44,7 @@ Saved = TypeVar("Saved", bound=SavedModule)
 
 _SCALES = (1e-30, 1e30)  # beyond these float32 factors have no product
 _NUMBERS = (1e-36, 1e36)  # and these are that times, or over, any rank
-_WIDE = 1024  # a rank that may be above what a module's shape can hold
+WIDE = 1024  # a rank that may be above what a module's shape can hold
 
 
 def is_scale(value: object, limits: tuple[float, float] = _NUMBERS) -> bool:
@@ -60,7 +60,7 @@ def checked_slot(slot: Slot, name: str, path: Path) -> Slot:
     """
     if not is_scale(slot.scaling, _SCALES):
         raise AdapterError(f"{path}: {name} is scaled by {slot.scaling:g}; the adapter is damaged")
-    if slot.rank > max(_WIDE, slot.in_features + slot.out_features):
+    if slot.rank > max(WIDE, slot.in_features + slot.out_features):
         raise AdapterError(
             f"{path}: {name} has rank {slot.rank} with {slot.in_features} inputs and {slot.out_features} outputs; "
             "the adapter is damaged"

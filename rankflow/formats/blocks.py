@@ -5,7 +5,7 @@ VB-LoRA   A and B in pieces of one length, each a mixture of a few vectors of a 
 Uni-LoRA  A and B are entries of one shared vector, picked by indices and scaled.
 DeLoRA    B diag(lambda / (r |A_i| |B_i|)) A diag(w) with the norms of the base weight's columns w, which are saved.
 MiSS      every r-th input is summed, then B (repeated, where init_weights is `mini`): A holds ones. How wide the
-          inputs are is the base model's to tell.
+          inputs are is the base model's to tell. Where r is not below the shape's rank, DeltaW itself is one factor.
 GraLoRA   k x k blocks of rank r / k each: together of rank r k. A plain LoRA beside it (`hybrid_r`) comes on top.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.folding import SHARED, Factors, Folded, Parts, folded, number, whole
-from rankflow.formats.products import wide
+from rankflow.formats.products import dense, wide
 from rankflow.formats.vera import base_of, no_module, shapes_of
 
 
@@ -155,13 +155,27 @@ def fold_miss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
         times = out // given if init == "mini" else 1
         if given * times != out:
             raise no_module(m, path)
-        modules[m] = Factors(r, partial(_summing, r, inside), lambda block=block, n=times: wide(block).repeat(1, n).mT)
+        if r < min(out, inside):
+            modules[m] = Factors(r, partial(_summing, block, inside), partial(_columns, block, times))
+        else:  # A [r, in], which is not in the file, could be larger than any weight
+            modules[m] = dense(partial(_miss_delta, block, times, inside), out, inside, (inside,), 1.0)
     return folded(config, modules, parts.rest, ["MiSS, read as the plain LoRA that it equals"])
 
 
-def _summing(r: int, inside: int) -> Tensor:
+def _summing(block: Tensor, inside: int) -> Tensor:
     """``[r, in]``: row i sums the inputs that are i modulo r."""
-    return torch.eye(r).repeat(1, -(-inside // r))[:, :inside]
+    r = len(block)
+    return torch.eye(r, dtype=wide(block).dtype).repeat(1, -(-inside // r))[:, :inside]
+
+
+def _columns(block: Tensor, times: int) -> Tensor:
+    """``[out, r]``"""
+    return wide(block).repeat(1, times).mT
+
+
+def _miss_delta(block: Tensor, times: int, inside: int) -> Tensor:
+    """``[out, in]``, the product of the two, which is a column of the latter for every input."""
+    return _columns(block, times)[:, torch.arange(inside) % len(block)]
 
 
 def fold_gralora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -161,10 +161,10 @@ class _Writer:
             writer.add_tensor_info(key, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
             self._at[key] = at
             at += writer.ggml_pad(nbytes, writer.data_alignment)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        with closing(writer):  # also where the disk is full, which leaves its file open
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
         self._base = writer.ggml_pad(path.stat().st_size, writer.data_alignment)
         with path.open("r+b") as file:
             file.truncate(self._base + at)

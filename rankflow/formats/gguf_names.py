@@ -41,6 +41,7 @@ _KNOWN: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
     "BertModel": ("BERT", False, ()),
 }
 _TIED = ("lm_head", "embed_tokens", "wte", "word_embeddings")
+_MOST = 1_000  # layers or heads; names are made for every layer
 _EXTRA = 'the gguf package is needed to write GGUF; install it with: pip install "rankflow-lora[gguf]"'
 
 
@@ -70,17 +71,20 @@ class Names:
         except ImportError:
             raise ConfigError(_EXTRA) from None
         config = _config(base)
-        found = str(next(iter(config.get("architectures") or []), None))
+        named = config.get("architectures")
+        found = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
         if found not in _KNOWN:
+            said = found if found and found.isprintable() else ascii(named)
             raise ConfigError(
-                f"{base / 'config.json'}: architecture {found}, whose layout in llama.cpp is not known here; known are "
-                f"{', '.join(_KNOWN)}"
+                f"{base / 'config.json'}: architecture {said[:80]}, whose layout in llama.cpp is not known here; known "
+                f"are {', '.join(_KNOWN)}"
             )
         name, reorders, fixed = _KNOWN[found]
         if config.get("tie_word_embeddings", name in ("GPT2", "GEMMA", "GEMMA2", "GEMMA3")):
             fixed = (*fixed, *_TIED)
         layers = _number(config, base, "num_hidden_layers", "n_layer")
         heads = _number(config, base, "num_attention_heads", "n_head")
+        grouped = config.get("num_key_value_heads") is not None
         arch = gguf.MODEL_ARCH[name]
         return cls(
             gguf.MODEL_ARCH_NAMES[arch],
@@ -88,7 +92,7 @@ class Names:
             reorders,
             fixed,
             heads,
-            config.get("num_key_value_heads") or heads,
+            _number(config, base, "num_key_value_heads") if grouped else heads,
             base,
         )
 
@@ -128,7 +132,7 @@ class Names:
 def _config(base: Path) -> dict[str, Any]:
     path = base / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))  # not strictly: transformers itself writes Infinity
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --base is the folder of the base model, or of its config") from None
     except (ValueError, OSError, RecursionError) as e:
@@ -140,6 +144,8 @@ def _config(base: Path) -> dict[str, Any]:
 
 def _number(config: Mapping[str, Any], base: Path, *names: str) -> int:
     value = next((config[name] for name in names if name in config), None)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 100_000:
-        raise ConfigError(f"{base / 'config.json'}: {names[0]} is {value!r}; it must be a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST:
+        raise ConfigError(
+            f"{base / 'config.json'}: {names[0]} is {ascii(value)[:80]}; it must be a whole number from 1 to {_MOST:,}"
+        )
     return value

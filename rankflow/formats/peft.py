@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError, naming
-from rankflow.formats.adapter import at_unit_scale, fold
-from rankflow.formats.atomic import atomic_folder
+from rankflow.formats.adapter import Put, at_unit_scale, fold
+from rankflow.formats.atomic import Together, atomic_folder
 from rankflow.formats.forms import plain
 from rankflow.formats.peft_config import CONFIG, check_config, load_config, resized_config, target_modules
 from rankflow.formats.peft_modules import read_entries
@@ -167,9 +167,18 @@ class PeftAdapter:
         return a, fold(b, self._gains.get(name, 1.0))
 
     @contextmanager
-    def rewrite(self, out: Path, ranks: Mapping[str, int], *, dtype: torch.dtype | None = None, force: bool = False):
+    def rewrite(
+        self,
+        out: Path,
+        ranks: Mapping[str, int],
+        *,
+        dtype: torch.dtype | None = None,
+        force: bool = False,
+        group: Together | None = None,
+    ) -> Iterator[Put]:
         """Write the adapter anew at other ranks: yields ``put(name, A, B)``, to be called once for every module with
-        a rank, from any thread. `out` appears, whole and on disk, when the block ends well.
+        a rank, from any thread. `out` appears, whole and on disk, when the block ends well; with those of the `group`,
+        if it is in one.
 
         Every other tensor is copied as it is (`modules_to_save`, biases, magnitudes), and so is the config but for
         ranks, alphas and modules left out; scalings do not change.
@@ -186,7 +195,7 @@ class PeftAdapter:
         config = resized_config(
             self.config, {n: (e.pattern_names, e.slot.scaling) for n, e in self.entries.items()}, ranks
         )
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, group) as folder:
             write_adapter_files(folder, config, self.companions)
             writer = tensor_writer(folder / self.weights_in(out).name, specs, self.metadata)
 

@@ -82,7 +82,7 @@ def read_entries(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path:
 
 
 class _Pair(NamedTuple):
-    """A and B of one wrapper, as the file has them."""
+    """A and B of one wrapper, as the file has them, without their values: made ones would all be held at once."""
 
     name: str  # with `base_layer` in it where wrappers nest
     a_key: str
@@ -124,7 +124,8 @@ def _pair(name: str, parts: Mapping[str, str], tensors: Mapping[str, Tensor], pa
             raise AdapterError(
                 f"{path}: {name} has lora_{have} but no lora_{lack}; the file is incomplete, save the adapter again"
             )
-    pair = _Pair(name, parts[a_part], parts[b_part], tensors[parts[a_part]], tensors[parts[b_part]])
+    keys = parts[a_part], parts[b_part]
+    pair = _Pair(name, *keys, *(tensors[key].to("meta") for key in keys))
     a, b = pair.a, pair.b
     if a.ndim < 2 or b.ndim != a.ndim or 0 in a.shape or 0 in b.shape or any(n != 1 for n in b.shape[2:]):
         raise AdapterError(f"{path}: {name} has {pair.shapes}, which are no LoRA factors; were sharded weights saved?")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
@@ -66,7 +67,8 @@ def dense_form(path: Path, base: Path | None, sketch: Sketch) -> DenseAdapter | 
         def whole(scales=scales, gamma=gamma, small=small, large=large, bases=bases, flip=small != shape[1]) -> Tensor:
             rows = wide(scales)[:, :, None] * wide(A)[:, :, :small] * wide(gamma)[None]  # [r, bases, small]
             columns = wide(B)[:large, :bases]  # [large, bases, r]
-            update = alpha / rank * columns.flatten(1) @ rows.flatten(0, 1)
+            dtype = torch.promote_types(rows.dtype, columns.dtype)
+            update = alpha / rank * columns.flatten(1).to(dtype) @ rows.flatten(0, 1).to(dtype)
             return update.mT if flip else update
 
         deltas[m.removeprefix(PREFIX)] = Delta(shape[0], shape[1:], scales.dtype, whole)

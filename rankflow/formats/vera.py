@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError
+from rankflow.formats.adapter import WIDE
 from rankflow.formats.folding import PREFIX, SHARED, Factors, Folded, Parts, folded, number, whole
 from rankflow.formats.models import is_model, open_model, weight_of
 from rankflow.formats.products import wide
@@ -54,7 +55,10 @@ def _fold(
     for m, (b, d) in vectors.items():
         parts.check(m, b.ndim == d.ndim == 1 and len(d) == halves * rank)
     widths = {}
-    for m, shape in shapes_of(vectors, base or base_of(config, path, kind), path).items():
+    shapes = shapes_of(vectors, base or base_of(config, path, kind), path)
+    if rank > max(WIDE, *map(min, shapes.values())):  # what is drawn would take more memory than all there is
+        raise AdapterError(f"{path}: rank {rank} is above what any module's shape can hold; the adapter is damaged")
+    for m, shape in shapes.items():
         out = len(vectors[m][0])
         if out not in shape:
             raise no_module(m, path)
@@ -107,7 +111,7 @@ def shapes_of(modules: Iterable[str], base: Path, path: Path) -> dict[str, tuple
     shapes = {}
     for module in modules:
         weight = weight_of(tensors, module.removeprefix(PREFIX))
-        if weight is None or weight.ndim != 2:
+        if weight is None or weight.ndim != 2 or not weight.numel():
             raise no_module(module, path)
         shapes[module] = (weight.shape[0], weight.shape[1])
     return shapes
