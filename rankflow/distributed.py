@@ -202,8 +202,10 @@ class Replicas(Alone):
             raise PlanError(f"process 0 could not decide: {found}")
         return RankPlan.from_json(*found)
 
-    def resized(self, layout: Layout, step: int) -> None:
+    def resized(self, layout: Layout, step: int, *, replaced: bool) -> None:
         self._same(layout, step)
+        if not replaced:
+            return
         self._loose = None
         if self._ddp is not None:
             rebuild(self._ddp)

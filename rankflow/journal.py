@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class Journal:
     """Remembers how to undo each write made through it, and does so when its `with` block is left by an exception."""
@@ -23,6 +26,11 @@ class Journal:
         old, new = owner.copy(), owner.__class__(value) if isinstance(owner, list) else dict(value)
         self.write(lambda: _fill(owner, new), lambda: _fill(owner, old))
 
+    def tensor(self, t: Tensor, value: Tensor) -> None:
+        """Let `t` hold `value`, in place."""
+        old = t.detach().clone()
+        self.write(lambda: _copy(t, value), lambda: _copy(t, old))
+
     def write(self, do: Callable[[], object], undo: Callable[[], object]) -> None:
         """`undo` must be right whether `do` failed before, halfway or after."""
         self._undo.append(undo)
@@ -39,6 +47,11 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             self.rollback()
+
+
+@torch.no_grad()
+def _copy(t: Tensor, value: Tensor) -> None:
+    t.copy_(value)
 
 
 def _fill(owner: dict[Any, Any] | list[Any], value: Any) -> None:
