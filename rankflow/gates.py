@@ -268,7 +268,7 @@ class Gates:
             if not (used := [(n, k) for n, k in used if made[n][k].requires_grad]):  # what depends on no parameter
                 continue
             outputs = [made[n][k] for n, k in used]
-            given = [draws[n][k].grad[: len(made[n][k])] / loss_scale for n, k in used]  # type: ignore[index]
+            given = [_of(draws[n][k].grad, made[n][k]) / loss_scale for n, k in used]
             found = torch.autograd.grad(outputs, everything, given, allow_unused=True)
             for p, g in zip(everything, found, strict=True):
                 if g is not None:
@@ -442,6 +442,12 @@ class Gates:
         }
         self._train(theta, adam)
         self._refit()
+
+
+def _of(gradient: Tensor | None, made: Tensor) -> Tensor:
+    """The gradient of what was made, of a draw that may have room for more (`Gates._roomy`)."""
+    assert gradient is not None
+    return gradient if gradient.shape == made.shape else gradient[: len(made)]
 
 
 def _graded(p: nn.Parameter | None) -> bool:

@@ -29,7 +29,7 @@ class Staged:
     swap: Swap
     entries: Entries | None = None  # for a module that comes back
     train: bool | None = None
-    fill: Mapping[Factor, Tensor] | None = None  # what factors that have room for it are to hold, in stored shape
+    fill: Mapping[str, Tensor] | None = None  # what factors that have room for it are to hold, in stored shape
 
     @property
     def resized(self) -> bool:
