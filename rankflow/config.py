@@ -191,7 +191,7 @@ def _parse(data: Any, source: str) -> Lifecycle:
     spec = validated(model, data, source, errors)
     phases = spec.phases if several else [spec]
     policies = tuple((phase.policy, _build(phase), getattr(phase, "until", None)) for phase in phases)
-    return Lifecycle(policies, limits_of(spec, data), source)
+    return Lifecycle(policies, limits_of(spec, data), spec.mode, source)
 
 
 def _build(phase: grammar.PhaseSpec) -> Policy:
@@ -307,7 +307,7 @@ def _keys(loc: list[Any], policy: str | None, several: bool) -> list[str]:
         return list(models[loc[-1]].model_fields)
     if loc:
         return [*grammar.PhaseSpec.model_fields, "until"]
-    return [*grammar.Shared.model_fields, *(["phases"] if several else grammar.PhaseSpec.model_fields)]
+    return [*grammar.Run.model_fields, *(["phases"] if several else grammar.PhaseSpec.model_fields)]
 
 
 def _nearest(wrong: str, valid: Iterable[str], *, known: bool = True) -> str:

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.processes import Alone
+from rankflow.rooms import check_rooms, lasting, rooms
 from rankflow.seals import check_seal, seal
 from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
@@ -99,6 +100,9 @@ class Controller:
             self._require_data(phase)
             for due in phase.policy.when.events[:1]:
                 self._probes.check(sources(phase.policy.listen(due)))
+        if lifecycle.mode == "mask":
+            check_rooms(self._phases, layout, self._surgeon.carrier)
+            layout = lasting(self._adapter, layout)
         if state is None:
             self._surgeon.layout = layout
 
@@ -233,6 +237,8 @@ class Controller:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are."""
         try:
             self._gates.fold()
+            if self._surgeon.held:
+                self._settle({})
         finally:
             for hook in self._hooks:
                 hook.remove()
@@ -324,6 +330,7 @@ class Controller:
             "ledger": self.ledger.events,
             "ramps": self._surgeon.ramps.state_dict(),
             "averages": self._surgeon.averages.state_dict(),
+            "held": self._surgeon.held,
             "frozen": sorted(self._frozen),
             "policy": dict(self._state),
             "gates": self._gates.state_dict(),
@@ -342,6 +349,7 @@ class Controller:
     def _go_on(self, state: dict[str, Any]) -> None:
         self._check_lifecycle(state)
         layout = Layout.from_json(state["layout"])
+        self._surgeon.hold(state.get("held", {}))
         if (live := self._adapter.layout().ranks) != layout.ranks:
             wrong = next(n for n in {**layout.ranks, **live} if layout.ranks.get(n) != live.get(n))
             raise CheckpointError(
@@ -394,10 +402,12 @@ class Controller:
     def reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,
         their state afresh. Not an event of the run: `load_state_dict` is to follow."""
-        ops = {
-            name: ops_to(layout[name].rank, slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()
-        }
+        least = {name: min(layout[name].rank, slot.rank) for name, slot in self.layout.items()}
+        wanted = least if self._surgeon.held else layout.ranks  # with room for more, how much is held is not known yet
+        ops = {name: ops_to(wanted[name], slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()}
         self._operate(RankPlan(ops, "reshape", state="reset"))
+        if self._surgeon.held:
+            self._settle(layout.ranks)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -427,6 +437,8 @@ class Controller:
             self._leave()
         self._thaw()
         self._phase = phase
+        if self.lifecycle.mode == "mask":
+            self._settle(rooms(self._policy, self.layout))
         if (gate := self._policy.gate) is not None:
             self._part()
             self._gates.install(gate, self.step, self._journal)
@@ -568,10 +580,18 @@ class Controller:
         )
 
     def _operate(self, plan: RankPlan) -> None:
+        before = self.version
         with Journal(self._journal) as journal:
             journal.undo(self._processes.undone)
             self._processes.attempt(lambda: self._surgeon.apply(plan, self.step, journal))
-            self._processes.resized(self.layout, self.step)
+            self._processes.resized(self.layout, self.step, replaced=self.version != before)
+
+    def _settle(self, rooms: Mapping[str, int]) -> None:
+        """Give factors this room, and no more."""
+        with Journal(self._journal) as journal:
+            journal.undo(self._processes.undone)
+            if self._processes.attempt(lambda: self._surgeon.settle(rooms, journal)):
+                self._processes.resized(self.layout, self.step, replaced=True)
 
     def _skip(self, reason: str, *, warn: bool = False) -> None:
         self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason)

@@ -202,9 +202,10 @@ class Replicas(Alone):
             raise PlanError(f"process 0 could not decide: {found}")
         return RankPlan.from_json(*found)
 
-    def resized(self, layout: Layout, step: int) -> None:
+    def resized(self, layout: Layout, step: int, *, replaced: bool) -> None:
         self._same(layout, step)
-        self.undone()
+        if replaced:
+            self.undone()
 
     def undone(self) -> None:
         self._loose = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rankflow.adapters import Adapter
 from rankflow.errors import OptimizerError, PlanError
@@ -107,7 +108,8 @@ class Gates:
             self._remember(journal)
             self._draw(None)  # the last forward may have been one with noise
             for name in self._theta:
-                self._fold_site(journal, self._adapter.sites[name], self.gate.value(self._live[name]))
+                site = self._adapter.sites[name]
+                self._fold_site(journal, site, self.gate.value(self._live[name])[: site.rank])
             self.remove()
             self._stored = stored
         return {name: report for name, report in reports.items() if report}
@@ -167,7 +169,7 @@ class Gates:
         for name, site in self._adapter.sites.items():
             if self.gate is not None and name in self._theta:
                 fit(site, self.gate, self._live[name], self._still[name])
-            elif site.present or site.kind == "embedding":
+            elif site.placed or site.kind == "embedding":
                 for module, key in site.holders.values():
                     unfit(module, key)
         noisy = self.gate is not None and type(self.gate).noise is not Gate.noise
@@ -188,6 +190,7 @@ class Gates:
         with torch.no_grad():
             made = self.gate.draw(self._theta, noise)
         for name, draw in made.items():
+            draw = self._roomy(name, draw)
             trained = wanted and self._adapter.sites[name].trainable
             leaves = {key: t.detach().clone().requires_grad_(trained) for key, t in draw.items()}
             for current in (self._live[name], *([self._still[name]] if noise is None else [])):
@@ -196,6 +199,13 @@ class Gates:
         if wanted:
             self._drawn.append((noise, {name: dict(draw) for name, draw in self._live.items()}))
         self._noisy = noise is not None
+
+    def _roomy(self, name: str, draw: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Where factors have room for more directions than there are, draws have too: values of 0."""
+        site = self._adapter.sites[name]
+        if self.scope != "component" or not site.roomy:
+            return draw
+        return {**draw, "value": F.pad(draw["value"], (0, site.size - site.rank))}
 
     def _settle(self) -> None:
         """Deterministic draws of the parameters as they are now, where there may be others."""
@@ -267,7 +277,7 @@ class Gates:
             if not (used := [(n, k) for n, k in used if made[n][k].requires_grad]):  # what depends on no parameter
                 continue
             outputs = [made[n][k] for n, k in used]
-            given = [draws[n][k].grad / loss_scale for n, k in used]  # type: ignore[operator]
+            given = [_of(draws[n][k].grad, made[n][k]) / loss_scale for n, k in used]
             found = torch.autograd.grad(outputs, everything, given, allow_unused=True)
             for p, g in zip(everything, found, strict=True):
                 if g is not None:
@@ -445,6 +455,12 @@ class Gates:
         }
         self._train(theta, adam)
         self._refit()
+
+
+def _of(gradient: Tensor | None, made: Tensor) -> Tensor:
+    """The gradient of what was made, of a draw that may have room for more (`Gates._roomy`)."""
+    assert gradient is not None
+    return gradient if gradient.shape == made.shape else gradient[: len(made)]
 
 
 def _graded(p: nn.Parameter | None) -> bool:

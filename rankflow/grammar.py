@@ -31,7 +31,7 @@ from pydantic import (
 import rankflow.policies
 from rankflow.budget import Budget
 from rankflow.errors import ConfigError
-from rankflow.policy import Policy
+from rankflow.policy import Mode, Policy
 from rankflow.schedule import resolve_step
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -162,6 +162,18 @@ class Shared(Strict):
     rank_multiple: Annotated[PositiveInt, Field(description="every rank is a multiple of this")] = 1
 
 
+class Run(Shared):
+    """What holds for a whole run, whatever its policies."""
+
+    mode: Annotated[
+        Mode,
+        Field(
+            description="resize: a decision makes new tensors; mask: tensors keep their shape, with room for the "
+            "largest rank that limits allow, which suits torch.compile"
+        ),
+    ] = "resize"
+
+
 class BudgetFile(Shared):
     """How large a saved adapter may be, and what ranks its modules may have."""
 
@@ -220,17 +232,17 @@ def params_model(cls: type[Policy]) -> type[Strict]:
 @cache
 def single_model() -> TypeAdapter[Any]:
     """A file with one policy."""
-    return TypeAdapter(_one_of("File", Shared, PhaseSpec))
+    return TypeAdapter(_one_of("File", Run, PhaseSpec))
 
 
 @cache
-def lifecycle_model() -> type[Shared]:
+def lifecycle_model() -> type[Run]:
     """A file with `phases`."""
     until: Any = Annotated[Step | None, Field(description="the phase ends before this step")]
     phase: Any = _one_of("Phase", PhaseSpec, until=(until, None))
     phases: Any = (list[phase], Field(min_length=1))
     doc = "Several policies, one after the other."
-    return create_model("Lifecycle", __base__=Shared, __doc__=doc, phases=phases)
+    return create_model("Lifecycle", __base__=Run, __doc__=doc, phases=phases)
 
 
 def _one_of(suffix: str, *bases: type[Strict], **more: Any) -> Any:
@@ -245,7 +257,7 @@ def _one_of(suffix: str, *bases: type[Strict], **more: Any) -> Any:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of policy files, for editors."""
-    either: Any = Union[_one_of("File", Shared, PhaseSpec), lifecycle_model()]  # noqa: UP007
+    either: Any = Union[_one_of("File", Run, PhaseSpec), lifecycle_model()]  # noqa: UP007
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "rankflow policy",

@@ -27,6 +27,7 @@ class Handler:
     betas: bool = False  # bias-corrected by beta^step
     eager: bool = False  # makes its state when it is made itself, and fails without
     shape_dependent: bool = False  # steps by an amount that depends on the parameter's shape
+    elementwise: bool = True  # steps each entry by what that entry alone has seen
 
     @property
     def keys(self) -> set[str]:
@@ -217,9 +218,9 @@ _HANDLERS: dict[tuple[str, str], Handler] = {  # by package and class; "" is any
     ("torch.optim", "RMSprop"): RMSpropHandler(),
     ("torch.optim", "Adagrad"): Handler(second="sum", eager=True),
     ("torch.optim", "SGD"): Handler("momentum_buffer"),
-    ("torch.optim", "Muon"): MuonHandler("momentum_buffer", shape_dependent=True),
-    ("torch.optim", "Adafactor"): AdafactorHandler(),
-    ("transformers", "Adafactor"): TransformersAdafactorHandler(),
+    ("torch.optim", "Muon"): MuonHandler("momentum_buffer", shape_dependent=True, elementwise=False),
+    ("torch.optim", "Adafactor"): AdafactorHandler(elementwise=False),
+    ("transformers", "Adafactor"): TransformersAdafactorHandler(elementwise=False),
     ("", "Lion"): Handler("exp_avg"),  # every package has its own, all with the one average
 }
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class Journal:
     """Remembers how to undo each write made through it, and does so when its `with` block is left by an exception.
@@ -26,6 +29,11 @@ class Journal:
         """Let a dict or a list hold what `value` holds, in that order, without becoming another object."""
         old, new = owner.copy(), owner.__class__(value) if isinstance(owner, list) else dict(value)
         self.write(lambda: _fill(owner, new), lambda: _fill(owner, old))
+
+    def tensor(self, t: Tensor, value: Tensor) -> None:
+        """Let `t` hold `value`, in place."""
+        old = t.detach().clone()
+        self.write(lambda: _copy(t, value), lambda: _copy(t, old))
 
     def keep(self, owner: Any, *names: str) -> None:
         """Let these attributes hold what they hold now, in the same objects, whatever is written to them otherwise."""
@@ -62,6 +70,11 @@ class Journal:
             self.rollback()
         elif self._outer is not None:
             self._outer._undo += self._undo
+
+
+@torch.no_grad()
+def _copy(t: Tensor, value: Tensor) -> None:
+    t.copy_(value)
 
 
 def _fill(owner: dict[Any, Any] | list[Any], value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ Shape = Annotated[
 @dataclass(frozen=True, kw_only=True)
 class Lowering(Policy):
     """The total goes along `shape` from what it was when the phase began to the budget, where there is one."""
+
+    grows: ClassVar[bool] = False
 
     shape: Shape = "cubic"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -155,8 +156,9 @@ class Carrier:
         sizes = [float(t.double().square().sum(-2 if role == "A" else -1).mean()) for t in partners]
         return Level(statistics.median(seconds), statistics.median(sizes))
 
-    def stored(self, site: Site, role: Factor, moments: Moments) -> dict[str, Any]:
-        """`moments` in the optimizer's own form, as the state of what takes the place of a factor of `site`."""
+    def stored(self, site: Site, role: Factor, moments: Moments, size: int | None = None) -> dict[str, Any]:
+        """`moments` in the optimizer's own form, as the state of what takes the place of a factor of `site`, with room
+        for `size` directions (`Site.raw_a`)."""
         owner = self._owner(site, role)
         assert owner is not None
         assert self.handler is not None
@@ -164,8 +166,18 @@ class Carrier:
         state = dict(self.optimizer.state[old])
         if owner is not site:  # a step count of one's own: optimizers add to it in place
             state = {k: v.clone() if isinstance(v, Tensor) and _scalar(v) else v for k, v in state.items()}
-        raw = site.raw_a if role == "A" else site.raw_b
+        raw = partial(site.raw_a if role == "A" else site.raw_b, size=size)
         return self.handler.store(moments.to(old.device), state, self.group(old), raw)
+
+    def fill(self, journal: Journal, swap: Swap) -> None:
+        """State of factors that stay the parameters they are, and hold other directions; afresh where it has none."""
+        for role in ("A", "B"):
+            p = swap.old[role]
+            new = swap.state.get(role) or self.fresh(p, swap.site)
+            if p in self.optimizer.state:
+                journal.contents(self.optimizer.state[p], new)
+            elif new:
+                journal.contents(self.optimizer.state, {**self.optimizer.state, p: new})  # type: ignore[arg-type, dict-item]
 
     def rescale(self, journal: Journal, site: Site, value: Tensor) -> None:
         """Let the state of A follow A' = diag(value) A, written in place; state nobody knows starts afresh."""

@@ -23,6 +23,7 @@ from rankflow.plan import Layout, RankPlan
 from rankflow.schedule import StepLike, When, resolve_step
 
 State = dict[str, Tensor]
+Mode = Literal["resize", "mask"]  # new tensors with every decision, or room for all of them (see `rankflow.rooms`)
 
 
 class Signal(str, Enum):
@@ -170,6 +171,7 @@ class Policy:
     needs: ClassVar[frozenset[Signal]] = frozenset()  # all it may ever ask for; `listen` says what and when
     held_out: ClassVar[bool] = False  # whether it learns from a part of the training data that the factors never see
     source: ClassVar[str] = ""  # the paper or rule, one line, for `rankflow policies`
+    grows: ClassVar[bool] = True  # whether any module may come to a rank above the one it has
     first_only: ClassVar[bool] = False  # decides before the first step, so no phase may come before it
 
     @property
@@ -257,16 +259,21 @@ class Phase:
 class Lifecycle:
     """Phases in order, and the limits that hold throughout. A single policy is a lifecycle of one phase.
 
+    `mode` says how ranks change: `resize` makes new tensors, `mask` writes into tensors with room for the largest.
+
     Before `resolve`, ends are `until` values as written (steps or percentages).
     """
 
     policies: tuple[tuple[str, Policy, StepLike | None], ...]  # (name, policy, until)
     limits: Limits = field(default_factory=Limits)
+    mode: Mode = "resize"
     source: str = ""  # where it was read from, for messages
 
     def settings(self) -> dict[str, str]:
         """Everything that is set, by place: two lifecycles that do the same have the same settings."""
         found: dict[str, str] = _flat("limits", self.limits)
+        if self.mode != "resize":
+            found["mode"] = self.mode
         for i, (name, policy, until) in enumerate(self.policies):
             found |= {f"phases[{i}].policy": name, f"phases[{i}].until": str(until), **_flat(f"phases[{i}]", policy)}
         return found

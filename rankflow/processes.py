@@ -40,8 +40,8 @@ class Alone:
         """The plan that one of them decides on, for all."""
         return decide()
 
-    def resized(self, layout: Layout, step: int) -> None:
-        """Parameters were replaced: all have to have come to this layout."""
+    def resized(self, layout: Layout, step: int, *, replaced: bool) -> None:
+        """A plan was carried out, and parameters were `replaced`, or not: all have to have come to this layout."""
 
     def undone(self) -> None:
         """Parameters are again those that were there before; nobody else is waited for."""

@@ -101,7 +101,7 @@ class Ramps:
         young = [i for i, scale in enumerate(scales) if scale != 1.0]
         if not young:
             return
-        r, experts = site.rank, range(site.experts)  # stored expert-major in A, expert-minor in B
+        r, experts = site.size, range(site.experts)  # stored expert-major in A, expert-minor in B
         index = [e * r + i if dim == 0 else i * len(experts) + e for i in young for e in experts]
         at = torch.tensor(index, device=p.device)
         dtype = torch.promote_types(p.dtype, torch.float32)

@@ -216,7 +216,7 @@ class Recorder:
         with _aside(d):
             if mask is not None and (self.site.kind == "conv" or mask.shape != z.shape[:-1]):
                 mask = None
-            z, d = (t.movedim(self._channels, -1).flatten(0, -2) for t in (z, d))
+            z, d = (t.movedim(self._channels, -1).flatten(0, -2)[:, : self.site.rank] for t in (z, d))
             tokens = torch.full((), len(z), dtype=torch.float64, device=z.device)
             if mask is not None:
                 hidden = mask.to(z.device).reshape(-1, 1) == 0

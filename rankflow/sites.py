@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rankflow.errors import AdapterError
 from rankflow.journal import Journal
@@ -56,24 +57,35 @@ class Site:
         self.min_rank = 1 if kind in ("attention", "experts") else 0
         self._adapter = adapter
         self._paused: tuple[str, ...] | None = None  # roles that `train` has switched off
+        self._held: int | None = None  # the rank, where factors have room for more (see `rankflow.rooms`)
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
     @property
     def present(self) -> bool:
         """False while the module has left the adapter (rank 0)."""
+        return self.placed and self._held != 0
+
+    @property
+    def placed(self) -> bool:
+        """Whether the layer has factors of this adapter; with room for more than rank 0, it has them at that too."""
         return self._adapter in self.layer.r
 
     @property
+    def roomy(self) -> bool:
+        """Whether factors have room for more than the rank: rows of A and columns of B beyond it are zero."""
+        return self._held is not None
+
+    @property
     def A(self) -> nn.Parameter:
-        if not self.present:
+        if not self.placed:
             raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
         module, name = self.holders["A"]
         return module._parameters[name]  # type: ignore[return-value]
 
     @property
     def B(self) -> nn.Parameter:
-        if not self.present:
+        if not self.placed:
             raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
         module, name = self.holders["B"]
         return module._parameters[name]  # type: ignore[return-value]
@@ -89,8 +101,9 @@ class Site:
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """All parameters of the module's adapter by role, in `named_parameters` order: A, B and, where they exist,
-        the bias of `lora_bias` and DoRA's magnitude, neither of which knows about rank. Empty at rank 0."""
-        if not self.present:
+        the bias of `lora_bias` and DoRA's magnitude, neither of which knows about rank. Empty at rank 0, unless there
+        is room for more."""
+        if not self.placed:
             return {}
         found = {"A": self.A, "B": self.B}
         bias = getattr(self.layer.lora_B[self._adapter], "bias", None) if self.kind != "embedding" else None
@@ -102,7 +115,7 @@ class Site:
 
     @property
     def scaling(self) -> float:
-        return float(self.layer.scaling[self._adapter]) if self.present else self._left.slot.scaling
+        return float(self.layer.scaling[self._adapter]) if self.placed else self._left.slot.scaling
 
     @property
     def dora(self) -> bool:
@@ -110,7 +123,7 @@ class Site:
 
     @property
     def trainable(self) -> bool:
-        if not self.present:
+        if not self.placed:
             return self._left.slot.trainable
         return any(p.requires_grad for p in self.tensors().values())
 
@@ -120,20 +133,25 @@ class Site:
 
     @property
     def rank(self) -> int:
-        return self.layer.r[self._adapter] if self.present else 0
+        return self.size if self._held is None else self._held
+
+    @property
+    def size(self) -> int:
+        """How many directions the factors have room for: what PEFT calls their rank."""
+        return self.layer.r[self._adapter] if self.placed else 0
 
     @property
     def alpha(self) -> float:
-        """What PEFT calls lora_alpha, at the present rank."""
+        """What PEFT calls lora_alpha, at the present size."""
         return self.layer.lora_alpha[self._adapter]
 
     def slot(self) -> Slot:
-        if not self.present:
+        if not self.placed:
             return self._left.slot
-        a, b = self.a(self.A.detach()), self.b(self.B.detach())
-        if not (a.shape[-2] == b.shape[-1] == self.rank and self._sizes_agree()):
+        a, b = canonical_a(self.A.detach(), self.experts), canonical_b(self.B.detach(), self.experts)
+        if not (a.shape[-2] == b.shape[-1] == self.size and self._sizes_agree()):
             raise AdapterError(
-                f"{self.name}: PEFT says rank {self.rank} but A is {list(a.shape)} and B is {list(b.shape)}; "
+                f"{self.name}: PEFT says rank {self.size} but A is {list(a.shape)} and B is {list(b.shape)}; "
                 "something else resized this adapter"
             )
         return Slot(
@@ -161,22 +179,27 @@ class Site:
 
     def a(self, t: Tensor | None = None) -> Tensor:
         """A, or a tensor of its shape, as ``[*experts, r, in]``; a view wherever strides allow."""
-        t = self.A if t is None else t
-        return canonical_a(t, self.experts)
+        found = canonical_a(self.A if t is None else t, self.experts)
+        return found if self._held is None else found[..., : self._held, :]
 
     def b(self, t: Tensor | None = None) -> Tensor:
         """B, or a tensor of its shape, as ``[*experts, out, r]``; a view wherever strides allow."""
-        t = self.B if t is None else t
-        return canonical_b(t, self.experts)
+        found = canonical_b(self.B if t is None else t, self.experts)
+        return found if self._held is None else found[..., : self._held]
 
-    def raw_a(self, t: Tensor) -> Tensor:
-        """Back from ``[*experts, r, in]`` to the shape that PEFT stores at that rank."""
+    def raw_a(self, t: Tensor, size: int | None = None) -> Tensor:
+        """Back from ``[*experts, r, in]`` to the shape that PEFT stores at that rank, or with zeros up to `size`: that
+        of the factors there are, if they have room for more than r."""
+        size = self.size if size is None and self.roomy else size
+        t = t if size is None else F.pad(t, (0, 0, 0, size - t.shape[-2]))
         if self.experts > 1:
             return t.reshape(-1, t.shape[-1])
         return t.reshape(t.shape[0], *self._kernel)
 
-    def raw_b(self, t: Tensor) -> Tensor:
-        """Back from ``[*experts, out, r]`` to the shape that PEFT stores at that rank."""
+    def raw_b(self, t: Tensor, size: int | None = None) -> Tensor:
+        """Back from ``[*experts, out, r]``, likewise."""
+        size = self.size if size is None and self.roomy else size
+        t = t if size is None else F.pad(t, (0, size - t.shape[-1]))
         if self.experts > 1:
             return stored_b(t, self.experts)
         return t.reshape(*t.shape, *[1] * (len(self._kernel) - 1))
@@ -197,7 +220,7 @@ class Site:
         Scaling stays, and alpha follows the rank, unless another `scaling` is given.
         """
         layer, name = self.layer, self._adapter
-        rank = self.a(A.detach()).shape[-2]
+        rank = canonical_a(A.detach(), self.experts).shape[-2]
         kept = self._config_scaling() if scaling is None else scaling
         alpha = alpha_for(kept, rank, bool(layer.use_rslora.get(name)))
         for (module, key), p in zip(self.holders.values(), (A, B), strict=True):
@@ -211,6 +234,18 @@ class Site:
         journal.contents(layer.lora_alpha, {**layer.lora_alpha, name: alpha})
         if scaling is not None:
             journal.contents(layer.scaling, {**layer.scaling, name: scaling})
+
+    def fill(self, journal: Journal, A: Tensor, B: Tensor, rank: int) -> None:
+        """Make `rank` directions the module's, of factors with room for more: in place, in stored shape, zeros beyond
+        them. Gradients go, as they do with factors that are replaced."""
+        for p, value in ((self.A, A), (self.B, B)):
+            journal.tensor(p, value)
+            journal.attr(p, "grad", None)
+        journal.attr(self, "_held", rank)
+
+    def hold(self, journal: Journal, rank: int | None) -> None:
+        """Say that the factors have room for more than `rank`, and zeros there; None: they have not."""
+        journal.attr(self, "_held", rank)
 
     def leave(self, journal: Journal) -> None:
         """Rank 0: this adapter's entries leave the layer, whose wrapper, active adapters and other adapters stay.
@@ -238,7 +273,7 @@ class Site:
 
         One that is there has its own, and only loses what rounding alpha and dividing by the rank again have changed.
         """
-        if self.present:
+        if self.placed:
             if math.isclose(self.scaling, scaling, rel_tol=1e-9):
                 self.layer.scaling[self._adapter] = scaling
             return
@@ -257,7 +292,7 @@ class Site:
         return tuple(role for role, on in flags.items() if on) or tuple(flags)
 
     def _flags(self) -> dict[str, bool]:
-        if not self.present:
+        if not self.placed:
             return self._left.requires_grad
         return {role: p.requires_grad for role, p in self.tensors().items()}
 
@@ -269,7 +304,7 @@ class Site:
         roles = self.switched
         journal.attr(self, "_paused", None if on else roles)
         flags = {role: on if role in roles else was for role, was in self._flags().items()}
-        if not self.present:
+        if not self.placed:
             memo = vars(self.layer)[_MEMO]
             left = replace(self._left, slot=replace(self._left.slot, trainable=on), requires_grad=flags)
             journal.contents(memo, {**memo, self._adapter: left})
@@ -331,10 +366,10 @@ class Site:
 
     def _config_scaling(self) -> float:
         """Scaling as rank and alpha give it; `set_scale` and `scale_layer` may have put another one in force."""
-        if not self.present:
+        if not self.placed:
             return self._left.config_scaling
-        rank = self.rank
-        return self.alpha / (math.sqrt(rank) if self.layer.use_rslora.get(self._adapter) else rank)
+        size = self.size
+        return self.alpha / (math.sqrt(size) if self.layer.use_rslora.get(self._adapter) else size)
 
 
 def canonical_a(t: Tensor, experts: int) -> Tensor:

@@ -29,6 +29,7 @@ class Staged:
     swap: Swap
     entries: Entries | None = None  # for a module that comes back
     train: bool | None = None
+    fill: Mapping[str, Tensor] | None = None  # what factors that have room for it are to hold, in stored shape
 
     @property
     def resized(self) -> bool:
@@ -72,7 +73,7 @@ class Stage:
         if not resizing:
             return Staged(Swap(site, old, old), train=train)
         entries = None
-        if not site.present:
+        if not site.placed:
             entries = site.build(self.config, rank=sum(op.n for op in resizing if isinstance(op, Grow)))
         like = old if entries is None else entries.tensors
         factors = self._factors(site, like, carry, gate)
@@ -92,6 +93,10 @@ class Stage:
                     factors.keep(back)
                 case Drop():
                     factors.keep(())
+        if site.roomy:
+            fill = {"A": site.raw_a(factors.A), "B": site.raw_b(factors.B)}
+            states = self._states(site, factors, old, old) if factors.A.shape[-2] else {}
+            return Staged(Swap(site, old, old, states), train=train, fill=fill)
         if factors.A.shape[-2] == 0:
             return Staged(Swap(site, old, {}), train=train)
         new = {
@@ -100,6 +105,22 @@ class Stage:
             "B": _parameter(site.raw_b(factors.B), like["B"]),
         }
         return Staged(Swap(site, old, new, self._states(site, factors, old, new)), entries, train)
+
+    def settled(self, site: Site, size: int) -> Staged:
+        """The module as it is, with room for `size` directions, which are no fewer than its rank; at 0 it leaves."""
+        old = site.tensors()
+        if size == 0:
+            return Staged(Swap(site, old, {}))
+        entries = None if site.placed else site.build(self.config, rank=size)
+        like = old if entries is None else entries.tensors
+        factors = self._factors(site, like, True, None)
+        new = {
+            **like,
+            "A": _parameter(site.raw_a(factors.A, size), like["A"]),
+            "B": _parameter(site.raw_b(factors.B, size), like["B"]),
+        }
+        states = self._states(site, factors, old, new, size) if site.present else {}
+        return Staged(Swap(site, old, new, states), entries)
 
     def _factors(self, site: Site, like: Mapping[str, nn.Parameter], carry: bool, gate: Tensor | None) -> _Factors:
         a, b = site.a(like["A"].detach()), site.b(like["B"].detach())
@@ -141,11 +162,16 @@ class Stage:
             factors.moments[role] = m.grow(n, self.seed_v, partners[role], level, gate)
 
     def _states(
-        self, site: Site, factors: _Factors, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]
+        self,
+        site: Site,
+        factors: _Factors,
+        old: Mapping[str, nn.Parameter],
+        new: Mapping[str, nn.Parameter],
+        size: int | None = None,
     ) -> dict[str, dict[str, Any]]:
         if self.carrier is None:
             return {}
-        states = {role: self.carrier.stored(site, role, m) for role, m in factors.moments.items()}
+        states = {role: self.carrier.stored(site, role, m, size) for role, m in factors.moments.items()}
         fresh = {r: self.carrier.fresh(p, site) for r, p in new.items() if r not in states and p is not old.get(r)}
         return {**states, **fresh}
 
@@ -187,8 +213,8 @@ def check_finite(staged: Sequence[Staged]) -> None:
     named = [
         (f"{s.swap.site.name}: {what}", t)
         for s in staged
-        if s.resized
-        for role, p in s.swap.new.items()
+        if s.resized or s.fill is not None
+        for role, p in (s.swap.new if s.fill is None else s.fill).items()
         for what, t in ((role, p.detach()), *((f"{k} of {role}", v) for k, v in s.swap.state.get(role, {}).items()))
         if isinstance(t, Tensor)
     ]

@@ -61,13 +61,13 @@ class Surgeon:
         self.seed = seed
         self.warmup = warmup
         self.version = 0  # of the parameters: goes up whenever some are replaced
-        self._carrier = Carrier(optimizer, adapter, on_unknown_state) if optimizer is not None else None
-        if self._carrier is not None:
-            self._carrier.check((), {})
-        self._stage = Stage(adapter.config, self._carrier, seed_v, stage_device)
+        self.carrier = Carrier(optimizer, adapter, on_unknown_state) if optimizer is not None else None
+        if self.carrier is not None:
+            self.carrier.check((), {})
+        self._stage = Stage(adapter.config, self.carrier, seed_v, stage_device)
         self._layout = adapter.layout()
-        self.ramps = Ramps(adapter, self._carrier)
-        self.gates = Gates(adapter, self._carrier, seed)
+        self.ramps = Ramps(adapter, self.carrier)
+        self.gates = Gates(adapter, self.carrier, seed)
         self.averages = Averages(adapter)
 
     @property
@@ -118,22 +118,62 @@ class Surgeon:
             name: self.ramps.after(name, ops, layout[name].rank, self.warmup, self._rewarm(plan, name in lost))
             for name, ops in plan.ops.items()
         }
-        resized = [s for s in staged if s.resized]
         with Journal(journal) as journal:
             self.gates.follow(journal)
             for s in staged:
-                self._commit(journal, s)
-            if resized:
-                self.adapter.write_config(journal)
-            if self._carrier is not None:
-                self._carrier.write(journal, [s.swap for s in resized])
+                self._commit(journal, s, target[s.swap.site.name].rank)
+            replaced = self._replace(journal, staged)
             self.ramps.write(journal, youths, layout.ranks)
             self.gates.write(journal, plan, target)
             self.averages.carry(journal, plan.ops)
             self._verify(staged, target)
             journal.attr(self, "_layout", target)
-            journal.attr(self, "version", self.version + bool(resized))
+            journal.attr(self, "version", self.version + replaced)
         return target
+
+    def settle(self, rooms: Mapping[str, int], journal: Journal | None = None) -> bool:
+        """Give modules' factors room for more directions than they have (see `rankflow.rooms`), and take it from all
+        that are not named; whether parameters were replaced. What the adapter computes stays, and its optimizer state.
+        With a `journal`, all of it is undone too if that is.
+
+        Raises:
+            PlanError: less room than a module's rank.
+        """
+        self._agree(self._layout)
+        sites = self.adapter.sites
+        if small := [name for name, size in rooms.items() if size < sites[name].rank]:
+            raise PlanError(f"{small[0]}: no room for its rank {sites[small[0]].rank} in {rooms[small[0]]} directions")
+        sizes = {name: rooms.get(name, site.rank) for name, site in sites.items()}
+        staged = [self._stage.settled(site, sizes[name]) for name, site in sites.items() if site.size != sizes[name]]
+        held = {name: site.rank if name in rooms and sizes[name] else None for name, site in sites.items()}
+        with Journal(journal) as journal:
+            self.gates.follow(journal)
+            for s in staged:
+                self._commit(journal, s, 0)
+            for name, rank in held.items():
+                sites[name].hold(journal, rank)
+            replaced = self._replace(journal, staged)
+            self._verify(staged, self._layout)
+            journal.attr(self, "version", self.version + replaced)
+        return replaced
+
+    def hold(self, ranks: Mapping[str, int]) -> None:
+        """Say what ranks factors of a checkpoint have that were saved with room for more.
+
+        Raises:
+            PlanError: less room than that.
+        """
+        with Journal() as journal:
+            for name, rank in ranks.items():
+                if rank > (site := self.adapter.sites[name]).size:
+                    raise PlanError(f"{name}: the checkpoint has rank {rank}, but its factors {site.size} directions")
+                site.hold(journal, rank)
+        self._layout = self._layout.with_ranks({name: site.rank for name, site in self.adapter.sites.items()})
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Ranks of modules whose factors have room for more."""
+        return {name: site.rank for name, site in self.adapter.sites.items() if site.roomy}
 
     # -- before anything is written ---------------------------------------------------------------------------------
 
@@ -151,7 +191,7 @@ class Surgeon:
         return Layout(slots)
 
     def _check_optimizer(self, plan: RankPlan, layout: Layout) -> set[str]:
-        if self._carrier is None:
+        if self.carrier is None:
             return set()
         on = {
             n: self.adapter.sites[n].switched
@@ -163,7 +203,7 @@ class Surgeon:
             for n, ops in plan.ops.items()
             if plan.state == "carry" and any(not isinstance(op, Train | Share) for op in ops)
         }
-        return self._carrier.check(touched, on)
+        return self.carrier.check(touched, on)
 
     def _rewarm(self, plan: RankPlan, lost: bool) -> int | None:
         if plan.state == "reset":
@@ -172,14 +212,28 @@ class Surgeon:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def _commit(self, journal: Journal, staged: Staged) -> None:
+    def _replace(self, journal: Journal, staged: Sequence[Staged]) -> bool:
+        """Let config and optimizer follow what was committed; whether parameters are others now."""
+        resized = [s for s in staged if s.resized]
+        if resized:
+            self.adapter.write_config(journal)
+        if self.carrier is not None:
+            self.carrier.write(journal, [s.swap for s in resized])
+            for s in staged:
+                if s.fill is not None:
+                    self.carrier.fill(journal, s.swap)
+        return bool(resized)
+
+    def _commit(self, journal: Journal, staged: Staged, rank: int) -> None:
         site, swap = staged.swap.site, staged.swap
+        if staged.fill is not None:
+            site.fill(journal, staged.fill["A"], staged.fill["B"], rank)
         if staged.resized:
             if staged.entries is not None and swap.new:
                 site.rejoin(journal, staged.entries)
             if swap.new:
                 site.put(journal, swap.new["A"], swap.new["B"])
-            elif site.present:
+            elif site.placed:
                 site.leave(journal)
         if staged.train is not None:
             site.train(journal, staged.train)
@@ -195,8 +249,8 @@ class Surgeon:
         for s in staged:
             if live[s.swap.site.name].trainable != target[s.swap.site.name].trainable:
                 problem = f"{s.swap.site.name}: trainable is {live[s.swap.site.name].trainable}"
-        if self._carrier is not None:
-            problem = problem or self._carrier.verify([s.swap for s in staged])
+        if self.carrier is not None:
+            problem = problem or self.carrier.verify([s.swap for s in staged])
         if any(s.resized for s in staged):
             problem = problem or self.adapter.config_problem()
         if problem is not None:

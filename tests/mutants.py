@@ -1567,8 +1567,8 @@ MUTANTS = [
     Mutant(
         "lost: leave gates off what they were taken off",
         "surgeon.py",
-        "            self.gates.follow(journal)\n",
-        "",
+        "            self.gates.follow(journal)\n            for s in staged:\n                self._commit(journal, s, target[",
+        "            for s in staged:\n                self._commit(journal, s, target[",
         "tests/test_nothing_lost.py",
     ),
     Mutant(
@@ -1619,6 +1619,48 @@ MUTANTS = [
         "if gates is None or not self._signals",
         "if not gates or not self._signals",
         "tests/test_sora.py",
+    ),
+    Mutant(
+        "mask: leave what was there beyond the rank",
+        "sites.py",
+        "journal.tensor(p, value)",
+        "journal.tensor(p, torch.where(value != 0, value, p))",
+        "tests/test_rooms.py -k squeeze",
+    ),
+    Mutant(
+        "mask: forget the optimizer's state with every decision",
+        "optim.py",
+        "new = swap.state.get(role) or self.fresh(p, swap.site)",
+        "new = self.fresh(p, swap.site)",
+        "tests/test_rooms.py -k squeeze",
+    ),
+    Mutant(
+        "mask: keep the room of the phase before",
+        "controller.py",
+        "self._settle(rooms(self._policy, self.layout))",
+        "self._settle({n: max(k, self._adapter.sites[n].size) for n, k in rooms(self._policy, self.layout).items()})",
+        "tests/test_rooms.py",
+    ),
+    Mutant(
+        "mask: open gates of directions that are not there",
+        "gates.py",
+        'F.pad(draw["value"], (0, site.size - site.rank))',
+        'F.pad(draw["value"], (site.size - site.rank, 0))',
+        "tests/test_rooms.py -k adalora",
+    ),
+    Mutant(
+        "mask: resume without knowing ranks",
+        "controller.py",
+        'self._surgeon.hold(state.get("held", {}))',
+        "pass",
+        "tests/test_rooms.py -k resume",
+    ),
+    Mutant(
+        "mask: let Adafactor see zeros",
+        "handlers.py",
+        'AdafactorHandler(elementwise=False),\n    ("transformers"',
+        'AdafactorHandler(),\n    ("transformers"',
+        "tests/test_rooms.py -k refused",
     ),
 ]
 

@@ -43,6 +43,7 @@ CASES = {
     "squeeze by loss": (SQUEEZE, {"r": 8}, {"bucket_cap_mb": 0.01}),
     "squeeze, one graph for all steps": (SQUEEZE, {"r": 8}, {"static_graph": True}),
     "squeeze, a hook of its own": (SQUEEZE, {"r": 8}, {"hook": "ALLREDUCE"}),
+    "squeeze, masked": (SQUEEZE | {"mode": "mask"}, {"r": 8}, {"hook": "ALLREDUCE"}),
     "sora": (SORA, {"r": 4}, {}),
     "increlora, base in shards": (INCRELORA, {}, FSDP),
     "sora, base in shards": (SORA, {"r": 4}, FSDP),

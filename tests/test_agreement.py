@@ -51,7 +51,9 @@ def test_what_only_some_have_seen_counts_as_zero_in_the_others():
         (lambda replica: replica.average(seen(replica, Signal.S_A, rank=4 + (replica._wire.rank == 2))), "has shape"),
         (lambda replica: replica.agree(lambda: 1 / 0, LAYOUT, 7 + (replica._wire.rank == 2)), "process 2 is at step 8"),
         (
-            lambda replica: replica.resized(LAYOUT.with_ranks({"q": 3}) if replica._wire.rank == 2 else LAYOUT, 7),
+            lambda replica: replica.resized(
+                LAYOUT.with_ranks({"q": 3}) if replica._wire.rank == 2 else LAYOUT, 7, replaced=False
+            ),
             "ranks of process 2 are not those of process 0",
         ),
     ],

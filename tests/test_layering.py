@@ -53,6 +53,7 @@ RUNTIME = [
     "optim",
     "handlers",
     "ramps",
+    "rooms",
     "eagerness",
     "probes",
     "recorder",

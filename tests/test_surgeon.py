@@ -336,7 +336,7 @@ def test_a_failure_at_any_write_undoes_them_all(kind, when, monkeypatch):
 
 def test_what_does_not_verify_is_undone(ready, monkeypatch):
     _, optimizer, surgeon = ready
-    monkeypatch.setattr(type(surgeon._carrier), "verify", lambda self, swaps: "model.x: exp_avg is [3]")
+    monkeypatch.setattr(type(surgeon.carrier), "verify", lambda self, swaps: "model.x: exp_avg is [3]")
     refused(surgeon, optimizer, RankPlan({Q0: [Keep((0, 1))]}), RankFlowError, "model.x: exp_avg.*undone")
 
 

@@ -128,7 +128,7 @@ def decision(modules: int) -> Callable[[Replicas], RankPlan]:
         replica.average(Observation(1, sums))
         agreed = replica.agree(lambda: plan, layout, 1)
         replica.attempt(lambda: agreed.apply_to(layout))
-        replica.resized(after, 1)
+        replica.resized(after, 1, replaced=False)
         return agreed
 
     return work
