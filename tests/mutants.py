@@ -1567,8 +1567,8 @@ MUTANTS = [
     Mutant(
         "lost: leave gates off what they were taken off",
         "surgeon.py",
-        "            self.gates.follow(journal)\n            for s in staged:\n                self._commit(journal, s, target[",
-        "            for s in staged:\n                self._commit(journal, s, target[",
+        "self.gates.follow(journal)\n            for s in staged:\n                self._commit(journal, s, target[",
+        "for s in staged:\n                self._commit(journal, s, target[",
         "tests/test_nothing_lost.py",
     ),
     Mutant(
