@@ -46,6 +46,7 @@ args = TrainingArguments(
     use_cpu=not on_gpu,
     ddp_backend="nccl" if on_gpu else "gloo",
     ddp_find_unused_parameters=False,
+    average_tokens_across_devices=False,  # labels are one a text: the Trainer would count them twice
 )
 callback = RankFlowCallback(options.policy)
 trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=held_out, callbacks=[callback])
