@@ -237,8 +237,8 @@ class Controller:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are."""
         try:
             self._gates.fold()
-            if self._surgeon.held:
-                self._settle({})
+            if self._surgeon.held and self._surgeon.settle({}):
+                self._processes.undone()  # whoever gives a run up may be alone with it, and waits for nobody
         finally:
             for hook in self._hooks:
                 hook.remove()
