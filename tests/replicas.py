@@ -6,6 +6,7 @@ import copy
 import os
 import socket
 import traceback
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ FSDP = {"fsdp": True}  # in place of options of DistributedDataParallel
 CASES = {
     "increlora": (INCRELORA, {}, {}),
     "increlora, gradients as views": (INCRELORA, {}, {"gradient_as_bucket_view": True, "find_unused_parameters": True}),
+    "increlora, accumulating": (INCRELORA, {}, {"micro": 2}),
     "squeeze by loss": (SQUEEZE, {"r": 8}, {"bucket_cap_mb": 0.01}),
     "squeeze, one graph for all steps": (SQUEEZE, {"r": 8}, {"static_graph": True}),
     "squeeze, a hook of its own": (SQUEEZE, {"r": 8}, {"hook": "ALLREDUCE"}),
@@ -123,10 +125,13 @@ def wrapped(model: Any, *, fsdp: bool = False, hook: str | None = None, **option
 
 
 def train(model: Any, flow: Any, optimizer: Any, batches: list[Any], micro: int = 1) -> None:
-    """`micro` batches a step, of a loss divided by their number."""
+    """`micro` batches a step, of a loss divided by their number; gradients are reduced after the last."""
     for at in range(0, len(batches), micro):
-        for batch in batches[at : at + micro]:
-            (model(**batch).loss / micro).backward()
+        *early, last = batches[at : at + micro]
+        with model.no_sync() if early and isinstance(model, DistributedDataParallel) else nullcontext():
+            for batch in early:
+                (model(**batch).loss / micro).backward()
+        (model(**last).loss / micro).backward()
         flow.before_step()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -144,23 +149,23 @@ def outcome(model: Any, flow: Any) -> dict[str, Any]:
     }
 
 
-def alone(policy: dict[str, Any], **model: Any) -> dict[str, Any]:
+def alone(policy: dict[str, Any], micro: int = 1, **model: Any) -> dict[str, Any]:
     """One process that accumulates what each of several gets."""
     net = tiny_llama(dropout=0.0, **model).train()
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     flow = rankflow.attach(net, optimizer, policy, total_steps=STEPS)
-    train(net, flow, optimizer, token_batches(SIZE * STEPS), SIZE)
+    train(net, flow, optimizer, token_batches(SIZE * STEPS * micro), SIZE * micro)
     flow.finish()
     return outcome(net, flow)
 
 
 def run(rank: int, policy: dict[str, Any], model: dict[str, Any], options: dict[str, Any], ledger: str) -> Any:
     """A run whose batches are those of `alone`, dealt out."""
-    net = tiny_llama(dropout=0.0, **model).train()
-    ddp = wrapped(net, **options)
+    net, micro = tiny_llama(dropout=0.0, **model).train(), options.get("micro", 1)
+    ddp = wrapped(net, **{key: value for key, value in options.items() if key != "micro"})
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     flow = rankflow.attach(ddp, optimizer, policy, total_steps=STEPS, ledger=ledger)
-    train(ddp, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE])
+    train(ddp, flow, optimizer, token_batches(SIZE * STEPS * micro)[rank::SIZE], micro)
     flow.finish()
     if "hook" in options:
         assert options["hook"] in ddp._get_ddp_logging_data()["comm_hook"]

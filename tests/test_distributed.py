@@ -26,8 +26,8 @@ def found(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list[dict], name: str):
-    policy, model, _ = CASES[name]
-    one = replicas.alone(policy, **model)
+    policy, model, options = CASES[name]
+    one = replicas.alone(policy, options.get("micro", 1), **model)
     for each in (of[name] for of in found):
         assert not isinstance(each, str), each
         assert each["ranks"] == one["ranks"]
