@@ -10,34 +10,26 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from rankflow.batches import by_shape, pays_on
 from rankflow.crew import Crew, Progress
+from rankflow.cutting import Cutting
 from rankflow.devices import usable
 from rankflow.errors import ConfigError, naming
-from rankflow.fitting import Fitting, fitting_for, padded
-from rankflow.formats.adapter import Put, Sketch
-from rankflow.formats.atomic import together
+from rankflow.fitting import Fitting, fitting_for
+from rankflow.formats.adapter import SavedAdapter, Sketch
 from rankflow.formats.detect import open_adapter
 from rankflow.formats.peft import PeftAdapter
-from rankflow.formats.tensors import all_finite
-from rankflow.growth import new_rows
-from rankflow.linalg import refactor
-from rankflow.linalg import spectra as spectra_of
 from rankflow.measured import Statistics
 from rankflow.plan import Layout
 from rankflow.rsvd import Backend, check_backend
-from rankflow.seeds import keyed_generator
-from rankflow.spectra import Gauge, Spectrum
+from rankflow.spectra import Gauge
 from rankflow.squeezed import SqueezeReport, report
-from rankflow.tails import check_tail, tail_writer
+from rankflow.tails import check_tail
 from rankflow.targets import Goal, Target, every_rank
 from rankflow.trials import Judge, accepted, contradictions, search
 from rankflow.yardstick import Yardstick
@@ -206,98 +198,45 @@ def squeeze_each(
     paths = [Path(out) for out in outs] if outs is not None else [adapter.beside(suffix) for suffix in suffixes]
     if len({path.resolve() for path in paths}) < len(suffixes):
         raise ConfigError(f"{len(suffixes)} targets need as many different outputs")
-    tail = None if keep_tail is None else Path(keep_tail)
-    if tail is not None and (len(suffixes) > 1 or gauge != "balanced"):
-        raise ConfigError("a tail is that of one output with directions sorted: give one target, and gauge 'balanced'")
-    if tail is not None and replace(fitting, base=None) != Fitting():
-        raise ConfigError("a tail belongs to an adapter that is not made for an engine or another format; leave it out")
     if fitting.pads and any(target.size is not None for target in targets):
         raise ConfigError(
             "size is for ranks that differ, and zeros fill all up to the largest; give target_rank instead"
         )
-    if tail is not None and not isinstance(adapter, PeftAdapter):
-        raise ConfigError(f"{adapter.path}: tails are kept of adapters in PEFT's format, read and written, only")
+    tail = None if keep_tail is None else Path(keep_tail)
+    if tail is not None:
+        _check_tailed(adapter, len(suffixes), metric, gauge, fitting)
     if not dry_run:
         for path in paths:
             adapter.check_out(path, force=force)
         if tail is not None:
             check_tail(tail, paths[0], force=force)
-    if tail is not None and metric != "weights":
-        raise ConfigError(f"a cut by metric {metric!r} leaves nothing that puts it back; keep tails with 'weights'")
     layout = adapter.layout
     with naming(adapter.path, statistics):
         yardstick = Yardstick.of(metric, statistics, layout, targets)
     sized = Layout({n: replace(s, itemsize=(wanted or s).itemsize) for n, s in layout.items()})  # as it is written
-    batched = pays_on(where) and metric == "weights" and backend == "exact"
-    dtypes = {name: adapter.entries[name].dtype for name in layout}
-    groups = by_shape(layout, layout, dtypes) if batched else [(name,) for name in layout]
+    cutting = Cutting(adapter, yardstick, where, backend, gauge, wanted, canonical)
     once = len(suffixes) == 1 and (not dry_run or gate is not None)
-    at_once = once and not batched and not targets[0].needs_spectra
+    at_once = once and not cutting.batched and not targets[0].needs_spectra
     passes = (0 if at_once else 1) + (0 if dry_run else len(targets))
     crew = Crew(progress if gate is None else None, passes * len(layout))
-
-    def factors(name: str) -> tuple[Tensor, Tensor]:
-        a, b = (t.to(where) for t in adapter.factors(name))
-        if a.dtype != b.dtype or (backend == "exact" and (metric != "weights" or a.dtype != torch.bfloat16)):
-            return a.double(), b.double()  # once for all; bfloat16 may do with less where weights are all that counts
-        return a, b
-
-    def measured(name: str, a: Tensor, b: Tensor) -> Spectrum:
-        found = yardstick.spectrum(name, a, b, layout[name].scaling, backend)
-        return replace(found, outside=adapter.outside(name))
-
-    def measure(names: Sequence[str]) -> list[Spectrum]:
-        pairs = [factors(name) for name in names]
-        if len(names) == 1:
-            return [measured(names[0], *pairs[0])]
-        found = spectra_of(pairs, [layout[name].scaling for name in names])
-        return [replace(one, outside=adapter.outside(name)) for name, one in zip(names, found, strict=True)]
-
-    def write(name: str, rank: int, rows: int, put: Put, put_tail: Put | None) -> Spectrum:
-        dtype = wanted or adapter.entries[name].dtype
-        a, b = factors(name)
-        slot = layout[name]
-        found = spectra.get(name) or measured(name, a, b)
-        if canonical or (rank < slot.rank and put_tail is not None):
-            a, b = _cut(found, a, b, slot.rank, gauge, name, slot.kind)
-        elif 0 < rank < slot.rank:
-            a, b = _cut(found, a, b, rank, gauge, name, slot.kind)
-        if rows:
-            kept = padded(a[..., :rank, :], b[..., :rank], rows)
-            put(name, *(_round(t, dtype, name) for t in kept))
-        if rank < slot.rank and put_tail is not None:
-            put_tail(name, _round(a[..., rank:, :], dtype, name), _round(b[..., rank:], dtype, name))
-        return found
-
-    with naming(adapter.path):
-        spectra = {} if at_once else crew.together(measure, groups)
+    if not at_once:
+        cutting.measure(crew)
 
     def produce(target: Target, ranks: Mapping[str, int], out: Path | None, tail: Path | None) -> SqueezeReport:
-        nonlocal spectra
         if out is not None:
-            rows = fitting.ranks(ranks)
-            with ExitStack() as files:
-                put_tail = None
-                if tail is not None and isinstance(adapter, PeftAdapter):
-                    both = files.enter_context(together())
-                    put_tail = files.enter_context(tail_writer(tail, adapter, ranks, wanted, both))
-                    put = files.enter_context(adapter.rewrite(out, rows, dtype=wanted, force=force, group=both))
-                else:
-                    put = files.enter_context(adapter.rewrite(out, rows, dtype=wanted, force=force))
-                with naming(adapter.path):
-                    spectra = crew.each(lambda name: write(name, ranks[name], rows[name], put, put_tail), layout)
+            cutting.write(crew, ranks, out, fitting, tail=tail, force=force)
         return report(
             layout,
             sized.with_ranks(ranks),
-            spectra,
+            cutting.spectra,
             yardstick.metrics,
             source=str(adapter.path),
             out=None if out is None else str(out),
             target=target.given,
-            shortfall=target.shortfall(sized, spectra, ranks, adapter.overhead),
+            shortfall=target.shortfall(sized, cutting.spectra, ranks, adapter.overhead),
             backend=used,
             gauge=gauge,
-            dtype=None if wanted is None else _name(wanted),
+            dtype=None if wanted is None else str(wanted).removeprefix("torch."),
             dry_run=dry_run,
             file_bytes_before=adapter.file_bytes,
             file_bytes_after=None if out is None else adapter.weights_in(out).stat().st_size,
@@ -307,7 +246,7 @@ def squeeze_each(
         )
 
     with naming(adapter.path):
-        chosen = [target.choose(sized, spectra, adapter.overhead) for target in targets]
+        chosen = [target.choose(sized, cutting.spectra, adapter.overhead) for target in targets]
         for ranks in chosen:
             fitting.ranks(ranks)  # refuses what cannot be, before the first is written
     ends = [None if dry_run else path for path in paths]
@@ -359,27 +298,19 @@ def _sketch(targets: Sequence[Target], backend: Backend | None) -> Sketch:
     return Sketch(highest, backend or known.backend)
 
 
-def _cut(found: Spectrum, A: Tensor, B: Tensor, rank: int, gauge: Gauge, name: str, kind: str) -> tuple[Tensor, Tensor]:
-    """The best factors of that rank; rows that A has no room for are drawn afresh, beside zero columns of B."""
-    cut = found.cut(rank, gauge)
-    a, b = refactor(A, B, cut.N, cut.M, wide=found.wide)
-    if cut.fresh:
-        rows = new_rows(cut.fresh, a, keyed_generator(0, 0, name), kind=kind)
-        a, b = torch.cat([a, rows], -2), torch.cat([b, b.new_zeros(*b.shape[:-1], cut.fresh)], -1)
-    return a, b
-
-
-def _round(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    rounded = t.to(dtype)
-    if not all_finite(rounded):
-        raise ConfigError(
-            f"{name}: values up to {float(t.abs().max()):.3g} do not fit {_name(dtype)}; use bfloat16 or float32"
-        )
-    return rounded
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _check_tailed(adapter: SavedAdapter, outputs: int, metric: str, gauge: Gauge, fitting: Fitting) -> None:
+    """
+    Raises:
+        ConfigError: what is cut off would not put the source back, or there is nowhere to keep it.
+    """
+    if outputs > 1 or gauge != "balanced":
+        raise ConfigError("a tail is that of one output with directions sorted: give one target, and gauge 'balanced'")
+    if replace(fitting, base=None) != Fitting():
+        raise ConfigError("a tail belongs to an adapter that is not made for an engine or another format; leave it out")
+    if not isinstance(adapter, PeftAdapter):
+        raise ConfigError(f"{adapter.path}: tails are kept of adapters in PEFT's format, read and written, only")
+    if metric != "weights":
+        raise ConfigError(f"a cut by metric {metric!r} leaves nothing that puts it back; keep tails with 'weights'")
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -714,9 +714,9 @@ MUTANTS = [
     ),
     Mutant(
         "keep the wrong end of what was cut off",
-        "checkpoint.py",
-        "_round(b[..., rank:], dtype, name))",
-        "_round(b[..., : slot.rank - rank], dtype, name))",
+        "cutting.py",
+        "_rounded(b[..., rank:], dtype, name))",
+        "_rounded(b[..., : slot.rank - rank], dtype, name))",
         "tests/test_tails.py",
     ),
     Mutant(
@@ -1141,9 +1141,9 @@ MUTANTS = [
     ),
     Mutant(
         "decompose anew for every candidate",
-        "checkpoint.py",
-        "spectra.get(name) or measured(name, a, b)",
-        "measured(name, a, b)",
+        "cutting.py",
+        "self.spectra.get(name) or self._spectrum(name, a, b)",
+        "self._spectrum(name, a, b)",
         "tests/test_trials.py",
     ),
     Mutant(

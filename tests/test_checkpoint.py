@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankflow
-from rankflow import AdapterError, ConfigError, batches, checkpoint, inspect, squeeze, squeeze_model
+from rankflow import AdapterError, ConfigError, batches, cutting, inspect, squeeze, squeeze_model
 from rankflow.adapters import Adapter
 from rankflow.formats import atomic
 from rankflow.formats import tensors as tensor_files
@@ -255,9 +255,9 @@ def test_modules_of_one_shape_are_factorised_at_once_to_the_same_end(
 ):
     src, sizes, seen = saved(tmp_path / "src", KINDS[kind]), [], []
     alone = squeeze(src, tmp_path / "alone", **target)
-    monkeypatch.setattr(checkpoint, "pays_on", lambda device: True)
-    at_once = checkpoint.spectra_of
-    monkeypatch.setattr(checkpoint, "spectra_of", lambda pairs, s: sizes.append(len(pairs)) or at_once(pairs, s))
+    monkeypatch.setattr(cutting, "pays_on", lambda device: True)
+    at_once = cutting.spectra
+    monkeypatch.setattr(cutting, "spectra", lambda pairs, s: sizes.append(len(pairs)) or at_once(pairs, s))
     together = squeeze(src, tmp_path / "together", **target, progress=lambda *at: seen.append(at))
     assert max(sizes) > 1
     assert seen[-1][0] == seen[-1][1] == 2 * len(together.modules)

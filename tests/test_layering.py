@@ -86,6 +86,7 @@ EDGES = [
     "trials",
     "devices",
     "batches",
+    "cutting",
     "corpus",
     "measured",
     "calibration",
