@@ -21,8 +21,8 @@ from test_inspection import LLAMA, layered, make
 from test_report import run as a_run
 
 from rankflow import inspect, squeeze
-from rankflow.inspection import Inspection
 from rankflow.divergence import Comparison, compare
+from rankflow.inspection import Inspection
 from rankflow.json_schemas import schemas
 from rankflow.ledger import Ledger
 from rankflow.page import render, write_page

@@ -67,6 +67,7 @@ RUNTIME = [
     "seals",
     "penalties",
     "processes",
+    "recompiles",
     "controller",
 ]
 EDGES = [
