@@ -50,7 +50,7 @@ def compiled_code_of_nobody_else() -> Iterator[None]:
 
 def trained(policy: dict[str, Any], backend: Any = None) -> tuple[Tiny, list[float]]:
     run, losses = Tiny(policy, STEPS), []
-    model = run.model if backend is None else torch.compile(run.model, backend=backend)
+    model: Any = run.model if backend is None else torch.compile(run.model, backend=backend)
     for step in range(STEPS):
         value = loss(model, batch(step))
         losses.append(value.item())

@@ -50,6 +50,7 @@ def test_the_pair_that_is_closest_changes_places_just_beyond_it(seed: int):
         for i, j in itertools.permutations(gains, 2)
         if ranks[i] > 0 and ranks[j] < 4
     }
+    assert margin is not None
     assert margin == pytest.approx(min(pairs), abs=2e-5)
     taken, left = pairs[min(pairs)]
     beyond = 1.0001 / (1 - margin)

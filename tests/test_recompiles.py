@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from loops import tiny_llama, token_batches
 from test_controller import scripted
 from tiny import LAYERS, Tiny, batch, loss, tiny
 
+import rankflow
 from rankflow.limits import Limit, Limits
 from rankflow.plan import Grow, Keep, Layout, RankPlan
 from rankflow.policy import Lifecycle
@@ -139,6 +141,38 @@ def test_buckets_bound_the_graphs_of_a_run_with_many_decisions(how: str, expecte
     assert found[0] > 1.4 * found[2]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # transformers' own
+def test_decoder_layers_whose_modules_are_tied_have_a_graph_for_each_bucket():
+    """And again for the first layer, whose input has no gradient."""
+    model = tiny_llama(r=2, dropout=0.0).train()
+    made: list[Any] = []
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend=lambda graph, _: made.append(graph) or graph.forward)
+    ranks = ((4, 2), (2, 4), (4, 4), (2, 2), (4, 2), (2, 4))
+
+    def plan(layout: Layout, to: tuple[int, int]) -> RankPlan:
+        ops = {}
+        for name, slot in layout.items():
+            if (rank := to["layers.1." in name]) != slot.rank:
+                ops[name] = [Keep((0, 1))] if rank == 2 else [Grow(2)]
+        return RankPlan(ops, "told")
+
+    plans = {step: partial(plan, to=to) for step, to in enumerate(ranks, 1)}
+    limits = Limits(ties=((r"re:.*layers\.(\d+)\..*",),), buckets=(2, 4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    flow = rankflow.attach(model, optimizer, lifecycle(plans, limits=limits), total_steps=len(ranks) + 1)
+    for tokens in token_batches(len(ranks) + 1):
+        model(**tokens).loss.backward()
+        flow.before_step()
+        optimizer.step()
+        flow.after_step()
+        optimizer.zero_grad()
+    flow.finish()
+    assert sum(e["event"] == "resize" for e in flow.ledger.events) == len(ranks)
+    assert len(made) == 2 * 2
+
+
 # -- the warning ------------------------------------------------------------------------------------------------------
 
 
@@ -193,14 +227,15 @@ def test_masked_ranks_change_no_shapes():
 def test_a_compiled_model_is_known_before_it_has_run():
     """All that ran so far was scored, and so eager."""
     run = Tiny(lifecycle(anywhere(range(1, 9))), 20)
-    run.flow._recompiles = Recompiles(torch.compile(run.model, backend="eager"), run.flow._adapter)
+    compiled: Any = torch.compile(run.model, backend="eager")
+    run.flow._recompiles = Recompiles(compiled, run.flow._adapter)
     with pytest.warns(UserWarning, match="compiled 0 times so far"):
         run.step()
     run.flow.detach()
 
 
 def test_other_models_that_are_compiled_say_nothing_of_this_one():
-    other = torch.compile(tiny(), backend="eager")
+    other: Any = torch.compile(tiny(), backend="eager")
     loss(other, batch(0))
     run = Tiny(lifecycle(anywhere(range(2, 7))), 20)
     assert versions(type(run.model).forward.__code__) == 1
