@@ -145,7 +145,7 @@ def test_buckets_bound_the_graphs_of_a_run_with_many_decisions(how: str, expecte
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # transformers' own
 def test_decoder_layers_whose_modules_are_tied_have_a_graph_for_each_bucket():
     """And again for the first layer, whose input has no gradient."""
-    model = tiny_llama(r=2, dropout=0.0).train()
+    model: Any = tiny_llama(r=2, dropout=0.0).train()
     made: list[Any] = []
     for layer in model.base_model.model.model.layers:
         layer.compile(backend=lambda graph, _: made.append(graph) or graph.forward)
