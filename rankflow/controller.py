@@ -28,6 +28,7 @@ from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import Probes
 from rankflow.processes import Alone
+from rankflow.recompiles import Recompiles
 from rankflow.rooms import check_rooms, lasting, rooms
 from rankflow.seals import check_seal, seal
 from rankflow.sharing import share_gradients
@@ -126,6 +127,7 @@ class Controller:
                     self._listen()
             else:
                 self._go_on(state)
+            self._recompiles = Recompiles(model, self._adapter)
         except BaseException:
             self.detach()
             raise
@@ -169,6 +171,7 @@ class Controller:
             if observed is not None:
                 self._listen()
             return
+        known = len(self.ledger.events)
         with self._whole():
             observed, self._pending = self._pending, None
             self.step = self._counted
@@ -177,6 +180,8 @@ class Controller:
             if self.step + 1 >= self.phase.end:
                 self._thaw()
             self._listen()
+        if len(self.ledger.events) > known and self.step < self.total_steps:
+            self._recompiles.look(self._shapes_to_come)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -541,6 +546,14 @@ class Controller:
         if plan:
             self._state = self._policy.decided(self._state, plan, self.layout, self.step)
         return plan
+
+    @property
+    def _shapes_to_come(self) -> int:
+        """How many decisions are left that may make tensors of shapes not seen before: none where they write into what
+        there is, or have to come back to a few ranks."""
+        if self.lifecycle.mode == "mask" or all(slot.buckets for slot in self.layout.values()):
+            return 0
+        return sum(due > self.step for phase in self._phases[self._phase :] for due in phase.policy.when.events)
 
     def _freeze(self, names: set[str]) -> None:
         """Let these modules and no others be frozen as by this phase's plans: `requires_grad` is in no adapter file."""

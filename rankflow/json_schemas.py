@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from rankflow.divergence import Comparison
 from rankflow.inspection import Inspection
 from rankflow.ran import Ran
 from rankflow.squeezed import SqueezeReport
@@ -14,9 +15,11 @@ _DOCUMENTS = {
     "inspection": (Inspection, "What `rankflow inspect --json` prints."),
     "squeeze": (SqueezeReport, "What `rankflow squeeze --report` writes; with --ranks, a list of such."),
     "run": (Ran, "What `rankflow report --json` prints."),
+    "comparison": (Comparison, "What `rankflow report --against --json` prints."),
 }
 _WHOLE = {"type": "integer"}
 _MORE = {  # what `to_json` adds
+    "comparison": {"same": {"type": "boolean", "description": "whether all decisions are"}},
     "squeeze": {
         "params_before": _WHOLE,
         "params_after": _WHOLE,
@@ -24,7 +27,7 @@ _MORE = {  # what `to_json` adds
             "anyOf": [_WHOLE, {"type": "null"}],
             "description": "vLLM's smallest sufficient maximal rank",
         },
-    }
+    },
 }
 
 

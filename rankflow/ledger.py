@@ -53,6 +53,7 @@ class _Op(_Spec):
 
 class _Plan(_Spec):
     ops: dict[Name, list[_Op]]
+    margin: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
 
 
 class _Slot(_Spec):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rankflow.budget import Budget, allocate, check_reachable
 from rankflow.errors import ConfigError, PlanError
+from rankflow.margins import allocation_margin
 from rankflow.plan import Grow, Layout, Op, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.schedule import When
@@ -69,7 +70,8 @@ class Opening(Policy):
         spent = budget.unit(budget.spent(layout.with_ranks(ranks)))
         reason = f"ranks {min(ranks.values())} to {max(ranks.values())}, most at {max(ranks, key=lambda n: ranks[n])}"
         reason += f"; {spent} of {budget}" + (f"; {len(idle)} modules are worth nothing" if idle else "")
-        return RankPlan(ops, reason, state="reset")  # there is none yet, and so nothing to ramp up
+        margin = allocation_margin(gains, ranks, layout, budget)
+        return RankPlan(ops, reason, state="reset", margin=margin)  # there is none yet, and so nothing to ramp up
 
     def _total(self, layout: Layout) -> Budget:
         return self.budget if self.budget is not None else Budget("total_rank", layout.total_rank)

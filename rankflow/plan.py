@@ -321,13 +321,15 @@ class RankPlan:
     """Module name -> ordered ops, applied as one stage, and why.
 
     `state` says what becomes of the optimizer state of the modules touched: `carry` transports it through the ops,
-    `reset` starts it afresh and lets the update ramp up over `rewarm` optimizer steps.
+    `reset` starts it afresh and lets the update ramp up over `rewarm` optimizer steps. `margin` says how close the
+    decision was (see `rankflow.margins`).
     """
 
     ops: Mapping[str, Sequence[Op]] = field(default_factory=dict)
     reason: str = ""
     state: Carry = "carry"
     rewarm: int = 0
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ops", {name: tuple(ops) for name, ops in self.ops.items() if len(ops)})
@@ -386,6 +388,7 @@ class RankPlan:
             "reason": self.reason,
             "state": self.state,
             "rewarm": self.rewarm,
+            "margin": self.margin,
             "ops": {name: [_op_to_json(op) for op in ops] for name, ops in self.ops.items()},
         }
 
@@ -436,7 +439,7 @@ class RankPlan:
             raise PlanError(f"unknown op {d['op']!r} in a plan")
 
         ops = {name: tuple(op(d) for d in items) for name, items in data["ops"].items()}
-        return cls(ops, data["reason"], data["state"], data["rewarm"])
+        return cls(ops, data["reason"], data["state"], data["rewarm"], data.get("margin"))
 
 
 def replay(layout: Layout, plan: Mapping[str, Any]) -> Layout:

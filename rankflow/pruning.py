@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rankflow.budget import Budget, allocate, round_scores
 from rankflow.limits import units
-from rankflow.plan import Layout, Op
+from rankflow.margins import allocation_margin
+from rankflow.plan import Layout, Op, RankPlan
 from rankflow.transitions import Shrink, first, ops_to
 
 
@@ -43,6 +44,14 @@ def prune(
         ranks = allocate(gains, layout, budget)
     ops = {name: ops_to(ranks[name], slot.rank, first(order.get(name, ()))) for name, slot in layout.items()}
     return {name: of for name, of in ops.items() if of}
+
+
+def pruning_margin(
+    scores: Mapping[str, Tensor], ops: Mapping[str, Sequence[Op]], layout: Layout, budget: Budget
+) -> float | None:
+    """Of `prune` under a budget, which gave `ops`; see `rankflow.margins`."""
+    gains = {name: sorted(of.tolist(), reverse=True) for name, of in scores.items()}
+    return allocation_margin(gains, RankPlan(ops).apply_to(layout).ranks, layout, budget)
 
 
 def best(name: str, scores: Mapping[str, Tensor]) -> Shrink:

@@ -15,7 +15,8 @@ class RanEvent:
 
     event: attach, phase, resize, skip, fold or finish. step: the optimizer step that it came after.
     policy: the phase's. reason: why ranks changed, or did not. ranks: of the modules that were resized.
-    total_rank: of the adapter, afterwards. gates: module -> what its gate came to, of a fold; total: all of them.
+    total_rank: of the adapter, afterwards. margin: how close the decision was, as the share by which a direction that
+    was taken scores above one that was not. gates: module -> what its gate came to, of a fold; total: all of them.
     """
 
     event: str
@@ -24,6 +25,7 @@ class RanEvent:
     reason: str | None = None
     ranks: dict[str, int] | None = None
     total_rank: int | None = None
+    margin: float | None = None
     gates: dict[str, dict[str, float]] | None = None
     total: dict[str, float] | None = None
 
@@ -73,4 +75,5 @@ def ran(ledger: Ledger, source: str) -> Ran:
 
 def _event(line: Mapping[str, Any]) -> RanEvent:
     named = ("policy", "reason", "ranks", "total_rank", "gates", "total")
-    return RanEvent(line["event"], int(line["step"]), **{key: line[key] for key in named if key in line})
+    margin = (line.get("plan") or {}).get("margin")
+    return RanEvent(line["event"], int(line["step"]), margin=margin, **{k: line[k] for k in named if k in line})

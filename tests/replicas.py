@@ -143,7 +143,7 @@ def outcome(model: Any, flow: Any) -> dict[str, Any]:
     return {
         "ranks": flow.layout.ranks,
         "weights": {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n},
-        "events": [(e["event"], e["step"]) for e in flow.ledger.events],
+        "events": flow.ledger.events,
         "path": flow.ledger.path is not None,
         "averages": flow.state_dict()["averages"],
     }

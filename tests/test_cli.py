@@ -182,6 +182,24 @@ def test_unknown_options_and_wrong_types_have_status_2(adapter: Path):
     assert "valid integer" in run("squeeze", adapter, "--target-rank", "two", status=2).stderr
 
 
+def test_runs_are_compared_by_their_decisions_and_the_status_says_so(ledger: Path, tmp_path: Path):
+    other = tmp_path / "other" / "rankflow.jsonl"
+    other.parent.mkdir()
+    other.write_text(ledger.read_text())
+    same = run("report", tmp_path, "--against", other.parent)
+    assert f"{ledger} and {other}: the same 2 decisions" in " ".join(same.stdout.split())
+    other.write_text(ledger.read_text().replace("layers.0.q", "layers.1.q"))
+    other.write_text("".join([ledger.read_text().splitlines(True)[0], *other.read_text().splitlines(True)[1:]]))
+    apart = run("report", ledger, "--against", other, status=1).stdout
+    assert "at step 10 they part" in apart
+    assert "2 to 5" in apart
+    told = json.loads(run("report", ledger, "--against", other, "--json", status=1).stdout)
+    assert (told["same"], told["step"], len(told["modules"])) == (False, 10, 2)
+    assert "no such ledger" in refused("report", ledger, "--against", tmp_path / "nowhere.jsonl")
+    assert "leave out -o and --html" in refused("report", ledger, "--against", other, "-o", tmp_path / "x.png")
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_inspect_shows_every_module_and_its_json_is_nothing_but_json(adapter: Path, tmp_path: Path):
     table = run("inspect", adapter).stdout
     assert all(f"_proj {i} " in table for i in range(2))

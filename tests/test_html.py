@@ -21,6 +21,7 @@ from test_inspection import LLAMA, layered, make
 from test_report import run as a_run
 
 from rankflow import inspect, squeeze
+from rankflow.divergence import Comparison, compare
 from rankflow.inspection import Inspection
 from rankflow.json_schemas import schemas
 from rankflow.ledger import Ledger
@@ -175,6 +176,7 @@ def test_real_output_is_what_the_schemas_say(tmp_path: Path):
         "inspection": (Inspection, inspect(src).to_json()),
         "squeeze": (SqueezeReport, done.to_json()),
         "run": (Ran, ran(hostile_ledger(), "x").to_json()),
+        "comparison": (Comparison, compare(hostile_ledger(), hostile_ledger()).to_json()),
     }
     for name, (document, given) in documents.items():
         given = json.loads(json.dumps(given))

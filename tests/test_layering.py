@@ -17,6 +17,7 @@ CORE = [
     "limits",
     "budget",
     "knapsack",
+    "margins",
     "metrics",
     "gate",
     "learnt",
@@ -66,6 +67,7 @@ RUNTIME = [
     "seals",
     "penalties",
     "processes",
+    "recompiles",
     "controller",
 ]
 EDGES = [
@@ -98,6 +100,7 @@ EDGES = [
     "difference",
     "options",
     "names",
+    "divergence",
     "canvas",
     "panels",
     "tables",

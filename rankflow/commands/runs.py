@@ -84,17 +84,33 @@ def policies(
             print_table(policy_table(description))
 
 
-@app.command(epilog="Example: [bold]rankflow report out/rankflow.jsonl -o ranks.png[/bold]")
+@app.command(
+    epilog="Example: [bold]rankflow report out/rankflow.jsonl -o ranks.png[/bold]; "
+    "or [bold]rankflow report out --against other[/bold]"
+)
 def report(
-    ledger: Annotated[Path, typer.Argument(help="Ledger of a run (.jsonl).")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Ledger of a run (.jsonl), or the folder that holds it.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Picture to draw; <LEDGER>.png if left out.")] = None,
     html: options.Html = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="OTHER", help="Another run: say whether both decided the same."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Show what a run did: events, what gates came to, and the rank of every module, as tables and as a picture.
 
-    With --html or --json the picture is drawn only where -o says.
+    With --html or --json the picture is drawn only where -o says. With --against, where two runs first decided
+    differently, what each did there and how close it was; the status is 1 if they did.
     """
+    from rankflow.watching import find_ledger
+
+    ledger = find_ledger(run) if run.is_dir() else run
+    if against is not None:
+        if out is not None or html is not None:
+            raise ConfigError("--against compares decisions and draws nothing; leave out -o and --html")
+        _compare(ledger, find_ledger(against) if against.is_dir() else against, as_json)
+        return
     if html is not None:
         from rankflow.page import check_page_file
 
@@ -160,6 +176,25 @@ def watch(
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _compare(first: Path, second: Path, as_json: bool) -> None:
+    """
+    Raises:
+        typer.Exit: with status 1, if they did not decide the same.
+    """
+    from rankflow.divergence import compare, comparison_table
+    from rankflow.ledger import Ledger
+
+    found = compare(Ledger.read(first), Ledger.read(second), (str(first), str(second)))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        typer.echo(f"{found.first} and {found.second}: {found}")
+        if not found.same:
+            print_table(comparison_table(found))
+    if not found.same:
+        raise typer.Exit(1)
 
 
 def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str | None) -> None:

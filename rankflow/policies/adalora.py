@@ -9,7 +9,7 @@ from rankflow.errors import ConfigError
 from rankflow.lowering import Lowering
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, State
-from rankflow.pruning import prune
+from rankflow.pruning import prune, pruning_margin
 from rankflow.triplets import Triplets, measured, triplet_scores, unseen_last
 
 
@@ -45,5 +45,8 @@ class AdaLora(Triplets, Lowering):
         if not measured(scores):
             return RankPlan(reason="all scores are zero, or none was finite; nothing is removed")
         allowed = self.target(state, step)
-        ops = prune(unseen_last(scores, layout), layout, allowed)
-        return RankPlan(ops, f"{len(ops)} of {len(layout)} modules give up directions of least score, to {allowed}")
+        assert allowed is not None, "check refuses adalora without a budget"
+        among = unseen_last(scores, layout)
+        ops = prune(among, layout, allowed)
+        reason = f"{len(ops)} of {len(layout)} modules give up directions of least score, to {allowed}"
+        return RankPlan(ops, reason, margin=pruning_margin(among, ops, layout, allowed))

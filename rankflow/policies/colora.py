@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 from rankflow.budget import allocate, check_reachable, proportional
 from rankflow.errors import ConfigError
 from rankflow.linalg import spectrum
+from rankflow.margins import allocation_margin
 from rankflow.plan import Layout, RankPlan, Slot
 from rankflow.policy import Observation, Policy, Signal, State, Study
 from rankflow.schedule import When
@@ -104,14 +105,16 @@ class CoLora(Policy):
         full = {name: _full_rank(slot) for name, slot in layout.items()}
         weights = {name: (c / top) ** self.beta * full[name] if top > 0 else 0.0 for name, c in contribution.items()}
         most = {name: round(rank) for name, rank in full.items()}
-        ranks = allocate(proportional(weights, layout, budget, most), layout, budget)
+        gains = proportional(weights, layout, budget, most)
+        ranks = allocate(gains, layout, budget)
         ops = {
             name: ops_to(rank, layout[name].rank, best_cut(partial(_spectrum, obs, name, layout[name])))
             for name, rank in ranks.items()
         }
         changed = sum(rank != layout[name].rank for name, rank in ranks.items())
         why = f"{best} contributes most" if top > 0 else "no module contributes anything, so ranks are even"
-        return RankPlan(ops, f"{changed} of {len(layout)} modules change, for {budget}; {why}")
+        margin = allocation_margin(gains, ranks, layout, budget)
+        return RankPlan(ops, f"{changed} of {len(layout)} modules change, for {budget}; {why}", margin=margin)
 
 
 def _full_rank(slot: Slot) -> float:

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field, PositiveInt
 
 from rankflow.budget import Budget, check_reachable, grow_by_score, reachable
+from rankflow.margins import closest, growth_margin
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, State
-from rankflow.pruning import best, prune
+from rankflow.pruning import best, prune, pruning_margin
 from rankflow.transitions import ops_to
 from rankflow.triplets import Orth, Triplets, measured, triplet_scores, unseen_last
 
@@ -56,9 +57,12 @@ class ElaLora(Triplets):
         cheapest = min(budget.cost(slot) for slot in layout.values())
         least, _ = reachable(layout, budget)
         room = Budget(budget.kind, max(1, least, int(budget.amount) - self.move * cheapest))
-        pruned = RankPlan(prune(scores, layout, room)).apply_to(layout)
+        lost = prune(scores, layout, room)
+        pruned = RankPlan(lost).apply_to(layout)
         means = {name: float(t.mean()) for name, t in seen.items()}
-        ranks = {**pruned.ranks, **grow_by_score(means, pruned, budget, None, 1)}
+        grown = grow_by_score(means, pruned, budget, None, 1)
+        ranks = {**pruned.ranks, **grown}
         ops = {n: ops_to(ranks[n], slot.rank, best(n, scores)) for n, slot in layout.items()}
         moved = sum(max(0, ranks[name] - slot.rank) for name, slot in layout.items())
-        return RankPlan(ops, f"{moved} directions move to the modules of highest score, at {budget}")
+        margin = closest((pruning_margin(scores, lost, layout, room), growth_margin(means, grown, pruned)))
+        return RankPlan(ops, f"{moved} directions move to the modules of highest score, at {budget}", margin=margin)

@@ -16,6 +16,7 @@ from rankflow.errors import ConfigError
 from rankflow.gate import Gate
 from rankflow.limits import units
 from rankflow.linalg import orthogonality_term
+from rankflow.margins import growth_margin
 from rankflow.plan import Grow, Keep, Layout, Op, Open, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Policy, Signal, State
 from rankflow.scores import smoothed
@@ -202,6 +203,7 @@ class IncreLora(Policy):
                 scores[name] = i * u
         silent = sum(slot.rank > 0 for slot in bare.values()) - len(scores)
         ranks: dict[str, int] = {}
+        margin = None
         if budget.spent(bare) >= budget.amount:
             reason = f"budget of {budget} is reached"
         elif not any(scores.values()):
@@ -209,6 +211,7 @@ class IncreLora(Policy):
             reason = f"{what}; nothing grows"
         else:
             ranks = grow_by_score(scores, bare, budget, self._shares(bare, budget, step), self.grow_by)
+            margin = growth_margin(scores, ranks, bare)
             total = budget.unit(budget.spent(bare.with_ranks(ranks)))
             best = max(scores, key=lambda name: scores[name])
             reason = f"{len(ranks)} of {len(layout)} modules grow to {total} of {budget}; highest score at {best}"
@@ -220,7 +223,8 @@ class IncreLora(Policy):
             for name, slot in layout.items():  # where nothing grew, a reserve goes on learning
                 if name not in ranks and slot.rank > bare[name].rank:
                     reserves[name] = slot.rank - bare[name].rank
-        return RankPlan(self._ops(bare, ranks, layout, reserves, obs.gather(Signal.SKETCH)), reason)
+        ops = self._ops(bare, ranks, layout, reserves, obs.gather(Signal.SKETCH))
+        return RankPlan(ops, reason, margin=margin)
 
     def _shares(self, layout: Layout, budget: Budget, step: int) -> int | None:
         """How many modules grow at `step`; None: as many as it takes to spend the budget."""

@@ -15,6 +15,7 @@ from rankflow.errors import ConfigError
 from rankflow.limits import units
 from rankflow.linalg import Metric
 from rankflow.lowering import Lowering, Shape
+from rankflow.margins import allocation_margin
 from rankflow.metrics import averages_of, metric_of_each, spectrum_in
 from rankflow.plan import Carry, Layout, Op, RankPlan
 from rankflow.policy import Observation, Signal, State
@@ -137,7 +138,10 @@ class Squeeze(Lowering):
             fallen = sum(metric == "weights" for metric in metrics.values())
             reason.append(f"{fallen} modules by weights, as {unmeasured[0]} was not measured enough")
         rewarm = self.rewarm if self.optimizer == "reset" else 0
-        return RankPlan(ops, "; ".join(reason), state=self.optimizer, rewarm=rewarm)
+        margin = None
+        if target is not None and self.allocate == "global":
+            margin = allocation_margin({name: s.gains.tolist() for name, s in spectra.items()}, ranks, layout, target)
+        return RankPlan(ops, "; ".join(reason), state=self.optimizer, rewarm=rewarm, margin=margin)
 
     def _share(self, step: int) -> float:
         """The share of its energy that a module keeps at `step`; over all events they multiply to `energy`."""
