@@ -52,6 +52,8 @@ RUNTIME = [
     "adapters",
     "optim",
     "handlers",
+    "blockwise",
+    "optimizers",
     "ramps",
     "rooms",
     "eagerness",
