@@ -116,17 +116,26 @@ class Run:
         return self
 
 
-def resumed(first: Run, policy: Any, steps: int, folder: Path, **options: Any) -> Run:
+def resumed(
+    first: Run,
+    policy: Any,
+    steps: int,
+    folder: Path,
+    *,
+    fresh: Callable[[], PeftModel] = lambda: tiny_llama(seed=7),
+    kind: type[Run] = Run,
+    **options: Any,
+) -> Run:
     """The run that goes on from what `first` leaves in `folder`, as a fresh process would."""
     first.model.save_pretrained(folder)
     save_state(first.flow, folder)
     torch.save([first.optimizer.state_dict(), first.scheduler.state_dict()], folder / "optimizer.pt")
-    model = tiny_llama(seed=7)
+    model = fresh()
     for name, p in model.named_parameters():
         if "lora_" not in name:
             p.data.copy_(dict(first.model.named_parameters())[name])
     rankflow.restore(model, folder)
-    second = Run(policy, steps, model=model, state=load_state(folder), **options)
+    second = kind(policy, steps, model=model, state=load_state(folder), **options)
     optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
     second.optimizer.load_state_dict(optimizer)
     second.scheduler.load_state_dict(scheduler)

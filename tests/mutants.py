@@ -1698,6 +1698,20 @@ MUTANTS = [
         "tests/test_schedule_free.py",
     ),
     Mutant(
+        "bring a module back into the first group",
+        "optim.py",
+        "            if token in order:\n                return i\n",
+        "            if token in order:\n                return 0\n",
+        "tests/test_optim.py -k lora_plus",
+    ),
+    Mutant(
+        "hand back half-precision factors in float32",
+        "staging.py",
+        "nn.Parameter(raw.to(like.device).contiguous(), like.requires_grad)",
+        "nn.Parameter(raw.to(like.device).float().contiguous(), like.requires_grad)",
+        "tests/test_precision.py -k bf16",
+    ),
+    Mutant(
         "8-bit: round second moments to nothing",
         "blockwise.py",
         "_raise(new, key, least)",
