@@ -17,6 +17,12 @@ def carry_first(m: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
     return like(_carry(m, N, M, factor).clamp(-bound, bound), m)
 
 
+def carry_point(z: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
+    """Another point in the space of factors through A' = N A, B' = B M, as the factor itself: N z of A, z M of B."""
+    bound = torch.finfo(z.dtype).max
+    return like(_carry(z, f64(M).mT, f64(N).mT, factor).clamp(-bound, bound), z)
+
+
 def carry_second(
     v: Tensor,
     m: Tensor | None,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankflow.errors import OptimizerError
 from rankflow.linalg import Factor
 from rankflow.moments import Moments, View
 
@@ -19,11 +18,13 @@ State = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Handler:
-    """State of an optimizer that treats every entry alike: any of a first moment, a second and the second's peak."""
+    """State of an optimizer that treats every entry alike: any of a first moment, a second and the second's peak, and
+    points beside the parameter that move as it does."""
 
     first: str | None = None
     second: str | None = None
     peak: str | None = None
+    points: tuple[str, ...] = ()
     betas: bool = False  # bias-corrected by beta^step
     eager: bool = False  # makes its state when it is made itself, and fails without
     shape_dependent: bool = False  # steps by an amount that depends on the parameter's shape
@@ -32,7 +33,7 @@ class Handler:
     @property
     def keys(self) -> set[str]:
         """Keys of the state tensors that this handler carries."""
-        return {key for key in (self.first, self.second, self.peak) if key is not None}
+        return {key for key in (self.first, self.second, self.peak, *self.points) if key is not None}
 
     def load(self, factor: Factor, state: State, group: State, canonical: View) -> Moments:
         held = {k: canonical(state[k]) for k in self.keys if isinstance(state.get(k), Tensor)}
@@ -42,15 +43,20 @@ class Handler:
             beta1, beta2 = map(float, group["betas"])
             bias = (1 - beta1**step, 1 - beta2**step)
         second, peak = (held.get(k) if k else None for k in (self.second, self.peak))
-        return Moments(factor, first, second, peak, self.first, bias)
+        points = {k: held[k] for k in self.points if k in held}
+        return Moments(factor, first, second, peak, self.first, bias, points)
 
     def store(self, moments: Moments, state: State, group: State, raw: View) -> dict[str, Any]:
         """`state` with these moments in it, the rest as it is."""
-        new = {**state, **{key: raw(m).contiguous() for key, m in moments.first.items()}}
+        new = {**state, **{key: raw(m).contiguous() for key, m in {**moments.first, **moments.points}.items()}}
         for key, t in ((self.second, moments.second), (self.peak, moments.peak)):
             if key is not None and t is not None:
                 new[key] = raw(t).contiguous()
         return new
+
+    def refusal(self, p: Tensor) -> str | None:
+        """What the optimizer knows of `p` outside of groups and state, which a resize would lose."""
+        return None
 
     def shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         """Shape of every state tensor of a parameter of `shape`."""
@@ -207,41 +213,3 @@ class TransformersAdafactorHandler(AdafactorHandler):
 
     def _pack(self, t: Tensor, key: str) -> Tensor:
         return t.squeeze(-1 if key == self.row_key else -2)
-
-
-_ADAM = Handler("exp_avg", "exp_avg_sq", "max_exp_avg_sq", betas=True)
-_HANDLERS: dict[tuple[str, str], Handler] = {  # by package and class; "" is any package
-    ("torch.optim", "Adam"): _ADAM,
-    ("torch.optim", "AdamW"): _ADAM,
-    ("torch.optim", "NAdam"): _ADAM,
-    ("torch.optim", "RAdam"): _ADAM,
-    ("torch.optim", "RMSprop"): RMSpropHandler(),
-    ("torch.optim", "Adagrad"): Handler(second="sum", eager=True),
-    ("torch.optim", "SGD"): Handler("momentum_buffer"),
-    ("torch.optim", "Muon"): MuonHandler("momentum_buffer", shape_dependent=True, elementwise=False),
-    ("torch.optim", "Adafactor"): AdafactorHandler(elementwise=False),
-    ("transformers", "Adafactor"): TransformersAdafactorHandler(elementwise=False),
-    ("", "Lion"): Handler("exp_avg"),  # every package has its own, all with the one average
-}
-
-# PEFT's optimizers that hold parameters, or state by name, outside of groups and state
-_REFUSED = {
-    "LoraFAOptimizer": "LoRA-FA keeps A frozen, its state by name and one scaling per pair",
-    "RiemannianPreconditionedOptimizer": "it holds the (A, B) pairs themselves, which a resize replaces",
-}
-
-
-def find_handler(optimizer: Optimizer) -> Handler | None:
-    """The handler of the optimizer's class or of its nearest known ancestor.
-
-    Raises:
-        OptimizerError: an optimizer that a resize would break.
-    """
-    for cls in type(optimizer).__mro__:
-        name = cls.__qualname__.rpartition(".")[2]
-        if name in _REFUSED and cls.__module__.startswith("peft."):
-            raise OptimizerError(f"{name} cannot follow a resize: {_REFUSED[name]}. Use torch.optim.AdamW")
-        for (package, known), handler in _HANDLERS.items():
-            if name == known and cls.__module__.startswith(package):
-                return handler
-    return None

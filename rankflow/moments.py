@@ -1,7 +1,8 @@
 """Optimizer state of one LoRA factor, apart from how any optimizer stores it, and how it follows a change of rank.
 
 Gradients of A' = N A are covectors, so averages of them map by M^T; squares of them map by the squared map, entry by
-entry, bounded so that no step gets larger (`rankflow.carry.carry_second`).
+entry, bounded so that no step gets larger (`rankflow.carry.carry_second`). Points that an optimizer keeps beside the
+factor (an iterate, of which the factor is an average) map as the factor does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rankflow.carry import carry_first, carry_second
+from rankflow.carry import carry_first, carry_point, carry_second
 from rankflow.linalg import Factor
 
 SeedV = Literal["siblings", "mean", "zero"]
@@ -48,6 +49,7 @@ class Moments:
     peak: Tensor | None = None  # running maximum of `second`
     bounding: str | None = None  # the first moment that `second` must bound
     bias: tuple[float, float] = (1.0, 1.0)  # what the optimizer divides first and second by
+    points: Mapping[str, Tensor] = field(default_factory=dict)  # other values of the factor itself, by state key
 
     @property
     def dim(self) -> int:
@@ -58,7 +60,7 @@ class Moments:
         def take(t: Tensor) -> Tensor:
             return t.index_select(self.dim, torch.tensor(idx, dtype=torch.long, device=t.device))
 
-        return self._map(take, take)
+        return self._map(take, take, take)
 
     def refactor(self, N: Tensor, M: Tensor) -> Moments:
         """Through A' = N A, B' = B M.
@@ -67,6 +69,7 @@ class Moments:
         moment starts at the least that growth would give it, not at 0.
         """
         first = {key: carry_first(m, N, M, self.factor) for key, m in self.first.items()}
+        points = {key: carry_point(z, N, M, self.factor) for key, z in self.points.items()}
         second, peak = self.second, self.peak
         if second is not None:
             bound = None if self.bounding is None else first.get(self.bounding)
@@ -77,7 +80,7 @@ class Moments:
                 second = torch.where(revived, least.to(second.dtype), second)
             if peak is not None:
                 peak = torch.maximum(carry_second(peak, None, N, M, self.factor), second)
-        return replace(self, first=first, second=second, peak=peak)
+        return replace(self, first=first, points=points, second=second, peak=peak)
 
     def over(self, value: Tensor) -> Moments:
         """Of A' = diag(value) A, from those of A: the gradient of A' is that of A over `value` ``[r]`` or ``[1]``.
@@ -91,27 +94,30 @@ class Moments:
             bound = torch.finfo(t.dtype).max
             return torch.where(zero.to(t.device), otherwise, divided.clamp(-bound, bound)).to(t.dtype)
 
-        return self._map(lambda t: divide(t, 1, 0.0), lambda t: divide(t, 2, t.double()))
+        return self._map(
+            lambda t: divide(t, 1, 0.0),
+            lambda t: divide(t, 2, t.double()),
+            lambda t: (t.double() * value.double().to(t.device)[:, None]).to(t.dtype),
+        )
 
     def to(self, device: torch.device | str) -> Moments:
-        return self._map(lambda t: t.to(device), lambda t: t.to(device))
+        return self._map(*[lambda t: t.to(device)] * 3)
 
     def grow(
-        self, n: int, seed: SeedV, partner: Partner, level: Callable[[], Level | None], gate: float = 1.0
+        self, new: Tensor, seed: SeedV, partner: Partner, level: Callable[[], Level | None], gate: float = 1.0
     ) -> Moments:
-        """Append `n` directions with first moments of 0 and a guessed second moment.
+        """Append directions that are `new` in the factor, with first moments of 0 and a guessed second moment.
 
         The gradient of a column of B scales with its row of A, so a sibling's mean is scaled by their squared norms:
         an all-zero second moment under an old step count would overshoot, a plain mean would put a short direction to
         sleep. Where there is no sibling with any history, like modules stand in for them; where none either, 0. Under
-        a `gate` all gradients are that many times what they would be without.
+        a `gate` all gradients are that many times what they would be without. Points start where the factor does.
         """
         dim = self.dim
 
         def append(t: Tensor, tail: Tensor | float) -> Tensor:
-            shape = (*t.shape[:-2], n, t.shape[-1]) if self.factor == "A" else (*t.shape[:-1], n)
-            new = torch.zeros(shape, dtype=t.dtype, device=t.device) + torch.as_tensor(tail, device=t.device)
-            return torch.cat([t, new.to(t.dtype)], dim)
+            added = torch.zeros(new.shape, dtype=t.dtype, device=t.device) + torch.as_tensor(tail, device=t.device)
+            return torch.cat([t, added.to(t.dtype)], dim)
 
         def guess(t: Tensor) -> Tensor | float:
             if seed == "zero":
@@ -128,12 +134,13 @@ class Moments:
             ratio = ratio.clamp(min=SEED_FLOOR).to(t.device, t.dtype)
             return mean * (ratio[..., :, None] if self.factor == "A" else ratio[..., None, :])
 
-        return self._map(lambda t: append(t, 0.0), lambda t: append(t, guess(t) * gate**2))
+        return self._map(lambda t: append(t, 0.0), lambda t: append(t, guess(t) * gate**2), lambda t: append(t, new))
 
-    def _map(self, first: View, second: View) -> Moments:
+    def _map(self, first: View, second: View, point: View) -> Moments:
         return replace(
             self,
             first={key: first(m) for key, m in self.first.items()},
+            points={key: point(z) for key, z in self.points.items()},
             second=None if self.second is None else second(self.second),
             peak=None if self.peak is None else second(self.peak),
         )

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from rankflow.adapters import Adapter
 from rankflow.errors import OptimizerError
-from rankflow.handlers import find_handler
 from rankflow.journal import Journal
 from rankflow.linalg import Factor
 from rankflow.moments import Level, Moments
+from rankflow.optimizers import find_handler
 from rankflow.sites import Site
 
 OnUnknownState = Literal["error", "reset"]
@@ -96,6 +96,8 @@ class Carrier:
                         f"{name}: {self.title} does not hold its {role} {list(p.shape)}. Make the optimizer after the "
                         "adapter (and after restoring one), from all its trainable parameters"
                     )
+                if self.handler is not None and times and (why := self.handler.refusal(p)) is not None:
+                    raise OptimizerError(f"{name}: {self.title} cannot follow a resize of its {role}: {why}")
                 if name in touched and role in ("A", "B") and self._unknown(name, role, p):
                     lost.add(name)
         return lost

@@ -1,7 +1,8 @@
 """New directions start slowly: their updates, not their gradients, are scaled from 1 / warmup up to 1.
 
 Scaling gradients would do nothing under an optimizer that divides by their size. So the young rows of A and columns of
-B are noted before an optimizer step, and what the step did to them is scaled afterwards, in float32 or better.
+B are noted before an optimizer step, and what the step did to them is scaled afterwards, in float32 or better. So is
+what it did to points beside them: an average of scaled steps is the average scaled.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class _Note:
     index: Tensor  # along it, of the directions whose update is scaled
     scale: Tensor  # broadcastable
     old: Tensor  # those directions before the step, times the weight decay that is not scaled
+    points: dict[str, Tensor]  # and of the points that the optimizer keeps beside the parameter, by state key
 
 
 class Ramps:
@@ -80,9 +82,13 @@ class Ramps:
         """Must follow a step that was really taken."""
         with torch.no_grad():
             for note in self._notes:
-                p = note.parameter
-                step = p.index_select(note.dim, note.index).to(note.old.dtype) - note.old
-                p.index_copy_(note.dim, note.index, (note.old + step * note.scale).to(p.dtype))
+                moved = [(note.parameter, note.old)]
+                if note.points and self._carrier is not None:
+                    state = self._carrier.optimizer.state[note.parameter]
+                    moved += [(state[key], old) for key, old in note.points.items()]
+                for t, old in moved:
+                    step = t.index_select(note.dim, note.index).to(old.dtype) - old
+                    t.index_copy_(note.dim, note.index, (old + step * note.scale).to(t.dtype))
         stepped = {id(note.parameter) for note in self._notes}
         self._notes = []
         for name, youths in list(self._young.items()):
@@ -107,7 +113,18 @@ class Ramps:
         dtype = torch.promote_types(p.dtype, torch.float32)
         scale = torch.tensor([scales[i] for i in young for _ in experts], dtype=dtype, device=p.device)
         scale = scale.reshape([-1 if d == dim else 1 for d in range(p.ndim)])
-        self._notes.append(_Note(p, dim, at, scale, p.detach().index_select(dim, at).to(dtype) * decay))
+        points = {
+            key: t.detach().index_select(dim, at).to(dtype)  # a copy: steps write in place
+            for key, t in self._points(p).items()
+        }
+        self._notes.append(_Note(p, dim, at, scale, p.detach().index_select(dim, at).to(dtype) * decay, points))
+
+    def _points(self, p: nn.Parameter) -> dict[str, Tensor]:
+        """What moves beside `p` in a step; where it is not there yet, the step makes it, as a copy of `p`."""
+        if self._carrier is None or self._carrier.handler is None:
+            return {}
+        state = self._carrier.optimizer.state.get(p, {})
+        return {key: state.get(key, p) for key in self._carrier.handler.points}
 
     def _factors(self, name: str, site: Site, p: nn.Parameter, dim: int) -> tuple[float, float]:
         """The correction of the step for the parameter's shape, and the part of weight decay that is not scaled."""

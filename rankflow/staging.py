@@ -154,12 +154,12 @@ class Stage:
             "A": Partner(new_b, old_b.mean(-1)),
             "B": Partner(new_a, old_a.mean(-1)),
         }
-        n = rows.shape[-2]
+        new: dict[Factor, Tensor] = {"A": rows, "B": columns}
         factors.A, factors.B = torch.cat([factors.A, rows], -2), torch.cat([factors.B, columns], -1)
-        factors.gate = torch.cat([factors.gate, factors.gate.new_full((n,), gate)])
+        factors.gate = torch.cat([factors.gate, factors.gate.new_full((rows.shape[-2],), gate)])
         for role, m in factors.moments.items():
             level = partial(self.carrier.level, site, role) if self.carrier is not None else lambda: None
-            factors.moments[role] = m.grow(n, self.seed_v, partners[role], level, gate)
+            factors.moments[role] = m.grow(new[role], self.seed_v, partners[role], level, gate)
 
     def _states(
         self,

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankflow
@@ -66,15 +67,28 @@ def token_batches(n: int, seed: int = 1, size: int = 4, length: int = 10) -> lis
     return [{"input_ids": x, "labels": x} for x in ids]
 
 
+def adamw(parameters: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
 class Run:
     """One training run that can be stepped, saved and resumed by hand."""
 
-    def __init__(self, policy: Any, steps: int, *, model: PeftModel | None = None, scheduled: bool = True, **options):
+    def __init__(
+        self,
+        policy: Any,
+        steps: int,
+        *,
+        model: PeftModel | None = None,
+        scheduled: bool = True,
+        make: Callable[[list[nn.Parameter]], Optimizer] = adamw,
+        **options: Any,
+    ):
         self.policy, self.steps = policy, steps
         self.model = model if model is not None else tiny_llama()
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+        self.optimizer = make(trained)
         self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1 if scheduled else 1.0, steps)
         self.flow = rankflow.attach(self.model, self.optimizer, policy, total_steps=steps, **options)
         self.batches = token_batches(2 * steps)
@@ -102,17 +116,26 @@ class Run:
         return self
 
 
-def resumed(first: Run, policy: Any, steps: int, folder: Path, **options: Any) -> Run:
+def resumed(
+    first: Run,
+    policy: Any,
+    steps: int,
+    folder: Path,
+    *,
+    fresh: Callable[[], PeftModel] = lambda: tiny_llama(seed=7),
+    kind: type[Run] = Run,
+    **options: Any,
+) -> Run:
     """The run that goes on from what `first` leaves in `folder`, as a fresh process would."""
     first.model.save_pretrained(folder)
     save_state(first.flow, folder)
     torch.save([first.optimizer.state_dict(), first.scheduler.state_dict()], folder / "optimizer.pt")
-    model = tiny_llama(seed=7)
+    model = fresh()
     for name, p in model.named_parameters():
         if "lora_" not in name:
             p.data.copy_(dict(first.model.named_parameters())[name])
     rankflow.restore(model, folder)
-    second = Run(policy, steps, model=model, state=load_state(folder), **options)
+    second = kind(policy, steps, model=model, state=load_state(folder), **options)
     optimizer, scheduler = torch.load(folder / "optimizer.pt", weights_only=True)
     second.optimizer.load_state_dict(optimizer)
     second.scheduler.load_state_dict(scheduler)

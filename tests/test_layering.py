@@ -53,6 +53,8 @@ RUNTIME = [
     "adapters",
     "optim",
     "handlers",
+    "blockwise",
+    "optimizers",
     "ramps",
     "rooms",
     "eagerness",

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import KINDS, inputs_of, lora, loss_of, same, snapshot
+from helpers import KINDS, Embedder, inputs_of, lora, loss_of, randomise, same, snapshot, wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -500,6 +501,37 @@ def test_modules_leave_and_come_back_to_their_own_places(how):
             assert group.get("param_names", []) == present
     assert group_names(model, optimizer) == first
     assert [list(g.get("param_names", ())) for g in optimizer.param_groups] == labels
+
+
+def test_lora_plus_keeps_its_rates_for_what_grows_leaves_and_comes_back():
+    """Rows of A learn at one rate, columns of B at sixteen times that, factors of embeddings at a third; under a
+    schedule, too."""
+    model = wrap(Embedder(), LoraConfig(r=4, target_modules=["emb", "out"]))
+    randomise(model)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.SGD, lr=1e-2, loraplus_lr_ratio=16, loraplus_lr_embedding=5e-3, loraplus_weight_decay=0.1
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    surgeon = Surgeon(Adapter(model), optimizer, warmup=0)
+    for i, ops in enumerate(
+        (
+            {"emb": [Grow(2)], "out": [Keep((3, 0))]},
+            {"out": [Drop()]},
+            {"out": [Grow(3)], "emb": [Drop()]},
+            {"emb": [Grow(1)]},
+        )
+    ):
+        surgeon.apply(RankPlan(ops))
+        optimizer.zero_grad()
+        loss_of(model, "embedding", dtype=torch.float32, seed=i).backward()
+        old = {n: {r: p.detach().clone() for r, p in s.tensors().items()} for n, s in surgeon.adapter.sites.items()}
+        optimizer.step()
+        for n, roles in old.items():
+            for role, before in roles.items():
+                p = surgeon.adapter.sites[n].tensors()[role]
+                rate = (5e-3 if n == "emb" else {"A": 1e-2, "B": 0.16}[role]) / (1 + i)
+                torch.testing.assert_close(p.detach(), before - rate * (p.grad + 0.1 * before), rtol=1e-4, atol=1e-6)
+        scheduler.step()
 
 
 @pytest.mark.parametrize("how", ["one", "named", "loraplus"])
