@@ -125,9 +125,10 @@ class Controller:
                 with self._whole():
                     self._start()
                     self._listen()
+                    self._recompiles = Recompiles(model, self._adapter)
             else:
                 self._go_on(state)
-            self._recompiles = Recompiles(model, self._adapter)
+                self._recompiles = Recompiles(model, self._adapter)
         except BaseException:
             self.detach()
             raise
@@ -180,8 +181,8 @@ class Controller:
             if self.step + 1 >= self.phase.end:
                 self._thaw()
             self._listen()
-        if len(self.ledger.events) > known and self.step < self.total_steps:
-            self._recompiles.look(self._shapes_to_come)
+            if len(self.ledger.events) > known and self.step < self.total_steps:
+                self._recompiles.look(self._shapes_to_come)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
