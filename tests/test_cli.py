@@ -97,14 +97,19 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "set()"
 
 
+def own(stderr: str) -> str:
+    """Without what bitsandbytes says on some CPUs when PEFT imports it."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if "gemm_4bit_forward" not in line)
+
+
 def test_as_a_module_with_its_exit_status(adapter: Path, tmp_path: Path):
     command = [sys.executable, "-m", "rankflow", "squeeze", str(adapter), "--target-rank"]
     done = subprocess.run([*command, "2"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, own(done.stderr)) == (0, "")
     assert (tmp_path / "adapter-r2" / "adapter_model.safetensors").is_file()
     done = subprocess.run([*command, "2"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
+    assert own(done.stderr).count("\n") == 1
     assert "is there already" in done.stderr
 
 
