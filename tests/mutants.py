@@ -225,8 +225,8 @@ MUTANTS = [
     Mutant(
         "skip the ramp",
         "ramps.py",
-        "(note.old + step * note.scale).to(p.dtype)",
-        "(note.old + step).to(p.dtype)",
+        "(old + step * note.scale).to(t.dtype)",
+        "(old + step).to(t.dtype)",
         "tests/test_optim.py tests/test_surgeon.py",
     ),
     Mutant(
@@ -512,8 +512,8 @@ MUTANTS = [
     Mutant(
         "fold without the moments",
         "moments.py",
-        "return self._map(lambda t: divide(t, 1, 0.0), lambda t: divide(t, 2, t.double()))",
-        "return self",
+        "lambda t: divide(t, 1, 0.0),\n            lambda t: divide(t, 2, t.double()),",
+        "lambda t: t,\n            lambda t: t,",
         "tests/test_gates.py",
     ),
     Mutant(
