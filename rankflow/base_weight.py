@@ -16,12 +16,6 @@ def check_base_weight(site: Site) -> None:
     base = site.layer.get_base_layer()
     weight = getattr(base, "weight", None)
     plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        raise AdapterError(
-            f"{site.name}: a forward in eval mode has let bitsandbytes pack its 4-bit base weight for inference on the "
-            "CPU; its values cannot be read so, nor does a gradient pass through it. Load the base model anew, and "
-            "evaluate another copy, or train on a GPU"
-        )
     if plain or type(weight).__name__ in _BITSANDBYTES or hasattr(base, "W_q"):
         return
     raise AdapterError(
@@ -40,6 +34,9 @@ def base_weight(site: Site) -> Tensor:
         AdapterError: its values cannot be had.
     """
     check_base_weight(site)
-    weight = dequantize_module_weight(site.layer.get_base_layer()).detach()
+    base = site.layer.get_base_layer()
+    if getattr(getattr(getattr(base, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()  # a forward in eval mode packs 4-bit weights, on some CPUs; only saving unpacks them
+    weight = dequantize_module_weight(base).detach()
     turned = site.kind == "embedding" or getattr(site.layer, "fan_in_fan_out", False)
     return weight.T if turned else weight.flatten(1)

@@ -1856,7 +1856,7 @@ MUTANTS = [
     Mutant(
         "read a 4-bit weight that is packed for inference",
         "base_weight.py",
-        'getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)',
+        'getattr(getattr(getattr(base, "weight", None), "quant_state", None), "packing_format_for_cpu", False)',
         "False",
         "tests/test_bitsandbytes.py -k packed",
     ),

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import rankflow
 from rankflow.adapters import Adapter
 from rankflow.base_weight import base_weight
-from rankflow.errors import AdapterError, ConfigError, OptimizerError
+from rankflow.errors import ConfigError, OptimizerError
 from rankflow.plan import Drop, Grow, Keep, RankPlan, Refactor
 from rankflow.surgeon import Surgeon
 
@@ -336,9 +336,11 @@ def test_a_quantised_base_grows_squeezes_saves_and_reloads(folder: Path, bits: i
     torch.testing.assert_close(loaded(input_ids=probe).logits.detach(), after, rtol=1e-5, atol=1e-6)
 
 
-def test_a_weight_that_inference_has_packed_is_not_read(folder: Path):
-    model = get_peft_model(quantised(folder, 4), LoraConfig(r=2, target_modules=["q_proj"]))
+def test_a_weight_that_inference_has_packed_is_read_as_what_it_is(folder: Path):
+    """On CPUs with bfloat16 of their own, a forward in eval mode leaves another order of the codes behind, as here."""
+    model = get_peft_model(quantised(folder, 4), LoraConfig(r=2, target_modules=["q_proj"])).eval()
     site = next(iter(Adapter(model).sites.values()))
-    site.layer.get_base_layer().weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(AdapterError, match=r"q_proj.*eval mode.*bitsandbytes"):
-        base_weight(site)
+    before = base_weight(site).clone()
+    weight = site.layer.get_base_layer().weight
+    weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    torch.testing.assert_close(base_weight(site), before, rtol=1e-2, atol=1e-4)
