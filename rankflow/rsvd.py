@@ -6,6 +6,7 @@ the exact factor method be compared with the randomised SVD of LoRA-Squeeze (arX
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ def low_rank(
 
     Raises:
         ConfigError: unknown backend, its package missing, or k, `oversample` or `n_iter` out of range.
-        RankFlowError: delta is not a matrix, or not finite.
+        RankFlowError: delta is not a matrix, not finite, or its singular values are not.
     """
     check_backend(backend)
     if delta.ndim != 2:
@@ -65,7 +66,14 @@ def low_rank(
     if delta.dtype != torch.float64:
         delta = delta.float()
     probes = min(k + oversample, *delta.shape)
-    U, S, Vh = _BACKENDS[backend](delta, k, probes, n_iter, seed)
+    size = float(delta.abs().max())
+    scale = 2.0 ** (math.frexp(size)[1] - 1) if size > 0 else 1.0  # a power of two: squares fit, and no digit changes
+    U, S, Vh = _BACKENDS[backend](delta / scale, k, probes, n_iter, seed)
+    S = S * scale
+    if not bool(S.isfinite().all()):
+        raise RankFlowError(
+            f"a {delta.shape[0]} x {delta.shape[1]} update is too large for {delta.dtype}; nothing to cut"
+        )
     sign = dominant_sign(U.mT)
     return U * sign, S, Vh * sign[:, None]
 

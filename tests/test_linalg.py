@@ -894,6 +894,20 @@ def decaying(m=120, n=90, seed=0):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_low_rank_of_any_size(backend):
+    """Powers of two change no digit, as far as float32 goes; beyond it there is an error."""
+    delta = randn(20, 3, dtype=torch.float32) @ randn(3, 16, dtype=torch.float32)
+    U, S, Vh = low_rank(delta, 3, backend)
+    for power in (2.0**-100, 2.0**120):
+        found = low_rank(delta * power, 3, backend)
+        assert torch.equal(found[0], U)
+        assert torch.equal(found[1], S * power)
+        assert torch.equal(found[2], Vh)
+    with pytest.raises(RankFlowError, match="too large"):
+        low_rank(torch.full((64, 64), 3e38), 3, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(120, 90), (90, 120)])
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
 def test_low_rank_is_within_one_percent_of_the_optimum(backend, shape, dtype):
