@@ -264,7 +264,7 @@ def main() -> None:
         for i in range(given.first, given.first + given.count):
             reader = given.readers[i % len(given.readers)]
             print(f"case {reader!r} {given.seed + i}", flush=True)
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
+            faulthandler.dump_traceback_later(6 * SECONDS, exit=True)  # of a wall clock, beside other work
             if problem := run(reader, given.seed + i, whole, work):
                 print(f"WRONG {reader!r} {given.seed + i}: {problem}", flush=True)
             faulthandler.cancel_dump_traceback_later()

@@ -36,7 +36,14 @@ POLICIES: dict[str, tuple[dict[str, Any], int]] = {
     "gora": ({"policy": "gora", "budget": {"mean_rank": 4}, "limits": SMALL}, 4),
     "lisa": ({"policy": "lisa", "when": {"start": 4, "every": 4}, "params": {"active": 1}}, 3),
     "sora": ({"policy": "sora", "when": OFTEN, "params": {"lam": 20.0, "gate_lr": 0.05}}, 4),
-    "bayesian_lora": ({"policy": "bayesian_lora", "when": {"start": 4, "every": 6}}, 4),
+    "bayesian_lora": (
+        {
+            "policy": "bayesian_lora",
+            "when": {"start": 4, "every": 4},
+            "params": {"gate_lr": 0.4, "gate_init": 1.0, "mu": 1e-4},
+        },
+        4,
+    ),
     "diffora": ({"policy": "diffora", "when": {"start": 4, "every": 4, "stop": 13}}, 3),
     "increlora in advance": (
         {
