@@ -1912,7 +1912,23 @@ def _test(scratch: str, tests: str, said: Path) -> None:
     # One seed for hypothesis: whether a fault is noticed must not hang on which examples it happens to draw.
     options = ("-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0")
     options += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # of plugins that came with what is preloaded
-    sys.exit(GREEN + int(pytest.main([*options, *tests.split()])))
+    finished = _Finished()
+    try:
+        code = int(pytest.main([*options, *tests.split()], plugins=[finished]))
+    except Exception:
+        if not finished.at_all:
+            raise
+        code = 1  # what tests leave behind, such as an open file, is found after the last of them
+    sys.exit(GREEN + code)
+
+
+class _Finished:
+    """A plugin that knows whether the tests have run."""
+
+    at_all = False
+
+    def pytest_sessionfinish(self) -> None:
+        self.at_all = True
 
 
 def main() -> None:
@@ -1920,11 +1936,13 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    alive = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         fates = track(pool.map(survives, chosen), "mutants", len(chosen), console=console)
-        alive = [m for m, survived in zip(chosen, fates, strict=True) if survived]
-    for mutant in alive:
-        console.print(f"[red]survived[/red] {mutant.name}: {mutant.tests} stayed green")
+        for mutant, survived in zip(chosen, fates, strict=True):
+            if survived:
+                alive.append(mutant)
+                console.print(f"[red]survived[/red] {mutant.name}: {mutant.tests} stayed green")
     console.print(f"{len(chosen) - len(alive)} of {len(chosen)} mutants were noticed")
     sys.exit(bool(alive))
 
