@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny, batch, loss
+from tiny import Tiny, batch, compiled_code_of_nobody_else, loss  # noqa: F401, the fixture
 
 from rankflow.divergence import compare
 
@@ -38,14 +36,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
-
-
-@pytest.fixture(autouse=True)
-def compiled_code_of_nobody_else() -> Iterator[None]:
-    gc.collect()  # runs that other tests gave up may still listen, and keep compiled code eager
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def trained(policy: dict[str, Any], backend: Any = None) -> tuple[Tiny, list[float]]:

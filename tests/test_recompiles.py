@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import torch
 from loops import tiny_llama, token_batches
 from test_controller import scripted
-from tiny import LAYERS, Tiny, batch, loss, tiny
+from tiny import LAYERS, Tiny, batch, compiled_code_of_nobody_else, loss, tiny  # noqa: F401, the fixture
 
 import rankflow
 from rankflow.limits import Limit, Limits
@@ -24,14 +22,6 @@ from rankflow.policy import Lifecycle
 from rankflow.recompiles import Recompiles, versions
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
-
-
-@pytest.fixture(autouse=True)
-def compiled_code_of_nobody_else() -> Iterator[None]:
-    gc.collect()  # runs that other tests gave up may still listen, and keep compiled code eager
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def to(*ranks: int) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import randomise, wrap
 from peft import LoraConfig, PeftModel
@@ -98,3 +101,12 @@ def resumed(folder: Path, policy: Any, steps: int, **options: Any) -> Tiny:
 def save(run: Tiny, folder: Path) -> None:
     run.model.save_pretrained(folder)
     torch.save({"optimizer": run.optimizer.state_dict(), "flow": run.flow.state_dict()}, folder / "run.pt")
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_of_nobody_else() -> Iterator[None]:
+    """For every test of a module that imports it."""
+    gc.collect()  # runs that other tests gave up may still listen, and keep compiled code eager
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
