@@ -16,13 +16,14 @@ def stay_eager(listener: object) -> weakref.finalize:
 
     Listeners come and go in any order; after the last one the stance is again what it was before the first.
     """
+    leave = weakref.finalize(listener, _leave, id(listener))  # first: whatever interrupts the rest is undone by it
     if not _listeners:
         _stance.append(torch.compiler.set_stance("force_eager"))
     _listeners.add(id(listener))
-    return weakref.finalize(listener, _leave, id(listener))
+    return leave
 
 
 def _leave(listener: int) -> None:
     _listeners.discard(listener)
-    if not _listeners:
+    if not _listeners and _stance:
         _stance.pop().__exit__(None, None, None)

@@ -433,6 +433,13 @@ MUTANTS = [
         "tests/test_eagerness.py",
     ),
     Mutant(
+        "keep compiled code eager for one that failed on its way to listening",
+        "eagerness.py",
+        "weakref.finalize(listener, _leave, id(listener))",
+        "(lambda who: lambda: _leave(who))(id(listener))",
+        "tests/test_eagerness.py",
+    ),
+    Mutant(
         "save raw factors under gates",
         "gated.py",
         "state |= {key: gated(module, name, still=True).detach() for key, module, name in found if key in state}",

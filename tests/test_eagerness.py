@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from contextlib import suppress
 
 import pytest
 import torch
+from failing import Planted, failing
 
 from rankflow.eagerness import stay_eager
 
@@ -54,3 +57,15 @@ def test_a_stance_of_the_users_comes_back():
         leave()
         assert not compiles()
     assert compiles()
+
+
+def test_who_fails_while_beginning_to_listen_has_left_when_gone():
+    for at in itertools.count():
+        listener = Listener()
+        with suppress(Planted), failing(at) as places:
+            stay_eager(listener)
+        del listener
+        assert compiles(), at
+        if places() <= at:
+            break
+    assert at > 3
