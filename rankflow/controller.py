@@ -127,8 +127,9 @@ class Controller:
                     self._listen()
                     self._recompiles = Recompiles(model, self._adapter)
             else:
-                self._go_on(state)
-                self._recompiles = Recompiles(model, self._adapter)
+                with self._whole():
+                    self._go_on(state)
+                    self._recompiles = Recompiles(model, self._adapter)
         except BaseException:
             self.detach()
             raise
@@ -347,15 +348,25 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`. Model and optimizer must already hold that checkpoint's tensors.
 
+        Where it raises, nothing has changed.
+
         Raises:
             CheckpointError: damaged, of another format or another policy, or live ranks that are not the checkpoint's.
         """
-        self._go_on(check_seal(state))
+        state = check_seal(state)
+        try:
+            with self._whole():
+                self._go_on(state)
+        except BaseException:
+            self._listen()
+            raise
 
     def _go_on(self, state: dict[str, Any]) -> None:
+        journal = self._journal
+        assert journal is not None
         self._check_lifecycle(state)
         layout = Layout.from_json(state["layout"])
-        self._surgeon.hold(state.get("held", {}))
+        self._surgeon.hold(state.get("held", {}), journal)
         if (live := self._adapter.layout().ranks) != layout.ranks:
             wrong = next(n for n in {**layout.ranks, **live} if layout.ranks.get(n) != live.get(n))
             raise CheckpointError(
@@ -369,26 +380,28 @@ class Controller:
                 "now mean other steps",
                 stacklevel=2,
             )
+        journal.keep(self, "_first_layout", "_phases", "_rewound", "_counted")
         self._first_layout = Layout.from_json(state["first_layout"])
         _, self._phases = self.lifecycle.resolve(self.total_steps, self._first_layout)
         self._rewound = int(state["step"]) < self.step
         self.step = self._counted = int(state["step"])
-        self.seed = self._surgeon.seed = self._gates.seed = self._probes.seed = int(state["seed"])
-        if self._held_out is not None:
-            self._held_out.seed = self.seed
+        for seeded in (self, self._surgeon, self._gates, self._probes, self._held_out):
+            if seeded is not None:
+                journal.attr(seeded, "seed", int(state["seed"]))
         self._phase = int(state["phase"])
         self._state = dict(state["policy"])
+        self._pending = None
+        journal.keep(self._surgeon, "_layout", "version")
         self._surgeon.layout = layout
         for name, slot in layout.items():
-            self._adapter.sites[name].recall(slot.scaling)
+            self._adapter.sites[name].recall(journal, slot.scaling)
         self._freeze(set(state.get("frozen", ())))
         self._surgeon.version = int(state["version"])
-        self._surgeon.ramps.load_state_dict(state["ramps"])
-        self._gates.load_state_dict(state["gates"], self._policy.gate, self.step)
+        self._surgeon.ramps.load_state_dict(state["ramps"], journal)
+        self._gates.load_state_dict(state["gates"], self._policy.gate, self.step, journal)
         if self._held_out is not None and state["held_out"] is not None:
-            self._held_out.position = state["held_out"]
+            journal.attr(self._held_out, "position", state["held_out"])
         self._surgeon.averages.load_state_dict(state.get("averages", {}))
-        self._pending = None
         self.ledger.restore(state["ledger"], self.step)
         self._listen()
 

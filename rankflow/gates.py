@@ -432,18 +432,17 @@ class Gates:
             "raw": {n: {f: getattr(self._adapter.sites[n], f).detach() for f in _FACTORS} for n in self._theta},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], gate: Gate | None, step: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], gate: Gate | None, step: int, journal: Journal) -> None:
         """Go on from `state_dict` under `gate`, on an adapter that has the checkpoint's (folded) factors."""
+        self._remember(journal)
         self.remove()
         self._step, self._micro = step, 0
         if gate is None or not state:
             return
-        self.install(gate, step)
-        with torch.no_grad():
-            for name, factors in state["raw"].items():
-                for factor, raw in factors.items():
-                    p = getattr(self._adapter.sites[name], factor)
-                    p.copy_(raw)
+        self.install(gate, step, journal)
+        for name, factors in state["raw"].items():
+            for factor, raw in factors.items():
+                journal.tensor(getattr(self._adapter.sites[name], factor), raw)
         to = {name: self._adapter.sites[name].A.device for name in state["theta"]}
         theta = {n: {k: t.to(to[n], copy=True) for k, t in of.items()} for n, of in state["theta"].items()}
         adam = {

@@ -147,8 +147,12 @@ class Ledger:
     def together(self, attempt: Callable[[Callable[[], None]], object] = lambda write: write()) -> Iterator[None]:
         """The events of the block are one: where it, or writing them at its end, fails, there were none.
 
-        `attempt` is handed the writing, to be done at once, if there is anything to write.
+        `attempt` is handed the writing, to be done at once, if there is anything to write. Inside another such block it
+        is part of that.
         """
+        if self._waiting is not None:
+            yield
+            return
         before, self._waiting = self.events, []
         try:
             yield

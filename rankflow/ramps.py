@@ -178,7 +178,8 @@ class Ramps:
             "held": dict(self._held),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], journal: Journal) -> None:
+        journal.keep(self, "_young", "_held", "_notes")
         self._notes = []
         self._young = {name: tuple(Youth(int(a), int(s)) for a, s in ys) for name, ys in state["young"].items()}
         self._held = {name: int(rank) for name, rank in state["held"].items()}

@@ -268,20 +268,20 @@ class Site:
             if name in store:
                 journal.contents(store, {k: v for k, v in store.items() if k != name})
 
-    def recall(self, scaling: float) -> None:
+    def recall(self, journal: Journal, scaling: float) -> None:
         """Take over the scaling that a checkpoint knows: a module that has left takes it up when it returns.
 
         One that is there has its own, and only loses what rounding alpha and dividing by the rank again have changed.
         """
         if self.placed:
             if math.isclose(self.scaling, scaling, rel_tol=1e-9):
-                self.layer.scaling[self._adapter] = scaling
+                journal.contents(self.layer.scaling, {**self.layer.scaling, self._adapter: scaling})
             return
         left = self._left
         times = scaling / left.slot.scaling
-        vars(self.layer)[_MEMO][self._adapter] = replace(
-            left, slot=replace(left.slot, scaling=scaling), config_scaling=times * left.config_scaling
-        )
+        left = replace(left, slot=replace(left.slot, scaling=scaling), config_scaling=times * left.config_scaling)
+        memo = vars(self.layer)[_MEMO]
+        journal.contents(memo, {**memo, self._adapter: left})
 
     @property
     def switched(self) -> tuple[str, ...]:

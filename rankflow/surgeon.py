@@ -157,18 +157,19 @@ class Surgeon:
             journal.attr(self, "version", self.version + replaced)
         return replaced
 
-    def hold(self, ranks: Mapping[str, int]) -> None:
+    def hold(self, ranks: Mapping[str, int], journal: Journal | None = None) -> None:
         """Say what ranks factors of a checkpoint have that were saved with room for more.
 
         Raises:
             PlanError: less room than that.
         """
-        with Journal() as journal:
+        with Journal(journal) as journal:
             for name, rank in ranks.items():
                 if rank > (site := self.adapter.sites[name]).size:
                     raise PlanError(f"{name}: the checkpoint has rank {rank}, but its factors {site.size} directions")
                 site.hold(journal, rank)
-        self._layout = self._layout.with_ranks({name: site.rank for name, site in self.adapter.sites.items()})
+            live = {name: site.rank for name, site in self.adapter.sites.items()}
+            journal.attr(self, "_layout", self._layout.with_ranks(live))
 
     @property
     def held(self) -> dict[str, int]:

@@ -412,9 +412,37 @@ MUTANTS = [
         "tests/test_gates.py",
     ),
     Mutant(
+        "leave ramps those of a state that could not be loaded",
+        "ramps.py",
+        'journal.keep(self, "_young", "_held", "_notes")',
+        "pass",
+        "tests/test_nothing_lost.py -k go_back",
+    ),
+    Mutant(
+        "leave gates those of a state that could not be loaded",
+        "gates.py",
+        "        self._remember(journal)\n        self.remove()\n",
+        "        self.remove()\n",
+        "tests/test_nothing_lost.py -k go_back",
+    ),
+    Mutant(
+        "listen no more where a state could not be loaded",
+        "controller.py",
+        "        except BaseException:\n            self._listen()\n            raise\n",
+        "        finally:\n            pass\n",
+        "tests/test_nothing_lost.py -k go_back",
+    ),
+    Mutant(
+        "write what a state told of a ledger, whatever comes of it",
+        "ledger.py",
+        "        if self._waiting is not None:\n            yield\n            return\n",
+        "",
+        "tests/test_nothing_lost.py -k go_back",
+    ),
+    Mutant(
         "forget what scaling a module left with",
         "controller.py",
-        "self._adapter.sites[name].recall(slot.scaling)",
+        "self._adapter.sites[name].recall(journal, slot.scaling)",
         "pass",
         "tests/test_shipped.py -k adalora",
     ),
@@ -526,8 +554,8 @@ MUTANTS = [
     Mutant(
         "resume on folded factors",
         "gates.py",
-        "                    p.copy_(raw)",
-        "                    pass",
+        "journal.tensor(getattr(self._adapter.sites[name], factor), raw)",
+        "pass",
         "tests/test_gates.py",
     ),
     Mutant(
@@ -1744,7 +1772,7 @@ MUTANTS = [
     Mutant(
         "mask: resume without knowing ranks",
         "controller.py",
-        'self._surgeon.hold(state.get("held", {}))',
+        'self._surgeon.hold(state.get("held", {}), journal)',
         "pass",
         "tests/test_rooms.py -k resume",
     ),

@@ -14,7 +14,7 @@ from failing import Planted, failing
 from helpers import same, snapshot
 from test_controller import hooks_on
 from test_gates import Noisy
-from tiny import Tiny, batch, loss, timeless, tiny
+from tiny import Tiny, batch, loss, save, timeless, tiny
 
 import rankflow
 from rankflow.gate import Gate
@@ -226,6 +226,51 @@ def test_a_run_that_cannot_begin_leaves_the_model_alone(tmp_path: Path, share: i
 
     assert failures(begin, unchanged, "begin", share) > 300 / share
     assert Ledger.read(path).layout() == runs[0].layout
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("case", ["gates and averages", "a module that returns", "held-out batches"])
+def test_a_run_that_cannot_go_back_goes_on(tmp_path: Path, case: str, share: int):
+    """To a state of its own, of some steps before, at the same ranks."""
+    step = CASES[case][2]
+    whole = begun(case, tmp_path / "whole").until(step + 3)
+    run = begun(case, tmp_path).until(step)
+    state = copy.deepcopy(run.flow.state_dict())
+    run.until(step + 2)
+
+    def go_back() -> None:
+        run.flow.load_state_dict(state)
+
+    with pytest.raises(Planted), failing(99):
+        go_back()
+    run.step()
+    assert_same(run.end(), whole.end())
+    before = all_of(run)
+    assert failures(go_back, lambda at: assert_same(all_of(run), before, at), case, share) > 100 / share
+    assert run.flow.step == step
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("case", ["gates and averages", "held-out batches"])
+def test_a_run_that_cannot_go_on_leaves_the_model_alone(tmp_path: Path, case: str, share: int):
+    make, _, step = CASES[case]
+    save(begun(case, tmp_path).until(step + 1), tmp_path)
+    model = tiny()
+    rankflow.restore(model, tmp_path)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    kept = torch.load(tmp_path / "run.pt", weights_only=True)
+    optimizer.load_state_dict(kept["optimizer"])
+    before = snapshot(model, optimizer)
+
+    def go_on() -> None:
+        options = {"outer_batches": HELD_OUT, "ledger": tmp_path / "l.jsonl", "state": kept["flow"]}
+        rankflow.attach(model, optimizer, make(), total_steps=8, **options)
+
+    def unchanged(at: int) -> None:
+        assert_same(snapshot(model, optimizer), before, at)
+        assert hooks_on(model) + len(optimizer._optimizer_step_pre_hooks) == 0, at
+
+    assert failures(go_on, unchanged, case, share) > 200 / share
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], at: int | None = None) -> None:

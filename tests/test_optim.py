@@ -18,6 +18,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 from rankflow.adapters import Adapter
 from rankflow.errors import OptimizerError
+from rankflow.journal import Journal
 from rankflow.moments import Moments
 from rankflow.optim import innermost
 from rankflow.plan import Drop, Grow, Keep, RankPlan, Refactor
@@ -647,7 +648,7 @@ def test_youth_follows_directions_through_resizes():
     saved = surgeon.ramps.state_dict()
     train(model, optimizer, steps=7, surgeon=surgeon)
     assert young() is None
-    surgeon.ramps.load_state_dict(saved)
+    surgeon.ramps.load_state_dict(saved, Journal())
     assert young() == [[0, 8], [0, 8]]
     surgeon.apply(RankPlan({name: [Drop()]}))
     assert young() is None
