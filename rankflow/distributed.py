@@ -158,6 +158,11 @@ class Replicas(Alone):
 
     def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
         """A parameter without a gradient here counts as having a zero one; no process waits for the device."""
+        if self._ddp is not None and self._ddp._join_config.enable:
+            raise ConfigError(
+                "under torch's Join, a process that has no batches left takes no part in decisions, and all others "
+                "would wait for it; give every process as many batches, as DistributedSampler and accelerate do"
+            )
         if not self._sharded:
             return
         if unscaled:

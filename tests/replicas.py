@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from loops import GROW_THEN_SQUEEZE, tiny_llama, token_batches
 from torch import distributed as dist
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -55,6 +56,7 @@ OTHERS = ("one_sees_infinity", "one_starts_elsewhere")
 FAILURES = (
     "all_in_shards",
     "unscaled_too_early",
+    "joined",
     "without_wrapper",
     "one_fails",
     "one_leaves",
@@ -204,6 +206,15 @@ def unscaled_too_early(rank: int) -> Any:
     scaler.scale(net(**token_batches(1)[0]).loss).backward()
     scaler.unscale_(optimizer)
     flow.before_step(scaler)
+
+
+def joined(rank: int) -> Any:
+    """torch's way to let one process have fewer batches."""
+    ddp = wrapped(tiny_llama(dropout=0.0).train())
+    optimizer = torch.optim.AdamW([p for p in ddp.parameters() if p.requires_grad], lr=1e-2)
+    flow = rankflow.attach(ddp, optimizer, INCRELORA, total_steps=STEPS)
+    with Join([ddp]):
+        train(ddp, flow, optimizer, token_batches(STEPS - rank))
 
 
 def one_starts_elsewhere(rank: int) -> Any:

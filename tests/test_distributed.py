@@ -60,6 +60,7 @@ def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list
     [
         ("all_in_shards", ["shard the base only, leaving the adapter out"] * 2),
         ("unscaled_too_early", ["before scaler.unscale_"] * 2),
+        ("joined", ["give every process as many batches"] * 2),
         ("without_wrapper", ["are not those of process 0", "are not those of process 0"]),
         ("one_fails", ["process 1 failed, and all stop with it: MemoryError", "MemoryError: no room"]),
         ("one_leaves", ["another process has ended or does not answer", "left"]),
