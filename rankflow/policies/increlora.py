@@ -70,7 +70,7 @@ class IncreLora(Policy):
     ] = 20
     score_fraction: Annotated[
         float, Field(gt=0, le=1, description="scored steps are at most this share of the run; windows shrink to it")
-    ] = 0.05
+    ] = 0.08
     rescale: Annotated[
         Literal["preserve", "official"],
         Field(description="what growth does to the old DeltaW: nothing, or times r / (r + n) as the released code"),
