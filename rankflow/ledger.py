@@ -153,8 +153,9 @@ class Ledger:
         if self._waiting is not None:
             yield
             return
-        before, self._waiting = self.events, []
+        before = self.events
         try:
+            self._waiting = []
             yield
             if lines := self._waiting:
                 self._waiting = None
