@@ -212,7 +212,8 @@ class Shards:
         return {id(of.sharded_param): (group, of) for group in self._groups() for of in group.fsdp_params}
 
     def _holder(self, role: Role, p: nn.Parameter) -> tuple[nn.Module, str]:
-        for module in self._adapter.sites[role[0]].layer.modules():
+        layer: Any = self._adapter.sites[role[0]].layer
+        for module in layer.modules():
             for name, held in module._parameters.items():
                 if held is p:
                     return module, name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from loops import GROW_THEN_SQUEEZE, tiny_llama, token_batches
+from peft import PeftModel
 from replicas import INCRELORA, SIZE, SORA, train
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import (
@@ -35,6 +37,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "increlora": ({**INCRELORA, "limits": SMALL}, {"r": 3}),
     "phases": ({**GROW_THEN_SQUEEZE, "limits": SMALL}, {"r": 2}),
     "sora": (SORA, {"r": 4}),
+    "adalora": (
+        {"policy": "adalora", "when": {"start": 4, "every": 4, "stop": 13}, "budget": {"mean_rank": 2}},
+        {"r": 4},
+    ),
     "leave and return": (
         {
             "phases": [
@@ -61,8 +67,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 CASES = {name: ({**policy, "mode": "mask"}, model) for name, (policy, model) in CASES.items()}
 FAILURES = ("shards _made 3", "shards _regroup 1", "surgeon _verify 0")
-QUICK = ("squeeze by loss", "phases", "leave and return", "sora", "refusals", "fails at shards _made 3")
-ALL = (*CASES, "refusals", "resumed", *(f"fails at {at}" for at in FAILURES))
+QUICK = ("adalora", "phases", "leave and return", "sora", "gated", "refusals", "fails at shards _made 3")
+ALL = (*CASES, "gated", "refusals", "resumed", *(f"fails at {at}" for at in FAILURES))
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -254,6 +260,29 @@ def resumes(rank: int, name: str) -> Any:
     return outcome(net, flow, optimizer)
 
 
+def gated(rank: int, folder: str) -> Any:
+    """Saved and given up while factors are under gates, some of which are closed."""
+    policy, model = CASES["sora"]
+    net, optimizer = made(True, model)
+    flow = rankflow.attach(net, optimizer, policy, total_steps=STEPS)
+    train(net, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE][:6])
+    outputs, weights = whole_outputs(net), get_model_state_dict(net, options=WHOLE)
+    if rank == 0:
+        net.save_pretrained(f"{folder}/gated", state_dict=weights)
+    dist.barrier()
+    plain = PeftModel.from_pretrained(tiny_llama().get_base_model().double(), f"{folder}/gated")
+    found = {"open": float(flow._gates.values()["model.layers.0.self_attn.q_proj"].min()), "outputs": outputs}
+    try:
+        flow.state_dict()
+    except rankflow.RankFlowError as e:
+        found["state"] = str(e)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        flow.detach()
+    found["detached"] = [str(warning.message) for warning in said]
+    return {**found, "plain": whole_outputs(plain.double()), "sizes": [p.shape for p in flow.parameters()]}
+
+
 def refusal(shard: Callable[[Any], Any], policy: dict[str, Any], **options: Any) -> str:
     net = tiny_llama(dropout=0.0).train()
     shard(net)
@@ -310,6 +339,7 @@ def _child(rank: int, folder: str, names: Collection[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
     work: dict[str, Callable[[], Any]] = {name: partial(run, rank, name) for name in CASES}
     work["resumed"] = partial(resumes, rank, "phases")
+    work["gated"] = partial(gated, rank, folder)
     work["refusals"] = partial(refusals, rank)
     for at in FAILURES:
         work[f"fails at {at}"] = partial(fails, rank, "phases", at)

@@ -87,6 +87,16 @@ def test_a_run_goes_on_from_its_state(found: list[Any], name: str):
         same_end(sharded.alone("phases"), each)
 
 
+@pytest.mark.parametrize("name", ["gated"])
+def test_under_gates_adapters_can_be_saved_and_runs_given_up(found: list[Any], name: str):
+    for each in found:
+        assert not isinstance(each, str), each
+        assert each["open"] < 0.9
+        torch.testing.assert_close(each["plain"], each["outputs"], rtol=1e-5, atol=1e-6)
+        assert "save when the phase is over" in each["state"]
+        assert each["detached"] == ["the run was given up, and its gates are not in the factors"]
+
+
 @pytest.mark.parametrize("name", named(f"fails at {at}" for at in FAILURES))
 def test_what_one_process_cannot_write_changes_nothing_anywhere(found: list[Any], name: str):
     for each, words in zip(found, ("DistributedError: process 1 failed", "MemoryError: no room"), strict=True):
