@@ -242,7 +242,7 @@ class Controller:
         return penalty_term(self._policy, self._adapter) if self._penalty == "in_loss" else torch.zeros(())
 
     def finish(self) -> None:
-        """The run is over: take the hooks off and close the ledger with a `finish` event."""
+        """The run is over: take the hooks off and close the ledger with a `finish` event. All processes call it."""
         if self._hooks:
             with self._whole():
                 self._thaw()

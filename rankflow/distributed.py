@@ -55,7 +55,7 @@ def processes_of(model: nn.Module, adapter: Adapter) -> Alone:
     if not _grouped() or (dist.get_world_size() == 1 and not adapter.sharded):
         return Alone()
     _refuse(model)
-    return Replicas(model, adapter, Wire())
+    return Replicas(model, adapter, Wire(), Shards(model, adapter) if adapter.sharded else None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -93,7 +93,7 @@ class Replicas(Alone):
         DistributedError: from every call, in every process: one has failed, is gone, or is at another layout.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, wire: Wire):
+    def __init__(self, model: nn.Module, adapter: Adapter, wire: Wire, shards: Shards | None = None):
         self._adapter = adapter
         self._wire = wire
         self.leads = wire.rank == 0
@@ -101,7 +101,7 @@ class Replicas(Alone):
         self._hook: Any = None
         self._loose: list[nn.Parameter] | None = None  # looked for again once parameters were replaced
         self._sharded = sharded(model)
-        self._shards = Shards(model, adapter) if adapter.sharded else None
+        self._shards = shards
         if self._sharded:
             self._start_alike(model)
         elif self._ddp is None:  # the Trainer wraps later, and keeps the wrapper to itself

@@ -442,8 +442,8 @@ MUTANTS = [
     Mutant(
         "save raw factors under gates",
         "gated.py",
-        "state |= {key: gated(module, name, still=True).detach() for key, module, name in found if key in state}",
-        "pass",
+        "gated(module, name, still=True, saved=state[key]).detach()",
+        "state[key]",
         "tests/test_gates.py",
     ),
     Mutant(
