@@ -26,22 +26,27 @@ class Adapter:
     `model` is a `PeftModel`, or any model into which PEFT has injected LoRA layers; DDP and torch.compile wrappers
     around it do no harm. `sites` are in `named_modules` order under the names that `rank_pattern` would use; the
     output projection of a `MultiheadAttention`, which PEFT adapts along with the input, is `<name>.out_proj`.
+    With `shards`, factors may be spread over processes (`rankflow.shards`), and `sharded` says whether they are.
 
     Raises:
         AdapterError: there is no such adapter, or it cannot be resized: merged, not plain LoRA or DoRA, a grouped
             convolution, factors shared between modules or split over devices. The message says which and why.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str = "default"):
+    def __init__(self, model: nn.Module, adapter_name: str = "default", *, shards: bool = False):
         self.model = model
         self.name = adapter_name
+        self._shards = shards
         root, self.config = _find(model, adapter_name)
         self.sites: dict[str, Site] = {}
-        for name, layer, kind in _adapted(root, adapter_name):
+        for name, layer, kind in _adapted(root, adapter_name, shards):
             inner = kind == "attention" and not isinstance(layer, MultiheadAttention)
             self.sites[name] = Site(name, layer, adapter_name, kind, inner)
         if not self.sites:
             raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer in this model")
+        self.sharded = any(hasattr(p, "device_mesh") for p in self.parameters())
+        for site in self.sites.values():
+            site.sharded = self.sharded
         self.check()
         self._tie(root)
 
@@ -66,9 +71,10 @@ class Adapter:
         for name, site in self.sites.items():
             if not site.present:
                 continue
-            _refuse_unsupported(name, site.layer, self.name)
+            _refuse_unsupported(name, site.layer, self.name, self._shards)
             for p in (site.A, site.B):
-                first = owner.setdefault(p.data_ptr(), name)
+                at = id(p) if hasattr(p, "device_mesh") else p.data_ptr()  # a shard without a row is nowhere
+                first = owner.setdefault(at, name)
                 if first != name and p.device.type != "meta":
                     raise AdapterError(
                         f"{first} and {name} share their LoRA factors; resizing would part them. Adapt only one of "
@@ -192,7 +198,7 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, LoraConfig]:
     return root, config
 
 
-def _adapted(root: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer, str]]:
+def _adapted(root: nn.Module, adapter: str, shards: bool) -> Iterator[tuple[str, LoraLayer, str]]:
     """Name, layer and kind of every module that has the adapter, or had it when it was last resized."""
     modules = dict(root.named_modules())
     for path, layer in modules.items():
@@ -212,7 +218,7 @@ def _adapted(root: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer, st
         if left is not None and adapter not in layer.r:
             yield name, layer, left.slot.kind
             continue
-        _refuse_unsupported(name, layer, adapter)
+        _refuse_unsupported(name, layer, adapter, shards)
         outer = modules.get(path.removesuffix(".base_layer.out_proj"))
         in_attention = isinstance(layer, MultiheadAttention) or isinstance(outer, MultiheadAttention)
         yield name, layer, "attention" if in_attention else _kind(name, layer, adapter)
@@ -231,7 +237,7 @@ def _kind(name: str, layer: LoraLayer, adapter: str) -> str:
     raise AdapterError(f"{name}: its LoRA factors are {types}, which rankflow does not know how to resize")
 
 
-def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
+def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str, shards: bool) -> None:
     if adapter in layer.merged_adapters:
         raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
     variant = type(layer.lora_variant[adapter]).__name__ if adapter in layer.lora_variant else "Dora"
@@ -242,8 +248,10 @@ def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str) -> None:
         )
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise AdapterError(f"{name}: a grouped convolution ties rank to its groups; leave it out of target_modules")
-    if adapter in layer.lora_A and hasattr(getattr(layer.lora_A[adapter], "weight", None), "device_mesh"):
+    holder, key = (layer.lora_A[adapter], "weight") if adapter in layer.lora_A else (layer.lora_embedding_A, adapter)
+    if not shards and hasattr(holder._parameters.get(key), "device_mesh"):
         raise AdapterError(
             f"{name}: its LoRA factors are sharded over devices (DTensor, of FSDP2 or tensor parallelism) and cannot "
-            "be resized; shard the base only, leaving the adapter out with fully_shard(..., ignored_params=...)"
+            "be resized; shard the base only, leaving the adapter out with fully_shard(..., ignored_params=...), or "
+            "use rankflow.attach with mode: mask in a loop of your own"
         )

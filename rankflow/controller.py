@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,11 +26,12 @@ from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force, unscaled
 from rankflow.plan import Layout, RankPlan, Share, Train
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
-from rankflow.probes import Probes
+from rankflow.probes import FACTORS, Probes
 from rankflow.processes import Alone
 from rankflow.recompiles import Recompiles
 from rankflow.rooms import check_rooms, lasting, rooms
 from rankflow.seals import check_seal, seal
+from rankflow.shards import check_shards
 from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
 from rankflow.surgeon import Surgeon
@@ -75,7 +76,7 @@ class Controller:
             raise ConfigError(
                 f"adapter {adapter_name!r} of this model already has a controller; .finish() or .detach() it first"
             )
-        self._adapter = Adapter(model, adapter_name)
+        self._adapter = Adapter(model, adapter_name, shards=True)
         self._processes = processes(self._adapter)
         self.model = model
         self.seed = seed
@@ -101,6 +102,8 @@ class Controller:
             self._require_data(phase)
             for due in phase.policy.when.events[:1]:
                 self._probes.check(sources(phase.policy.listen(due)))
+        in_loss = penalty == "in_loss"
+        check_shards(self._adapter, lifecycle, self._phases, in_loss=in_loss, resumes=state is not None)
         if lifecycle.mode == "mask":
             check_rooms(self._phases, layout, self._surgeon.carrier)
             layout = lasting(self._adapter, layout)
@@ -147,6 +150,12 @@ class Controller:
             return  # accelerate's accumulate(): more micro-batches are to come
         scaler = scaler if scaler is not None else self._scaler
         self._processes.reduce(self.model, unscaled=unscaled(scaler, self._optimizer))
+        penalised = self._penalty == "gradient" and self._policy.penalty is not None
+        factors = penalised or self._probes.on_gradients or bool(self.layout.sharing)
+        with Journal() as journal, self._processes.gathered(None, journal) if factors else nullcontext():
+            self._observe(scaler, penalised)
+
+    def _observe(self, scaler: Any, penalised: bool) -> None:
         if self._probes.armed and not self._adapter.enabled:
             self._probes.disarm()
         if self._probes.armed or self._gates:
@@ -155,7 +164,7 @@ class Controller:
             self._gates.collect(scale)
             self._pending = self._collect(scale) if self._probes.armed else None
         share_gradients(self._adapter, self.layout)
-        if self._penalty == "gradient" and self._policy.penalty is not None:
+        if penalised:
             add_penalty_gradient(self._policy, self._adapter, scale_in_force(scaler, self._optimizer))
 
     def _collect(self, scale: float) -> Observation:
@@ -174,7 +183,7 @@ class Controller:
                 self._listen()
             return
         known = len(self.ledger.events)
-        with self._whole():
+        with self._whole(factors=self._looks_at_factors()):
             observed, self._pending = self._pending, None
             self.step = self._counted
             self._advance(observed)
@@ -186,9 +195,11 @@ class Controller:
                 self._recompiles.look(self._shapes_to_come)
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """All of the block is done and in the ledger, or what fails leaves everything as it was before."""
-        with Journal() as journal, self.ledger.together(self._processes.attempt):
+    def _whole(self, *, factors: bool = True) -> Iterator[None]:
+        """All of the block is done and in the ledger, or what fails leaves everything as it was before. Without
+        `factors` it does not look at them."""
+        written = self.ledger.together(self._processes.attempt)
+        with Journal() as journal, written, self._gathered(journal, factors):
             journal.undo(self._probes.disarm)
             self._surgeon.averages.remember(journal)
             journal.keep(self, "step", "_pending", "_phase", "_state", "_frozen", "_hooks")
@@ -197,6 +208,16 @@ class Controller:
                 yield
             finally:
                 self._journal = None
+
+    def _gathered(self, journal: Journal, wanted: bool = True) -> AbstractContextManager[None]:
+        return self._processes.gathered(self._optimizer, journal) if wanted else nullcontext()
+
+    def _looks_at_factors(self) -> bool:
+        """Whether what comes after this step does: the same in all processes, and false on most steps."""
+        step, phase = self._counted, self._phase_of(self._counted)
+        policy = self._phases[phase].policy
+        due = phase != self._phase or policy.when.due(step) or bool(FACTORS & policy.listen(step))
+        return due or bool(self._frozen and step + 1 >= self.phase.end)
 
     def outer_step(self, batch: Any) -> Tensor | None:
         """Update gates that are trained on held-out data with `batch`; its loss, None where the phase has no such gate.
@@ -222,11 +243,13 @@ class Controller:
         return penalty_term(self._policy, self._adapter) if self._penalty == "in_loss" else torch.zeros(())
 
     def finish(self) -> None:
-        """The run is over: take the hooks off and close the ledger with a `finish` event."""
+        """The run is over: take the hooks off and close the ledger with a `finish` event. All processes call it."""
         if self._hooks:
             with self._whole():
                 self._thaw()
                 self._leave()
+                if self._surgeon.held:
+                    self._settle({})
                 layout = self.layout
                 self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
                 hooks, self._hooks = self._hooks, []
@@ -241,11 +264,19 @@ class Controller:
                 )
 
     def detach(self) -> None:
-        """Take all hooks off and let go of the model, its gates folded; ranks stay as they are."""
+        """Take all hooks off and let go of the model, its gates folded; ranks stay as they are.
+
+        Factors in shards keep the room that `mode: mask` has given them, and gates go without being folded: whoever
+        gives a run up may be alone with it, and waits for nobody. `finish`, which all processes call, does both.
+        """
         try:
-            self._gates.fold()
-            if self._surgeon.held and self._surgeon.settle({}):
-                self._processes.undone()  # whoever gives a run up may be alone with it, and waits for nobody
+            if not self._adapter.sharded:
+                self._gates.fold()
+                if self._surgeon.held and self._surgeon.settle({}):
+                    self._processes.undone()
+            elif self._gates:
+                self._gates.remove()
+                warnings.warn("the run was given up, and its gates are not in the factors", stacklevel=2)
         finally:
             for hook in self._hooks:
                 hook.remove()
@@ -325,6 +356,11 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on as if never stopped, beside model and optimizer: JSON values and tensors on the
         CPU, as they are now, with a checksum (`rankflow.seals`)."""
+        if self._adapter.sharded and self._gates:
+            raise CheckpointError(
+                f"gates of {self.phase.name} hold on to factors that are in shards, and such a state cannot be saved; "
+                "save when the phase is over"
+            )
         state = {
             "step": self.step,
             "total_steps": self.total_steps,

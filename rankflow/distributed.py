@@ -5,8 +5,10 @@ Signals are reduced as gradients are: a process counts as a micro-batch of its o
 Plans, with their matrices, come from process 0 and every process carries out those, never its own. What is said goes
 over a gloo group beside the one for gradients, so that messages are plain CPU tensors whatever the device.
 
-Under FSDP2 the base model is sharded and the adapter is not: every process has it whole, left out of sharding by
-`ignored_params`, and its gradients are reduced here, in one tensor an optimizer step, however many micro-batches.
+Under FSDP2 the base model is sharded. The adapter may be left out by `ignored_params`: every process has it whole, and
+its gradients are reduced here, in one tensor an optimizer step, however many micro-batches. Or it is in shards as well,
+with `mode: mask`: FSDP2 reduces its gradients, and its factors are put together for as long as a decision, the end of
+a phase or a penalty takes (`rankflow.fsdp`), which all processes have to come to.
 
 Scores that are not linear in the gradient (`delta_score`, `weight_score`) are averages of those of the processes, as
 they are of micro-batches. What a study sees of inputs (`eva`) is that of process 0's batches alone.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +28,12 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from rankflow.adapters import Adapter
 from rankflow.errors import ConfigError, DistributedError, PlanError
+from rankflow.fsdp import Shards, at_rest
+from rankflow.journal import Journal
 from rankflow.ledger import Ledger
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, Signal
@@ -46,10 +52,10 @@ def processes_of(model: nn.Module, adapter: Adapter) -> Alone:
     Raises:
         ConfigError: a wrapper owns the adapter's parameters and would undo a resize.
     """
-    if not _grouped() or dist.get_world_size() == 1:
+    if not _grouped() or (dist.get_world_size() == 1 and not adapter.sharded):
         return Alone()
     _refuse(model)
-    return Replicas(model, adapter, Wire())
+    return Replicas(model, adapter, Wire(), Shards(model, adapter) if adapter.sharded else None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -87,7 +93,7 @@ class Replicas(Alone):
         DistributedError: from every call, in every process: one has failed, is gone, or is at another layout.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, wire: Wire):
+    def __init__(self, model: nn.Module, adapter: Adapter, wire: Wire, shards: Shards | None = None):
         self._adapter = adapter
         self._wire = wire
         self.leads = wire.rank == 0
@@ -95,6 +101,7 @@ class Replicas(Alone):
         self._hook: Any = None
         self._loose: list[nn.Parameter] | None = None  # looked for again once parameters were replaced
         self._sharded = sharded(model)
+        self._shards = shards
         if self._sharded:
             self._start_alike(model)
         elif self._ddp is None:  # the Trainer wraps later, and keeps the wrapper to itself
@@ -170,6 +177,7 @@ class Replicas(Alone):
                 "the loss scaler has looked for infinities in this process's gradients alone; call flow.before_step, "
                 "which reduces them over processes, before scaler.unscale_"
             )
+        at_rest(model)  # a forward since the last backward has left modules with whole parameters, not the optimizer's
         if self._loose is None:
             self._loose = _loose(model)
         for p in self._loose:
@@ -191,6 +199,11 @@ class Replicas(Alone):
         parts = summed[len(there) :].split([p.numel() for p in everything])
         for p, part, known in zip(everything, parts, summed[: len(there)].tolist(), strict=True):
             p.grad = (part / self._wire.size).reshape(p.shape).to(p.dtype) if known else None
+
+    def gathered(self, optimizer: Optimizer | None, journal: Journal) -> AbstractContextManager[None]:
+        if self._shards is None:
+            return nullcontext()
+        return self._shards.gathered(optimizer, journal, self.attempt)
 
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
         self._same(layout, step)

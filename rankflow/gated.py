@@ -60,7 +60,7 @@ class _GatedWeight(_Gated):
     @property
     def weight(self) -> Tensor:
         at: Any = self
-        return at.__dict__[_FITTED]["weight"](at._parameters["weight"])
+        return _through(at.__dict__[_FITTED]["weight"], at._parameters["weight"])
 
 
 class _GatedEntries(_Gated):
@@ -69,7 +69,12 @@ class _GatedEntries(_Gated):
     def __getitem__(self, key: str) -> Tensor:
         at: Any = self
         fitted = at.__dict__[_FITTED].get(key)
-        return at._parameters[key] if fitted is None else fitted(at._parameters[key])
+        return at._parameters[key] if fitted is None else _through(fitted, at._parameters[key])
+
+
+def _through(fitted: Fitted, raw: Tensor) -> Tensor:
+    """While a factor is in shards no forward runs: who asks wants the Parameter."""
+    return raw if hasattr(raw, "device_mesh") else fitted(raw)
 
 
 @cache
@@ -100,12 +105,14 @@ def unfit(module: nn.Module, name: str) -> None:
         module.__dict__.pop(_FITTED, None)
 
 
-def gated(module: nn.Module, name: str, *, still: bool = False) -> Tensor:
+def gated(module: nn.Module, name: str, *, still: bool = False, saved: Tensor | None = None) -> Tensor:
     """The factor that `module` holds under `name`, as its gate makes it, `still` without noise; the Parameter itself
-    where it has none."""
+    where it has none. Of one that is in shards, what its gate makes of the `saved` one."""
     fitted: Mapping[str, Fitted] = module.__dict__.get(_FITTED, {})
     raw = module._parameters[name]
     assert raw is not None
+    if saved is not None and hasattr(raw, "device_mesh"):
+        return fitted[name](saved, fitted[name].still)
     return fitted[name](raw, fitted[name].still if still else None) if name in fitted else raw
 
 
@@ -152,7 +159,11 @@ def _folding(save: Callable[..., Any]) -> Callable[..., Any]:
         if found:
             state = dict(kwargs.get("state_dict") or self.state_dict())
             with torch.no_grad():
-                state |= {key: gated(module, name, still=True).detach() for key, module, name in found if key in state}
+                state |= {
+                    key: gated(module, name, still=True, saved=state[key]).detach()
+                    for key, module, name in found
+                    if key in state
+                }
             kwargs["state_dict"] = state
         return save(self, *args, **kwargs)
 

@@ -30,6 +30,7 @@ _LAZY: dict[Signal, Callable[[Site], Tensor]] = {
     Signal.B: lambda site: site.b().detach().clone(),
     Signal.SINGULAR_VALUES: lambda site: spectrum(site.a().detach(), site.b().detach(), site.scaling).sigma,
 }
+FACTORS = frozenset(_LAZY)  # read from the factors, whenever somebody asks
 _TAPPED = GRAMS | DELTA | INPUT
 _LOSS_POWER = dict.fromkeys((Signal.S_A, Signal.TOKENS, *INPUT), 0) | {Signal.S_B: 2}  # the others are linear in it
 
@@ -109,6 +110,11 @@ class Probes:
         if hooked & _TAPPED and "torch._dynamo" in sys.modules:  # else nothing can be compiled
             self._relax = stay_eager(self)
 
+    @property
+    def on_gradients(self) -> bool:
+        """Whether `collect` will look at gradients of the factors themselves."""
+        return bool(self._signals & {Signal.GRAD_A, Signal.GRAD_B})
+
     def add_gradients(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         """Take the factors' gradients from `torch.autograd.grad`, which fills no `.grad` and calls no hook on it."""
         for recorder in self._recorders.values():
@@ -133,6 +139,9 @@ class Probes:
         if not self.armed:
             raise RankFlowError("probes are not armed for this step; call arm() before the forward pass")
         self.end_batch()
+        for recorder in self._recorders.values():
+            if recorder.site.sharded:
+                recorder.take_gradients()
         hooked = self._signals - _LAZY.keys() - GATE_SIGNALS
         heard = {name: recorder.heard() for name, recorder in self._recorders.items()}
         for name, recorder in self._recorders.items():

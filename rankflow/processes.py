@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from torch import nn
+from torch.optim import Optimizer
 
+from rankflow.journal import Journal
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation
 
@@ -35,6 +38,12 @@ class Alone:
     def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
         """Gradients are ready, `unscaled` if a loss scaler has been at them: where no wrapper reduces those of the
         adapter, make them the mean over processes."""
+
+    def gathered(self, optimizer: Optimizer | None, journal: Journal) -> AbstractContextManager[None]:
+        """In the block this process has the adapter's factors whole, with gradients and their state in `optimizer`, and
+        what is written to them stays. Without an optimizer, only gradients may be written to. All of it is undone with
+        `journal`, as it has to be where the block raises."""
+        return nullcontext()
 
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
         """The plan that one of them decides on, for all."""

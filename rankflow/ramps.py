@@ -19,6 +19,7 @@ from rankflow.adapters import Adapter
 from rankflow.journal import Journal
 from rankflow.optim import Carrier
 from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor
+from rankflow.shards import part, rows
 from rankflow.sites import Site
 
 
@@ -45,7 +46,7 @@ class _Note:
     dim: int  # which counts directions
     index: Tensor  # along it, of the directions whose update is scaled
     scale: Tensor  # broadcastable
-    old: Tensor  # those directions before the step, times the weight decay that is not scaled
+    old: Tensor  # those directions before the step, times the weight decay that is not scaled; of shards this process's
     points: dict[str, Tensor]  # and of the points that the optimizer keeps beside the parameter, by state key
 
 
@@ -86,7 +87,7 @@ class Ramps:
                 if note.points and self._carrier is not None:
                     state = self._carrier.optimizer.state[note.parameter]
                     moved += [(state[key], old) for key, old in note.points.items()]
-                for t, old in moved:
+                for t, old in ((part(t), old) for t, old in moved):
                     step = t.index_select(note.dim, note.index).to(old.dtype) - old
                     t.index_copy_(note.dim, note.index, (old + step * note.scale).to(t.dtype))
         stepped = {id(note.parameter) for note in self._notes}
@@ -109,15 +110,20 @@ class Ramps:
             return
         r, experts = site.size, range(site.experts)  # stored expert-major in A, expert-minor in B
         index = [e * r + i if dim == 0 else i * len(experts) + e for i in young for e in experts]
-        at = torch.tensor(index, device=p.device)
+        scales = [scales[i] for i in young for _ in experts]
+        if dim == 0:
+            here = rows(p)
+            scales = [scale for i, scale in zip(index, scales, strict=True) if i in here]
+            index = [i - here.start for i in index if i in here]
+        at = torch.tensor(index, dtype=torch.long, device=p.device)
         dtype = torch.promote_types(p.dtype, torch.float32)
-        scale = torch.tensor([scales[i] for i in young for _ in experts], dtype=dtype, device=p.device)
+        scale = torch.tensor(scales, dtype=dtype, device=p.device)
         scale = scale.reshape([-1 if d == dim else 1 for d in range(p.ndim)])
         points = {
-            key: t.detach().index_select(dim, at).to(dtype)  # a copy: steps write in place
+            key: part(t.detach()).index_select(dim, at).to(dtype)  # a copy: steps write in place
             for key, t in self._points(p).items()
         }
-        self._notes.append(_Note(p, dim, at, scale, p.detach().index_select(dim, at).to(dtype) * decay, points))
+        self._notes.append(_Note(p, dim, at, scale, part(p.detach()).index_select(dim, at).to(dtype) * decay, points))
 
     def _points(self, p: nn.Parameter) -> dict[str, Tensor]:
         """What moves beside `p` in a step; where it is not there yet, the step makes it, as a copy of `p`."""

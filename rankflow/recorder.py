@@ -63,7 +63,7 @@ class Recorder:
     def install(self, handles: list[Any]) -> None:
         """Put the hooks on; `handles` has each as soon as it is on, so that they come off wherever this ends."""
         for factor, parameter in (("A", self.site.A), ("B", self.site.B)):
-            if parameter.requires_grad:
+            if parameter.requires_grad and not self.site.sharded:
                 handles.append(parameter.register_post_accumulate_grad_hook(partial(self._accumulated, factor)))
         layer: Any = self.site.layer
         if self.site.kind == "embedding":
@@ -80,9 +80,15 @@ class Recorder:
     # -- gradients of the factors -----------------------------------------------------------------------------------
 
     def _accumulated(self, factor: str, parameter: Tensor) -> None:
-        self.trained = True
+        self.trained = self.trained or parameter.grad is not None
         if _GRADIENT[factor] in self._signals and parameter.grad is not None:
             self.sums[_GRADIENT[factor]] = self._canonical(factor, parameter.grad).clone()
+
+    def take_gradients(self) -> None:
+        """Of factors in shards, on which no hook is called: what has come to be `.grad`, the mean over processes."""
+        for factor, parameter in (("A", self.site.A), ("B", self.site.B)):
+            if parameter.requires_grad:
+                self._accumulated(factor, parameter)
 
     def add_gradient(self, factor: str, gradient: Tensor) -> None:
         self.trained = True

@@ -55,6 +55,7 @@ class Site:
         self.inner = inner  # the output projection in a MultiheadAttention: PEFT knows it only as part of the whole
         self.tie: str | None = None  # sites of one tie always have one rank
         self.min_rank = 1 if kind in ("attention", "experts") else 0
+        self.sharded = False  # whether its parameters are spread over processes between steps (`rankflow.shards`)
         self._adapter = adapter
         self._paused: tuple[str, ...] | None = None  # roles that `train` has switched off
         self._held: int | None = None  # the rank, where factors have room for more (see `rankflow.rooms`)

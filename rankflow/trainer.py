@@ -138,6 +138,8 @@ class RankFlowCallback(TrainerCallback):
                 "the Trainer clips gradients before callbacks can reduce those of an adapter whose base is sharded; "
                 "set max_grad_norm=0, or use rankflow.attach in a loop of your own"
             )
+        if sharded(model):
+            Adapter(model, self.adapter_name)  # refused in shards: the Trainer's checkpoints would not have it whole
         if self.flow is not None:
             # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
             self.flow.detach()

@@ -58,7 +58,7 @@ def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("all_in_shards", ["shard the base only, leaving the adapter out"] * 2),
+        ("all_in_shards", ["or set mode: mask in the policy file"] * 2),
         ("unscaled_too_early", ["before scaler.unscale_"] * 2),
         ("joined", ["give every process as many batches"] * 2),
         ("without_wrapper", ["are not those of process 0", "are not those of process 0"]),
