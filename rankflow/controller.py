@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,15 +22,16 @@ from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowErr
 from rankflow.heldout import HeldOut
 from rankflow.journal import Journal
 from rankflow.ledger import Ledger
+from rankflow.operations import Now, Operations
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force, unscaled
-from rankflow.plan import Layout, RankPlan, Share, Train
+from rankflow.plan import Layout, RankPlan, Share
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import FACTORS, Probes
 from rankflow.processes import Alone
 from rankflow.recompiles import Recompiles
 from rankflow.rooms import check_rooms, lasting, rooms
-from rankflow.seals import check_seal, seal
+from rankflow.seals import check_lifecycle, check_seal, seal
 from rankflow.shards import check_shards
 from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
@@ -91,6 +92,7 @@ class Controller:
         self._accumulating = getattr(optimizer, "gradient_state", None)
 
         self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, on_unknown_state=on_unknown_state)
+        self._operations = Operations(self._surgeon, self._processes, self.ledger)
         self._gates = self._surgeon.gates
         self._gates.average_gradients = self._processes.average_gradients
         self._probes = Probes(self._adapter, gates=self._gates, seed=seed)
@@ -116,7 +118,6 @@ class Controller:
         self._state: State = {}
         self._pending: Observation | None = None
         self._journal: Journal | None = None  # of the call in progress, which happens wholly or not at all
-        self._frozen: set[str] = set()  # modules whose training this phase has switched off
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
         self._hooks: list[Any] = []
         try:
@@ -189,7 +190,7 @@ class Controller:
             self._advance(observed)
             self._outer_when_due()
             if self.step + 1 >= self.phase.end:
-                self._thaw()
+                self._operations.thaw(self._now)
             self._listen()
             if len(self.ledger.events) > known and self.step < self.total_steps:
                 self._recompiles.look(self._shapes_to_come)
@@ -202,7 +203,8 @@ class Controller:
         with Journal() as journal, written, self._gathered(journal, factors):
             journal.undo(self._probes.disarm)
             self._surgeon.averages.remember(journal)
-            journal.keep(self, "step", "_pending", "_phase", "_state", "_frozen", "_hooks")
+            journal.keep(self._operations, "frozen")
+            journal.keep(self, "step", "_pending", "_phase", "_state", "_hooks")
             self._journal = journal
             try:
                 yield
@@ -217,7 +219,7 @@ class Controller:
         step, phase = self._counted, self._phase_of(self._counted)
         policy = self._phases[phase].policy
         due = phase != self._phase or policy.when.due(step) or bool(FACTORS & policy.listen(step))
-        return due or bool(self._frozen and step + 1 >= self.phase.end)
+        return due or bool(self._operations.frozen and step + 1 >= self.phase.end)
 
     def outer_step(self, batch: Any) -> Tensor | None:
         """Update gates that are trained on held-out data with `batch`; its loss, None where the phase has no such gate.
@@ -246,10 +248,10 @@ class Controller:
         """The run is over: take the hooks off and close the ledger with a `finish` event. All processes call it."""
         if self._hooks:
             with self._whole():
-                self._thaw()
+                self._operations.thaw(self._now)
                 self._leave()
                 if self._surgeon.held:
-                    self._settle({})
+                    self._operations.settle({}, self._now)
                 layout = self.layout
                 self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
                 hooks, self._hooks = self._hooks, []
@@ -374,7 +376,7 @@ class Controller:
             "ramps": self._surgeon.ramps.state_dict(),
             "averages": self._surgeon.averages.state_dict(),
             "held": self._surgeon.held,
-            "frozen": sorted(self._frozen),
+            "frozen": sorted(self._operations.frozen),
             "policy": dict(self._state),
             "gates": self._gates.state_dict(),
             "held_out": self._held_out.position if self._held_out is not None else None,
@@ -400,7 +402,7 @@ class Controller:
     def _go_on(self, state: dict[str, Any]) -> None:
         journal = self._journal
         assert journal is not None
-        self._check_lifecycle(state)
+        check_lifecycle(state, self.lifecycle)
         layout = Layout.from_json(state["layout"])
         self._surgeon.hold(state.get("held", {}), journal)
         if (live := self._adapter.layout().ranks) != layout.ranks:
@@ -431,7 +433,7 @@ class Controller:
         self._surgeon.layout = layout
         for name, slot in layout.items():
             self._adapter.sites[name].recall(journal, slot.scaling)
-        self._freeze(set(state.get("frozen", ())))
+        self._operations.freeze(set(state.get("frozen", ())), self._now)
         self._surgeon.version = int(state["version"])
         self._surgeon.ramps.load_state_dict(state["ramps"], journal)
         self._gates.load_state_dict(state["gates"], self._policy.gate, self.step, journal)
@@ -441,34 +443,25 @@ class Controller:
         self.ledger.restore(state["ledger"], self.step)
         self._listen()
 
-    def _check_lifecycle(self, state: dict[str, Any]) -> None:
-        title, saved, own = state["lifecycle"]["title"], state["lifecycle"]["settings"], self.lifecycle.settings()
-        if own == saved:
-            return
-        differ = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
-        named = [f"{key} is {saved.get(key, 'not there')} there and {own.get(key, 'not there')} here" for key in differ]
-        named = next(([line] for line in named if ".policy is" in line), named)  # all else follows from that
-        raise CheckpointError(
-            f"the checkpoint (step {state['step']}) was made under the policy {title}, and this run has "
-            f"{self.lifecycle}: {', '.join(named[:4])}; go on under the checkpoint's policy, or begin a new run from "
-            "its adapter, without its state"
-        )
-
     def reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,
         their state afresh. Not an event of the run: `load_state_dict` is to follow."""
         least = {name: min(layout[name].rank, slot.rank) for name, slot in self.layout.items()}
         wanted = least if self._surgeon.held else layout.ranks  # with room for more, how much is held is not known yet
         ops = {name: ops_to(wanted[name], slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()}
-        self._operate(RankPlan(ops, "reshape", state="reset"))
+        self._operations.perform(RankPlan(ops, "reshape", state="reset"), self._now)
         if self._surgeon.held:
-            self._settle(layout.ranks)
+            self._operations.settle(layout.ranks, self._now)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     @property
     def _policy(self) -> Policy:
         return self.phase.policy
+
+    @property
+    def _now(self) -> Now:
+        return Now(self.step, self.phase.name, self._journal)
 
     def _count(self) -> None:
         self._surgeon.ramps.after_step()
@@ -490,10 +483,10 @@ class Controller:
     def _enter(self, phase: int) -> None:
         if self._phase >= 0:
             self._leave()
-        self._thaw()
+        self._operations.thaw(self._now)
         self._phase = phase
         if self.lifecycle.mode == "mask":
-            self._settle(rooms(self._policy, self.layout))
+            self._operations.settle(rooms(self._policy, self.layout), self._now)
         if (gate := self._policy.gate) is not None:
             self._part()
             self._gates.install(gate, self.step, self._journal)
@@ -517,7 +510,8 @@ class Controller:
     def _part(self) -> None:
         """Gates are each module's own: under them no factors are shared any longer."""
         if alone := {name: (Share(None),) for name, slot in self.layout.items() if slot.shared}:
-            self._apply(RankPlan(alone, "each module gets a gate of its own"), time.perf_counter())
+            plan = RankPlan(alone, "each module gets a gate of its own")
+            self._operations.apply(plan, self._now, time.perf_counter())
 
     def _leave(self) -> None:
         """The phase ends: its policy leaves, and its gates become part of the factors."""
@@ -590,7 +584,7 @@ class Controller:
         try:
             plan = self._processes.agree(ask, self.layout, self.step)
             if plan:
-                self._apply(plan, began)
+                self._operations.apply(plan, self._now, began)
         except PlanError as e:
             raise PlanError(f"{e} (step {self.step}, policy {self.phase.name})") from e
         if plan:
@@ -604,57 +598,6 @@ class Controller:
         if self.lifecycle.mode == "mask" or all(slot.buckets for slot in self.layout.values()):
             return 0
         return sum(due > self.step for phase in self._phases[self._phase :] for due in phase.policy.when.events)
-
-    def _freeze(self, names: set[str]) -> None:
-        """Let these modules and no others be frozen as by this phase's plans: `requires_grad` is in no adapter file."""
-        changed = {name: (Train(name not in names),) for name in self.layout if name in names ^ self._frozen}
-        if changed:
-            self._operate(RankPlan(changed, "resume"))
-        self._frozen = names
-
-    def _thaw(self) -> None:
-        """A phase leaves no module frozen: what its plans switched off trains again before the next one's first step,
-        which would otherwise inherit it, and after the last."""
-        if self._frozen:
-            plan = RankPlan({name: (Train(True),) for name in self.layout if name in self._frozen}, "the phase is over")
-            self._apply(plan, time.perf_counter())
-
-    def _apply(self, plan: RankPlan, began: float) -> None:
-        before = self.layout
-        self._operate(plan)
-        after = self.layout
-        for name, ops in plan.ops.items():
-            if any(isinstance(op, Train) for op in ops):
-                if after[name].trainable:
-                    self._frozen = self._frozen - {name}
-                elif before[name].trainable:
-                    self._frozen = self._frozen | {name}
-        self.ledger.append(
-            "resize",
-            self.step,
-            plan,
-            policy=self.phase.name,
-            reason=plan.reason,
-            ranks={n: s.rank for n, s in after.items() if s.rank != before[n].rank},
-            total_rank=after.total_rank,
-            params=after.params,
-            digest=after.digest,
-            seconds=round(time.perf_counter() - began, 6),
-        )
-
-    def _operate(self, plan: RankPlan) -> None:
-        before = self.version
-        with Journal(self._journal) as journal:
-            journal.undo(self._processes.undone)
-            self._processes.attempt(lambda: self._surgeon.apply(plan, self.step, journal))
-            self._processes.resized(self.layout, self.step, replaced=self.version != before)
-
-    def _settle(self, rooms: Mapping[str, int]) -> None:
-        """Give factors this room, and no more."""
-        with Journal(self._journal) as journal:
-            journal.undo(self._processes.undone)
-            if self._processes.attempt(lambda: self._surgeon.settle(rooms, journal)):
-                self._processes.resized(self.layout, self.step, replaced=True)
 
     def _skip(self, reason: str, *, warn: bool = False) -> None:
         self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason)

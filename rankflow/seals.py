@@ -14,6 +14,7 @@ from torch import Tensor, uint8
 
 from rankflow import __version__
 from rankflow.errors import CheckpointError
+from rankflow.policy import Lifecycle
 
 FORMAT = 2  # of the training state; goes up whenever an older rankflow could not read it
 
@@ -46,6 +47,24 @@ def check_seal(state: Any) -> dict[str, Any]:
             "training state is damaged: it is not what its checksum says; go on from an earlier checkpoint"
         )
     return state
+
+
+def check_lifecycle(state: dict[str, Any], lifecycle: Lifecycle) -> None:
+    """
+    Raises:
+        CheckpointError: `state` was come to under another policy than `lifecycle`, or under other settings of it.
+    """
+    title, saved, own = state["lifecycle"]["title"], state["lifecycle"]["settings"], lifecycle.settings()
+    if own == saved:
+        return
+    differ = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
+    named = [f"{key} is {saved.get(key, 'not there')} there and {own.get(key, 'not there')} here" for key in differ]
+    named = next(([line] for line in named if ".policy is" in line), named)  # all else follows from that
+    raise CheckpointError(
+        f"the checkpoint (step {state['step']}) was made under the policy {title}, and this run has {lifecycle}: "
+        f"{', '.join(named[:4])}; go on under the checkpoint's policy, or begin a new run from its adapter, without "
+        "its state"
+    )
 
 
 def _checksum(state: dict[str, Any]) -> str:

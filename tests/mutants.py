@@ -281,29 +281,29 @@ MUTANTS = [
     Mutant(
         "sample with the seed of the process instead of the run's",
         "controller.py",
-        "self.seed = self._surgeon.seed = self._gates.seed = self._probes.seed =",
-        "self.seed = self._surgeon.seed = self._gates.seed =",
+        "(self, self._surgeon, self._gates, self._probes, self._held_out)",
+        "(self, self._surgeon, self._gates, self._held_out)",
         "tests/test_controller.py",
     ),
     Mutant(
         "grow with the seed of the process instead of the run's",
         "controller.py",
-        "self.seed = self._surgeon.seed = self._gates.seed = self._probes.seed =",
-        "self.seed = self._gates.seed = self._probes.seed =",
+        "(self, self._surgeon, self._gates, self._probes, self._held_out)",
+        "(self, self._gates, self._probes, self._held_out)",
         "tests/test_controller.py",
     ),
     Mutant(
         "draw noise with the seed of the process instead of the run's",
         "controller.py",
-        "self._surgeon.seed = self._gates.seed = self._probes.seed =",
-        "self._surgeon.seed = self._probes.seed =",
+        "(self, self._surgeon, self._gates, self._probes, self._held_out)",
+        "(self, self._surgeon, self._probes, self._held_out)",
         "tests/test_gates.py::test_a_resumed_run_ends_where_an_uninterrupted_one_does",
     ),
     Mutant(
         "deal held-out batches with the seed of the process instead of the run's",
         "controller.py",
-        "            self._held_out.seed = self.seed",
-        "            pass",
+        "(self, self._surgeon, self._gates, self._probes, self._held_out)",
+        "(self, self._surgeon, self._gates, self._probes)",
         "tests/test_gates.py::test_a_resumed_run_goes_on_in_the_held_out_data",
     ),
     Mutant(
@@ -448,7 +448,7 @@ MUTANTS = [
     ),
     Mutant(
         "go on under any policy",
-        "controller.py",
+        "seals.py",
         "if own == saved:",
         "if own:",
         "tests/test_shipped.py -k another",
@@ -664,16 +664,23 @@ MUTANTS = [
         "tests/test_rigl.py",
     ),
     Mutant(
+        "lost: who is frozen by a step that has not happened",
+        "controller.py",
+        'journal.keep(self._operations, "frozen")',
+        "pass",
+        "tests/test_nothing_lost.py",
+    ),
+    Mutant(
         "leave what a phase froze to the next",
         "controller.py",
-        "            if self.step + 1 >= self.phase.end:\n                self._thaw()",
+        "            if self.step + 1 >= self.phase.end:\n                self._operations.thaw(self._now)",
         "            pass",
         "tests/test_lisa.py",
     ),
     Mutant(
         "forget at a resume who was frozen",
         "controller.py",
-        'self._freeze(set(state.get("frozen", ())))',
+        'self._operations.freeze(set(state.get("frozen", ())), self._now)',
         "pass",
         "tests/test_lisa.py",
     ),
@@ -1604,7 +1611,7 @@ MUTANTS = [
     Mutant(
         "leave factors in shards with their room",
         "controller.py",
-        "                if self._surgeon.held:\n                    self._settle({})\n",
+        "                if self._surgeon.held:\n                    self._operations.settle({}, self._now)\n",
         "",
         "tests/test_shards.py -k what_one_does",
     ),
@@ -1737,8 +1744,8 @@ MUTANTS = [
     Mutant(
         "lost: write each line of a step by itself",
         "ledger.py",
-        "        before, self._waiting = self.events, []",
-        "        before, self._waiting = self.events, None",
+        "            self._waiting = []",
+        "            self._waiting = None",
         "tests/test_nothing_lost.py",
     ),
     Mutant(
@@ -1751,8 +1758,8 @@ MUTANTS = [
     Mutant(
         "lost: stay in the phase that could not be entered",
         "controller.py",
-        '"_phase", "_state", "_frozen", "_hooks")',
-        '"_state", "_frozen", "_hooks")',
+        '"_phase", "_state", "_hooks")',
+        '"_state", "_hooks")',
         "tests/test_nothing_lost.py",
     ),
     Mutant(
@@ -1835,8 +1842,8 @@ MUTANTS = [
     Mutant(
         "mask: keep the room of the phase before",
         "controller.py",
-        "self._settle(rooms(self._policy, self.layout))",
-        "self._settle({n: max(k, self._adapter.sites[n].size) for n, k in rooms(self._policy, self.layout).items()})",
+        "rooms(self._policy, self.layout), self._now)",
+        "{n: max(k, self._adapter.sites[n].size) for n, k in rooms(self._policy, self.layout).items()}, self._now)",
         "tests/test_rooms.py",
     ),
     Mutant(

@@ -70,6 +70,7 @@ RUNTIME = [
     "penalties",
     "shards",
     "processes",
+    "operations",
     "recompiles",
     "controller",
 ]
