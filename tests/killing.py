@@ -31,9 +31,9 @@ from helpers import same
 from rich.progress import track
 from tiny import Tiny, resumed, save, timeless
 
-from rankflow.controller import Controller
 from rankflow.journal import Journal
 from rankflow.ledger import Ledger
+from rankflow.operations import Operations
 from rankflow.resume import load_state, save_state
 
 STEPS, EVERY = 16, 3  # optimizer steps, and how many between checkpoints
@@ -104,7 +104,7 @@ def dying(tick: Tick) -> Iterator[None]:
 
         return mock.patch.object(owner, name, call)
 
-    with ticking(tick), counted(Journal, "write"), counted(Controller, "_operate"), counted(torch, "save"):
+    with ticking(tick), counted(Journal, "write"), counted(Operations, "perform"), counted(torch, "save"):
         yield
 
 
