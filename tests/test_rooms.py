@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def test_what_is_beyond_the_rank_is_zero_and_stays_so():
                     assert key == "step" or not (t[site.rank :] if p is site.A else t[:, site.rank :]).any()
 
 
-def test_compiled_steps_stay_one_graph(monkeypatch: pytest.MonkeyPatch):
+def test_compiled_steps_stay_one_graph():
     """Every decision of a resizing run changes shapes, which a compiled model has to be compiled for again."""
+    gc.collect()  # runs that other tests gave up may still listen, and keep compiled code eager
     counts = {}
     policy = {"policy": "increlora", "when": {"start": 2, "every": 2, "stop": 9}, "budget": {"mean_rank": 4}}
     for mode in ("mask", "resize"):
@@ -155,7 +157,7 @@ def test_compiled_steps_stay_one_graph(monkeypatch: pytest.MonkeyPatch):
             first = len(graphs) if first is None else first
         counts[mode] = (first, len(graphs))
         flow.finish()
-    assert counts["mask"][0] == counts["mask"][1]
+    assert counts["mask"][0] == counts["mask"][1] > 0
     assert counts["resize"][1] > counts["resize"][0]
 
 
