@@ -54,7 +54,7 @@ def processes_of(model: nn.Module, adapter: Adapter) -> Alone:
     """
     if not _grouped() or (dist.get_world_size() == 1 and not adapter.sharded):
         return Alone()
-    _refuse(model)
+    refuse(model)
     return Replicas(model, adapter, Wire(), Shards(model, adapter) if adapter.sharded else None)
 
 
@@ -68,11 +68,25 @@ def sharded(model: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in model.modules())
 
 
-def _refuse(model: nn.Module) -> None:
+def refuse(model: nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: `model` is laid out over processes in a way in which no adapter can be managed.
+    """
+    if not isinstance(model, nn.Module):  # a PipelineStage, say
+        raise ConfigError(
+            f"{type(model).__name__} is not a module with an adapter; hand over the model. One that is cut into stages "
+            "of a pipeline cannot be managed: train with DDP or FSDP2"
+        )
     names = {type(m).__name__ for m in model.modules()}
-    for name in ("DeepSpeedEngine", "FullyShardedDataParallel", "PipelineStage"):
+    for name in ("DeepSpeedEngine", "FullyShardedDataParallel"):
         if name in names:
-            raise ConfigError(f"{name} keeps parameters of its own and would undo a resize; train with DDP")
+            raise ConfigError(f"{name} keeps parameters of its own and would undo a resize; train with DDP or FSDP2")
+    if not sharded(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ConfigError(
+            "the model is spread by tensor parallelism, in which a module's inputs and outputs are in parts; train "
+            "with DDP or FSDP2"
+        )
 
 
 def own_ledger(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger:

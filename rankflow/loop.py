@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller
-from rankflow.distributed import own_ledger, processes_of, unwrapped
+from rankflow.distributed import own_ledger, processes_of, refuse, unwrapped
 from rankflow.fsdp import at_rest
 from rankflow.ledger import Ledger
 from rankflow.optim import OnUnknownState
@@ -68,6 +68,7 @@ def attach(
     Raises:
         ConfigError, AdapterError, OptimizerError: before anything is changed.
     """
+    refuse(model)
     at_rest(model)
     return Controller(
         unwrapped(model),

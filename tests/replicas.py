@@ -16,7 +16,8 @@ from loops import GROW_THEN_SQUEEZE, tiny_llama, token_batches
 from torch import distributed as dist
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import rankflow
@@ -57,6 +58,9 @@ FAILURES = (
     "all_in_shards",
     "unscaled_too_early",
     "joined",
+    "base_in_tensor_parallel",
+    "adapter_in_tensor_parallel",
+    "fsdp1",
     "without_wrapper",
     "one_fails",
     "one_leaves",
@@ -215,6 +219,27 @@ def joined(rank: int) -> Any:
     flow = rankflow.attach(ddp, optimizer, INCRELORA, total_steps=STEPS)
     with Join([ddp]):
         train(ddp, flow, optimizer, token_batches(STEPS - rank))
+
+
+def base_in_tensor_parallel(rank: int) -> Any:
+    tensor_parallel("model.layers.0.mlp.up_proj.base_layer")
+
+
+def adapter_in_tensor_parallel(rank: int) -> Any:
+    tensor_parallel("model.layers.0.self_attn.q_proj.lora_A.default")
+
+
+def tensor_parallel(module: str) -> None:
+    net = tiny_llama(dropout=0.0).train()
+    parallelize_module(net.base_model.model, init_device_mesh("cpu", (SIZE,)), {module: ColwiseParallel()})
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS)
+
+
+def fsdp1(rank: int) -> Any:
+    net = FullyShardedDataParallel(tiny_llama(dropout=0.0).train(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS)
 
 
 def one_starts_elsewhere(rank: int) -> Any:

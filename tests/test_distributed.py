@@ -11,6 +11,8 @@ import torch
 from replicas import CASES, SIZE, together, under_the_trainer
 from safetensors.torch import load_file
 
+import rankflow
+from rankflow import ConfigError
 from rankflow.divergence import compare
 from rankflow.ledger import Ledger
 
@@ -61,6 +63,9 @@ def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list
         ("all_in_shards", ["or set mode: mask in the policy file"] * 2),
         ("unscaled_too_early", ["before scaler.unscale_"] * 2),
         ("joined", ["give every process as many batches"] * 2),
+        ("base_in_tensor_parallel", ["spread by tensor parallelism"] * 2),
+        ("adapter_in_tensor_parallel", ["spread by tensor parallelism"] * 2),
+        ("fsdp1", ["FullyShardedDataParallel keeps parameters of its own"] * 2),
         ("without_wrapper", ["are not those of process 0", "are not those of process 0"]),
         ("one_fails", ["process 1 failed, and all stop with it: MemoryError", "MemoryError: no room"]),
         ("one_leaves", ["another process has ended or does not answer", "left"]),
@@ -69,6 +74,21 @@ def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list
 def test_what_one_process_does_is_told_in_all(found: list[dict], name: str, says: list[str]):
     for of, wanted in zip(found, says, strict=True):
         assert wanted in of[name]
+
+
+def test_what_is_no_module_or_keeps_parameters_of_its_own_is_refused_by_name():
+    """Stand-ins of the same names: neither can be made in one process without what it is for."""
+
+    class PipelineStage:
+        pass
+
+    class DeepSpeedEngine(torch.nn.Linear):
+        pass
+
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    for model, says in ((PipelineStage(), "PipelineStage is not a module"), (DeepSpeedEngine(1, 1), "DeepSpeedEngine")):
+        with pytest.raises(ConfigError, match=says):
+            rankflow.attach(model, optimizer, "hold", total_steps=1)  # type: ignore[arg-type]
 
 
 def test_an_overflow_in_one_process_skips_the_step_in_all(found: list[dict]):
