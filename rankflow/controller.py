@@ -152,8 +152,10 @@ class Controller:
         scaler = scaler if scaler is not None else self._scaler
         self._processes.reduce(self.model, unscaled=unscaled(scaler, self._optimizer))
         penalised = self._penalty == "gradient" and self._policy.penalty is not None
-        factors = penalised or self._probes.on_gradients or bool(self.layout.sharing)
-        with Journal() as journal, self._processes.gathered(None, journal) if factors else nullcontext():
+        if self._adapter.sharded and (penalised or self._probes.on_gradients or self.layout.sharing):
+            with Journal() as journal, self._processes.gathered(None, journal):
+                self._observe(scaler, penalised)
+        else:
             self._observe(scaler, penalised)
 
     def _observe(self, scaler: Any, penalised: bool) -> None:
@@ -215,7 +217,10 @@ class Controller:
         return self._processes.gathered(self._optimizer, journal) if wanted else nullcontext()
 
     def _looks_at_factors(self) -> bool:
-        """Whether what comes after this step does: the same in all processes, and false on most steps."""
+        """Whether what comes after this step does: the same in all processes, and false on most steps. Of factors that
+        are whole at all times, nobody asks."""
+        if not self._adapter.sharded:
+            return False
         step, phase = self._counted, self._phase_of(self._counted)
         policy = self._phases[phase].policy
         due = phase != self._phase or policy.when.due(step) or bool(FACTORS & policy.listen(step))

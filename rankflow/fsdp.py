@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from rankflow.adapters import Adapter
 from rankflow.errors import ConfigError
 from rankflow.journal import Journal
-from rankflow.shards import part, rows, spread, whole
+from rankflow.shards import REMEDY, part, rows, spread, whole
 
 Role = tuple[str, str]  # a module's name, and what the parameter is to it
 _MADE_FROM = (
@@ -40,7 +40,6 @@ _MADE_FROM = (
     "mp_policy",
     "offload_policy",
 )
-_REMEDY = "leave the adapter out of sharding, fully_shard(..., ignored_params=adapter_parameters)"
 
 
 def at_rest(model: nn.Module) -> None:
@@ -237,18 +236,18 @@ class Shards:
         except ImportError:
             FSDPParam = None
         if FSDPParam is None or tuple(inspect.signature(FSDPParam.__init__).parameters) != _MADE_FROM:
-            raise ConfigError(f"torch {torch.__version__} keeps shards in a way rankflow does not know; {_REMEDY}")
+            raise ConfigError(f"torch {torch.__version__} keeps shards in a way rankflow does not know; {REMEDY}")
         at_rest(self._model)
         managed = self._managed()
         mine: dict[int, int] = {}
         for (name, role), p in self._parameters().items():
             if (reason := self._problem(p, managed)) is not None:
-                raise ConfigError(f"{name}: its {role} {reason}; {_REMEDY}")
+                raise ConfigError(f"{name}: its {role} {reason}; {REMEDY}")
             group = managed[id(p)][0]
             mine[id(group)] = mine.get(id(group), 0) + 1
         for name, site in self._adapter.sites.items():
             if site.kind not in ("linear", "embedding"):
-                raise ConfigError(f"{name}: factors of {site.kind} layers cannot be in shards; {_REMEDY}")
+                raise ConfigError(f"{name}: factors of {site.kind} layers cannot be in shards; {REMEDY}")
             if site.placed and managed[id(site.A)][0] is not managed[id(site.B)][0]:
                 raise ConfigError(f"{name}: its factors are sharded apart; call fully_shard on the layer around it")
         for group in self._groups():

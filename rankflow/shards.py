@@ -17,6 +17,8 @@ from rankflow.errors import ConfigError
 from rankflow.gate import Gate
 from rankflow.policy import Lifecycle, Phase
 
+REMEDY = "leave the adapter out of sharding, fully_shard(..., ignored_params=adapter_parameters)"
+
 
 def rows(t: Any) -> range:
     """Which rows of `t` this process has: a block like those of `torch.chunk`, if `t` is in shards."""
@@ -61,11 +63,10 @@ def check_shards(
     """
     if not adapter.sharded:
         return
-    whole = "leave the adapter out of sharding, fully_shard(..., ignored_params=adapter_parameters)"
     if lifecycle.mode != "mask":
         raise ConfigError(
             f"the adapter's factors are in shards (FSDP2), which mode: {lifecycle.mode} cannot give other shapes at "
-            f"every decision; {whole}, or set mode: mask in the policy file"
+            f"every decision; {REMEDY}, or set mode: mask in the policy file"
         )
     if in_loss:
         raise ConfigError('penalty="in_loss" reads factors that are in shards; use penalty="gradient"')
@@ -78,4 +79,4 @@ def check_shards(
             "gates that a checkpoint would have to bring back": gate is not None and resumes,
         }
         for reason in (reason for reason, met in reasons.items() if met):
-            raise ConfigError(f"{phase.name} has {reason}, which needs factors that are not in shards; {whole}")
+            raise ConfigError(f"{phase.name} has {reason}, which needs factors that are not in shards; {REMEDY}")
