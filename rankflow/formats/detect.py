@@ -24,6 +24,7 @@ from rankflow.formats.peft_config import CONFIG, load_config
 from rankflow.formats.randlora import dense_form
 from rankflow.formats.single import SingleFile
 from rankflow.formats.tensors import TENSOR_FILES, open_tensors
+from rankflow.formats.wrappers import renamed, renaming_note, unwrapped_names
 
 _SINGLE: Mapping[str, type[SingleFile]] = {c.kind: c for c in (KohyaAdapter, ComfyAdapter, DiffusersAdapter)}
 KINDS = (PeftAdapter.kind, *_SINGLE, FULL)
@@ -100,12 +101,13 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
     if kind is None and path.stem == "adapter_model" and (path.parent / CONFIG).is_file():
         return PeftAdapter(path, base)
     raw, metadata = open_tensors(path)
-    tensors, notes = fold_products(raw, path)
+    names = unwrapped_names(raw)
+    tensors, notes = fold_products(renamed(raw, names, path), path)
     kind = kind or _kind_of(tensors, path)
     if kind == PeftAdapter.kind:
         return PeftAdapter(path, base)
     found = _SINGLE[kind](path, tensors, metadata)
-    found.notes += notes
+    found.notes += [*notes, *renaming_note(names)]
     return found
 
 

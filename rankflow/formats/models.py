@@ -10,6 +10,7 @@ from torch import Tensor
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.strict_json import strict_object
 from rankflow.formats.tensors import open_tensors
+from rankflow.formats.wrappers import renamed, unwrapped_names
 
 _STEMS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 
@@ -31,7 +32,8 @@ def open_model(folder: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{folder}: no model; a folder with one of {', '.join(_STEMS)}, or its index, is needed")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= open_tensors(file)[0]
+        found = open_tensors(file)[0]
+        tensors |= renamed(found, unwrapped_names(found, front=False), file)
     return tensors
 
 

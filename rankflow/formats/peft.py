@@ -24,6 +24,7 @@ from rankflow.formats.forms import plain
 from rankflow.formats.peft_config import CONFIG, check_config, load_config, resized_config, target_modules
 from rankflow.formats.peft_modules import read_entries
 from rankflow.formats.tensors import Spec, all_finite, check_destination, header, open_tensors, tensor_writer
+from rankflow.formats.wrappers import peft_names, renamed, renaming_note, unwrapped_config
 from rankflow.plan import Layout
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -54,7 +55,8 @@ class PeftAdapter:
 
     `layout` holds rank, shape and scaling of every module in natural order of their names; modules that PEFT cannot
     do without (they carry a magnitude, a trained bias or the like, or a wrapper that has no way to be left out) have
-    `min_rank` 1, and those that PEFT must give one rank share a `tie`.
+    `min_rank` 1, and those that PEFT must give one rank share a `tie`. Names are those that PEFT saves, whatever
+    wrappers were around the model; `names_in_file` says which key of the file is read, and written, as which.
     """
 
     kind = "peft"
@@ -72,14 +74,19 @@ class PeftAdapter:
         self.path = Path(src)
         self.folder, self.weights = _locate(self.path)
         config = load_config(self.folder / CONFIG)
-        self._tensors: Mapping[str, Tensor]
-        self._tensors, self.metadata = open_tensors(self.weights)
-        self._container = self.file_bytes - sum(t.nbytes for t in self._tensors.values())
-        self.notes: list[str] = []
+        raw, self.metadata = open_tensors(self.weights)
+        self.names_in_file = peft_names(raw, config)
+        self._tensors: Mapping[str, Tensor] = renamed(raw, self.names_in_file, self.weights)
+        config = unwrapped_config(config)
+        # Names of another length take other room in the header; those of a torch file stand there twice
+        grown = 2 * sum(max(0, len(new) - len(old)) for old, new in self.names_in_file.items())
+        self._container = self.file_bytes - sum(t.nbytes for t in self._tensors.values()) + grown
+        self.notes = renaming_note(self.names_in_file)
         found = plain(config, self._tensors, self.weights, None if base is None else Path(base))
         self.folded, self.origin = found is not None, str(config.get("peft_type"))
         if found is not None:
-            config, self._tensors, self.notes = found
+            config, self._tensors, notes = found
+            self.notes = [*notes, *self.notes]
         self.config = check_config(config, self.folder / CONFIG)
         with naming(self.folder):
             self.entries = read_entries(self._tensors, self.config, self.weights)
