@@ -23,6 +23,14 @@ def carry_point(z: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
     return like(_carry(z, f64(M).mT, f64(N).mT, factor).clamp(-bound, bound), z)
 
 
+def carry_squares(s: Tensor, N: Tensor, M: Tensor, factor: Factor) -> Tensor:
+    """Squares of a factor's steps through A' = N A, B' = B M, by the squared map of points: (N*N) s of A, s (M*M) of B.
+
+    Exact where directions are only scaled or reordered; mixed, steps of different directions count as independent.
+    """
+    return carry_second(s, None, f64(M).mT, f64(N).mT, factor)
+
+
 def carry_second(
     v: Tensor,
     m: Tensor | None,

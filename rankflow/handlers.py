@@ -18,13 +18,18 @@ State = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Handler:
-    """State of an optimizer that treats every entry alike: any of a first moment, a second and the second's peak, and
-    points beside the parameter that move as it does."""
+    """State of an optimizer that treats every entry alike: any of a first moment, a second and the second's peak,
+    points beside the parameter that move as it does, and squares of the lengths of its steps.
+
+    What the optimizer keeps of the second moment or of steps as a size, not as a square, is among `roots`.
+    """
 
     first: str | None = None
     second: str | None = None
     peak: str | None = None
     points: tuple[str, ...] = ()
+    strides: tuple[str, ...] = ()
+    roots: frozenset[str] = frozenset()
     betas: bool = False  # bias-corrected by beta^step
     eager: bool = False  # makes its state when it is made itself, and fails without
     shape_dependent: bool = False  # steps by an amount that depends on the parameter's shape
@@ -33,26 +38,27 @@ class Handler:
     @property
     def keys(self) -> set[str]:
         """Keys of the state tensors that this handler carries."""
-        return {key for key in (self.first, self.second, self.peak, *self.points) if key is not None}
+        return {key for key in (self.first, self.second, self.peak, *self.points, *self.strides) if key is not None}
 
     def load(self, factor: Factor, state: State, group: State, canonical: View) -> Moments:
         held = {k: canonical(state[k]) for k in self.keys if isinstance(state.get(k), Tensor)}
+        held |= {k: _squared(held[k]) for k in self.roots if k in held}
         first = {k: m for k, m in held.items() if k == self.first}
         bias = (1.0, 1.0)
         if self.betas and (step := float(state["step"])) > 0:
             beta1, beta2 = map(float, group["betas"])
-            bias = (1 - beta1**step, 1 - beta2**step)
+            bias = (1 - beta1**step, 1.0 if self.second in self.roots else 1 - beta2**step)  # a maximum has no bias
         second, peak = (held.get(k) if k else None for k in (self.second, self.peak))
-        points = {k: held[k] for k in self.points if k in held}
-        return Moments(factor, first, second, peak, self.first, bias, points)
+        points, strides = ({k: held[k] for k in keys if k in held} for keys in (self.points, self.strides))
+        return Moments(factor, first, second, peak, self.first, bias, points, strides)
 
     def store(self, moments: Moments, state: State, group: State, raw: View) -> dict[str, Any]:
         """`state` with these moments in it, the rest as it is."""
-        new = {**state, **{key: raw(m).contiguous() for key, m in {**moments.first, **moments.points}.items()}}
-        for key, t in ((self.second, moments.second), (self.peak, moments.peak)):
-            if key is not None and t is not None:
-                new[key] = raw(t).contiguous()
-        return new
+        held = {**moments.first, **moments.points, **moments.strides}
+        squares = ((self.second, moments.second), (self.peak, moments.peak))
+        held |= {key: t for key, t in squares if key is not None and t is not None}
+        held |= {key: _root(held[key], state[key].dtype) for key in self.roots if key in held}
+        return {**state, **{key: raw(t).contiguous() for key, t in held.items()}}
 
     def refusal(self, p: Tensor) -> str | None:
         """What the optimizer knows of `p` outside of groups and state, which a resize would lose."""
@@ -77,6 +83,27 @@ class Handler:
     def decay(self, group: State) -> float:
         """What the parameter is multiplied by in a step, apart from the update that `shape_factor` scales."""
         return 1.0
+
+
+def _squared(t: Tensor) -> Tensor:
+    """In float64, of which the root is the number it was."""
+    return t.double().square().clamp(max=torch.finfo(torch.float64).max)
+
+
+def _root(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.sqrt().clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+class RpropHandler(Handler):
+    """Rprop, whose steps are as long as it has found to be good for each entry, within limits; a direction that has not
+    stepped yet starts at the learning rate, as the optimizer has it."""
+
+    def store(self, moments: Moments, state: State, group: State, raw: View) -> dict[str, Any]:
+        start = float(group["lr"]) ** 2
+        steps = {key: torch.where(s > 0, s, start) for key, s in moments.strides.items()}
+        new = super().store(replace(moments, strides=steps), state, group, raw)
+        least, most = group["step_sizes"]
+        return {**new, **{key: new[key].clamp(least, most) for key in steps}}
 
 
 class MuonHandler(Handler):

@@ -2,7 +2,8 @@
 
 Gradients of A' = N A are covectors, so averages of them map by M^T; squares of them map by the squared map, entry by
 entry, bounded so that no step gets larger (`rankflow.carry.carry_second`). Points that an optimizer keeps beside the
-factor (an iterate, of which the factor is an average) map as the factor does.
+factor (an iterate, of which the factor is an average) map as the factor does, and squares of the lengths of its steps
+by the squared map of points, so that a factor which is ten times as large takes steps that are ten times as long.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rankflow.carry import carry_first, carry_point, carry_second
+from rankflow.carry import carry_first, carry_point, carry_second, carry_squares
 from rankflow.linalg import Factor
 
 SeedV = Literal["siblings", "mean", "zero"]
@@ -50,6 +51,7 @@ class Moments:
     bounding: str | None = None  # the first moment that `second` must bound
     bias: tuple[float, float] = (1.0, 1.0)  # what the optimizer divides first and second by
     points: Mapping[str, Tensor] = field(default_factory=dict)  # other values of the factor itself, by state key
+    strides: Mapping[str, Tensor] = field(default_factory=dict)  # squares of the lengths of its steps, by state key
 
     @property
     def dim(self) -> int:
@@ -60,7 +62,7 @@ class Moments:
         def take(t: Tensor) -> Tensor:
             return t.index_select(self.dim, torch.tensor(idx, dtype=torch.long, device=t.device))
 
-        return self._map(take, take, take)
+        return self._map(take, take, take, take)
 
     def refactor(self, N: Tensor, M: Tensor) -> Moments:
         """Through A' = N A, B' = B M.
@@ -70,6 +72,7 @@ class Moments:
         """
         first = {key: carry_first(m, N, M, self.factor) for key, m in self.first.items()}
         points = {key: carry_point(z, N, M, self.factor) for key, z in self.points.items()}
+        strides = {key: carry_squares(s, N, M, self.factor) for key, s in self.strides.items()}
         second, peak = self.second, self.peak
         if second is not None:
             bound = None if self.bounding is None else first.get(self.bounding)
@@ -80,7 +83,7 @@ class Moments:
                 second = torch.where(revived, least.to(second.dtype), second)
             if peak is not None:
                 peak = torch.maximum(carry_second(peak, None, N, M, self.factor), second)
-        return replace(self, first=first, points=points, second=second, peak=peak)
+        return replace(self, first=first, points=points, strides=strides, second=second, peak=peak)
 
     def over(self, value: Tensor) -> Moments:
         """Of A' = diag(value) A, from those of A: the gradient of A' is that of A over `value` ``[r]`` or ``[1]``.
@@ -94,14 +97,19 @@ class Moments:
             bound = torch.finfo(t.dtype).max
             return torch.where(zero.to(t.device), otherwise, divided.clamp(-bound, bound)).to(t.dtype)
 
+        def multiply(t: Tensor, power: int) -> Tensor:
+            bound = torch.finfo(t.dtype).max
+            return (t.double() * value.double().to(t.device)[:, None] ** power).clamp(-bound, bound).to(t.dtype)
+
         return self._map(
             lambda t: divide(t, 1, 0.0),
             lambda t: divide(t, 2, t.double()),
-            lambda t: (t.double() * value.double().to(t.device)[:, None]).to(t.dtype),
+            lambda t: multiply(t, 1),
+            lambda t: multiply(t, 2),
         )
 
     def to(self, device: torch.device | str) -> Moments:
-        return self._map(*[lambda t: t.to(device)] * 3)
+        return self._map(*[lambda t: t.to(device)] * 4)
 
     def grow(
         self, new: Tensor, seed: SeedV, partner: Partner, level: Callable[[], Level | None], gate: float = 1.0
@@ -111,7 +119,8 @@ class Moments:
         The gradient of a column of B scales with its row of A, so a sibling's mean is scaled by their squared norms:
         an all-zero second moment under an old step count would overshoot, a plain mean would put a short direction to
         sleep. Where there is no sibling with any history, like modules stand in for them; where none either, 0. Under
-        a `gate` all gradients are that many times what they would be without. Points start where the factor does.
+        a `gate` all gradients are that many times what they would be without. Points start where the factor does, and
+        steps are as long as those of siblings.
         """
         dim = self.dim
 
@@ -134,13 +143,22 @@ class Moments:
             ratio = ratio.clamp(min=SEED_FLOOR).to(t.device, t.dtype)
             return mean * (ratio[..., :, None] if self.factor == "A" else ratio[..., None, :])
 
-        return self._map(lambda t: append(t, 0.0), lambda t: append(t, guess(t) * gate**2), lambda t: append(t, new))
+        def like_siblings(t: Tensor) -> Tensor | float:
+            return t.mean(dim, keepdim=True) if t.shape[dim] and seed != "zero" else 0.0
 
-    def _map(self, first: View, second: View, point: View) -> Moments:
+        return self._map(
+            lambda t: append(t, 0.0),
+            lambda t: append(t, guess(t) * gate**2),
+            lambda t: append(t, new),
+            lambda t: append(t, like_siblings(t)),
+        )
+
+    def _map(self, first: View, second: View, point: View, stride: View) -> Moments:
         return replace(
             self,
             first={key: first(m) for key, m in self.first.items()},
             points={key: point(z) for key, z in self.points.items()},
+            strides={key: stride(s) for key, s in self.strides.items()},
             second=None if self.second is None else second(self.second),
             peak=None if self.peak is None else second(self.peak),
         )

@@ -11,6 +11,7 @@ from rankflow.handlers import (
     Handler,
     MuonHandler,
     RMSpropHandler,
+    RpropHandler,
     TransformersAdafactorHandler,
 )
 
@@ -22,7 +23,11 @@ _HANDLERS: dict[tuple[str, str], Handler] = {  # by package and class; "" is any
     ("torch.optim", "NAdam"): _ADAM,
     ("torch.optim", "RAdam"): _ADAM,
     ("torch.optim", "RMSprop"): RMSpropHandler(),
+    ("torch.optim", "Adamax"): Handler("exp_avg", "exp_inf", betas=True, roots=frozenset({"exp_inf"})),
+    ("torch.optim", "Adadelta"): Handler(second="square_avg", strides=("acc_delta",)),
     ("torch.optim", "Adagrad"): Handler(second="sum", eager=True),
+    ("torch.optim", "ASGD"): Handler(points=("ax",)),  # the average of what the parameter was
+    ("torch.optim", "Rprop"): RpropHandler("prev", strides=("step_size",), roots=frozenset({"step_size"})),
     ("torch.optim", "SGD"): Handler("momentum_buffer"),
     ("torch.optim", "Muon"): MuonHandler("momentum_buffer", shape_dependent=True, elementwise=False),
     ("torch.optim", "Adafactor"): AdafactorHandler(elementwise=False),

@@ -230,6 +230,27 @@ MUTANTS = [
         "tests/test_optim.py tests/test_surgeon.py",
     ),
     Mutant(
+        "carry the lengths of steps as gradients instead of displacements",
+        "moments.py",
+        "carry_squares(s, N, M, self.factor) for",
+        "carry_second(s, None, N, M, self.factor) for",
+        "tests/test_optim.py -k entry_by_entry",
+    ),
+    Mutant(
+        "map sizes as if they were squares",
+        "handlers.py",
+        "        held |= {k: _squared(held[k]) for k in self.roots if k in held}\n",
+        "        held |= {k: held[k].double() for k in self.roots if k in held}\n",
+        "tests/test_optim.py -k entry_by_entry",
+    ),
+    Mutant(
+        "let Rprop's new directions sleep where there are no others",
+        "handlers.py",
+        "torch.where(s > 0, s, start)",
+        "s",
+        "tests/test_optim.py -k as_far_as",
+    ),
+    Mutant(
         "reorder a group when a module comes back",
         "optim.py",
         "group.params.insert(place, p)",

@@ -21,6 +21,7 @@ from rankflow.errors import OptimizerError
 from rankflow.journal import Journal
 from rankflow.moments import Moments
 from rankflow.optim import innermost
+from rankflow.optimizers import find_handler
 from rankflow.plan import Drop, Grow, Keep, RankPlan, Refactor
 from rankflow.surgeon import Surgeon
 
@@ -53,6 +54,11 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "rmsprop_momentum": lambda ps: torch.optim.RMSprop(ps, lr=1e-3, momentum=0.9),
     "rmsprop_centered": lambda ps: torch.optim.RMSprop(ps, lr=1e-3, momentum=0.9, centered=True),
     "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1e-3, initial_accumulator_value=0.1),
+    "adamax": lambda ps: torch.optim.Adamax(ps, lr=1e-3),
+    "adadelta": lambda ps: torch.optim.Adadelta(ps, lr=1.0),
+    "asgd": lambda ps: torch.optim.ASGD(ps, lr=1e-2),
+    "asgd_averaging": lambda ps: torch.optim.ASGD(ps, lr=1e-2, t0=0),
+    "rprop": lambda ps: torch.optim.Rprop(ps, lr=1e-3),
     "sgd": lambda ps: torch.optim.SGD(ps, lr=1e-2),
     "sgd_momentum": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, nesterov=True),
     "lion": lambda ps: Lion(ps, lr=1e-3),
@@ -288,7 +294,104 @@ def test_factored_moments_follow_the_map_in_factored_form():
     assert optimizer.state[site.B]["col_var"].shape == (1, 3)
 
 
+def products(model: nn.Module) -> list[Tensor]:
+    return [s.b().detach() @ s.a().detach() for s in Adapter(model).sites.values()]
+
+
+SIGNED = torch.eye(4, dtype=torch.float64)[[2, 0, 3, 1]] * torch.tensor([[1.0], [-1], [1], [-1]], dtype=torch.float64)
+SCALED = torch.diag(torch.tensor([8.0, 0.5, 3, 0.01], dtype=torch.float64)) @ SIGNED
+
+
+@pytest.mark.parametrize(
+    ("name", "N"),
+    [
+        *((name, SIGNED) for name in ("adamax", "adadelta", "asgd_averaging", "rprop")),
+        # These know how long a step is in units of the parameter, so they take the same one in any units
+        *((name, SCALED) for name in ("adadelta", "rprop")),
+    ],
+)
+def test_what_steps_entry_by_entry_goes_on_as_if_its_directions_had_always_been_written_so(name, N):
+    plain = lora("linear")
+    other = copy.deepcopy(plain)
+    runs = []
+    for model, resized in ((plain, False), (other, True)):
+        optimizer = make(name, model)
+        surgeon = Surgeon(Adapter(model), optimizer)
+        train(model, optimizer, steps=4)
+        for group in optimizer.param_groups:
+            group |= {"eps": 0.0} if name == "adadelta" else {"step_sizes": (0.0, 1e9)} if name == "rprop" else {}
+        if resized:
+            surgeon.apply(RankPlan({n: [Refactor(N, N.inverse())] for n in surgeon.layout}))
+        train(model, optimizer, steps=5, first=20)
+        runs.append(products(model))
+        if name == "asgd_averaging":
+            means = [(optimizer.state[s.A]["ax"], optimizer.state[s.B]["ax"]) for s in surgeon.adapter.sites.values()]
+            runs[-1] += [b @ a for a, b in means]
+            assert not same(runs[-1][0], runs[-1][len(means)])
+    for one, two in zip(*runs, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-8, atol=1e-10 * float(one.abs().max()))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.sampled_from([1e-30, 1.0, 1e30]), dtype=st.sampled_from(["32", "64", "16"]))
+def test_no_finite_state_becomes_another_however_directions_are_mixed(seed, size, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    N, M = (torch.randn(s, generator=generator, dtype=torch.float64) * size for s in ((3, 4), (4, 3)))
+    number = {"32": torch.float32, "64": torch.float64, "16": torch.bfloat16}[dtype]
+    for factor in ("A", "B"):
+        for name in ("adamax", "adadelta", "asgd", "rprop"):
+            p = nn.Parameter(torch.randn((4, 5) if factor == "A" else (5, 4), generator=generator).to(number))
+            optimizer = OPTIMIZERS[name]([p])
+            p.grad = torch.randn(p.shape, generator=generator).to(number)
+            optimizer.step()
+            state, group = optimizer.state[p], optimizer.param_groups[0]
+            handler = find_handler(optimizer)
+            assert handler is not None
+            for key in handler.keys:  # of any size that fits
+                state[key][0] *= min(torch.finfo(number).max, 1e120) / state[key][0].abs().max().clamp(min=1)
+            new = handler.store(
+                handler.load(factor, state, group, lambda t: t).refactor(N, M), state, group, lambda t: t
+            )
+            assert {k for k, v in new.items() if not torch.isfinite(v).all()} == set()
+            assert all(new[k].dtype == number and new[k].numel() == 15 for k in handler.keys)
+            if name == "adamax":  # the optimizer divides one by the other
+                m = (new["exp_avg"].double().abs() / (1 - 0.9)).clamp(max=torch.finfo(number).max)
+                assert (m <= new["exp_inf"].double() * (1 + 1e-2) + 1e-37).all()
+            if name == "rprop":
+                assert ((new["step_size"] >= 0.99e-6) & (new["step_size"] <= 50)).all()
+
+
 # -- new directions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adadelta", "rprop"])
+def test_new_directions_step_as_far_as_their_siblings_and_alone_as_far_as_any_does_at_first(name):
+    key = {"adadelta": "acc_delta", "rprop": "step_size"}[name]
+    model = lora("embedding")
+    optimizer = make(name, model)
+    train(model, optimizer, "embedding")
+    surgeon = Surgeon(Adapter(model), optimizer)
+    site = surgeon.adapter.sites["out"]
+    before = optimizer.state[site.B][key].clone()
+    surgeon.apply(RankPlan({"out": [Grow(2)]}))
+    after = optimizer.state[site.B][key]
+    mean = before.mean(-1) if name == "adadelta" else before.square().mean(-1).sqrt()
+    torch.testing.assert_close(after, torch.cat([before, mean[:, None].expand(-1, 2)], -1))
+    if name == "rprop":
+        surgeon.apply(RankPlan({"out": [Drop(), Grow(1)]}))
+        assert (optimizer.state[site.B][key] == 1e-3).all()
+
+
+def test_the_average_of_a_young_direction_is_of_the_steps_that_it_took():
+    model = lora("linear")
+    optimizer = make("asgd", model)
+    surgeon = Surgeon(Adapter(model), optimizer, warmup=4)
+    train(model, optimizer)
+    surgeon.apply(RankPlan({n: [Grow(1)] for n in surgeon.layout}))
+    for step in range(5):
+        train(model, optimizer, steps=1, first=step, surgeon=surgeon)
+        for site in surgeon.adapter.sites.values():  # up to t0 the average is the parameter itself
+            torch.testing.assert_close(optimizer.state[site.B]["ax"], site.B.detach(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("seed_v", ["siblings", "mean", "zero"])
