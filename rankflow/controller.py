@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from rankflow.rooms import check_rooms, lasting, rooms
 from rankflow.seals import check_lifecycle, check_seal, seal
 from rankflow.shards import check_shards
 from rankflow.sharing import share_gradients
-from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study
+from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study, surroundings
 from rankflow.surgeon import Surgeon
 from rankflow.transitions import first, ops_to
 
@@ -120,20 +120,13 @@ class Controller:
         self._journal: Journal | None = None  # of the call in progress, which happens wholly or not at all
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
         self._hooks: list[Any] = []
+        self._ended = False  # its `finish` is in the ledger
         try:
             ramps = self._surgeon.ramps
             self._hooks.append(self._optimizer.register_step_pre_hook(lambda *_: ramps.before_step()))
             self._hooks.append(self._optimizer.register_step_post_hook(lambda *_: self._count()))
             _attached.setdefault(model, set()).add(adapter_name)
-            if state is None:
-                with self._whole():
-                    self._start()
-                    self._listen()
-                    self._recompiles = Recompiles(model, self._adapter)
-            else:
-                with self._whole():
-                    self._go_on(state)
-                    self._recompiles = Recompiles(model, self._adapter)
+            self._wholly(partial(self._begin, state))
         except BaseException:
             self.detach()
             raise
@@ -185,33 +178,38 @@ class Controller:
             if observed is not None:
                 self._listen()
             return
-        known = len(self.ledger.events)
-        with self._whole(factors=self._looks_at_factors()):
-            observed, self._pending = self._pending, None
-            self.step = self._counted
-            self._advance(observed)
-            self._outer_when_due()
-            if self.step + 1 >= self.phase.end:
-                self._operations.thaw(self._now)
-            self._listen()
-            if len(self.ledger.events) > known and self.step < self.total_steps:
-                self._recompiles.look(self._shapes_to_come)
+        self._wholly(self._take_step, factors=self._looks_at_factors())
 
-    @contextmanager
-    def _whole(self, *, factors: bool = True) -> Iterator[None]:
-        """All of the block is done and in the ledger, or what fails leaves everything as it was before. Without
-        `factors` it does not look at them."""
-        written = self.ledger.together(self._processes.attempt)
-        with Journal() as journal, written, self._gathered(journal, factors):
-            journal.undo(self._probes.disarm)
-            self._surgeon.averages.remember(journal)
-            journal.keep(self._operations, "frozen")
-            journal.keep(self, "step", "_pending", "_phase", "_state", "_hooks")
-            self._journal = journal
-            try:
-                yield
-            finally:
-                self._journal = None
+    def _take_step(self) -> None:
+        known = len(self.ledger.events)
+        observed, self._pending = self._pending, None
+        self.step = self._counted
+        self._advance(observed)
+        self._outer_when_due()
+        if self.step + 1 >= self.phase.end:
+            self._operations.thaw(self._now)
+        self._listen()
+        if len(self.ledger.events) > known and self.step < self.total_steps:
+            self._recompiles.look(self._shapes_to_come)
+
+    def _wholly(self, work: Callable[[], object], *, factors: bool = True) -> None:
+        """All of `work` is done and in the ledger, or what fails leaves everything as it was before. Without `factors`
+        it does not look at them.
+
+        What is undone is in the journal alone, and nothing here is left to the end of a generator: an interrupt at its
+        last line would have it ended by whoever lets go of the traceback, any number of steps later.
+        """
+        with Journal() as journal:
+            self.ledger.begin(journal)
+            with self._gathered(journal, factors):
+                journal.undo(self._probes.disarm)
+                self._surgeon.averages.remember(journal)
+                journal.keep(self._operations, "frozen")
+                journal.keep(self, "step", "_pending", "_phase", "_state", "_hooks")
+                journal.attr(self, "_journal", journal)
+                work()
+            self.ledger.write(journal, self._processes.attempt)
+            self._journal = None
 
     def _gathered(self, journal: Journal, wanted: bool = True) -> AbstractContextManager[None]:
         return self._processes.gathered(self._optimizer, journal) if wanted else nullcontext()
@@ -251,24 +249,25 @@ class Controller:
 
     def finish(self) -> None:
         """The run is over: take the hooks off and close the ledger with a `finish` event. All processes call it."""
-        if self._hooks:
-            with self._whole():
-                self._operations.thaw(self._now)
-                self._leave()
-                if self._surgeon.held:
-                    self._operations.settle({}, self._now)
-                layout = self.layout
-                self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
-                hooks, self._hooks = self._hooks, []
-            for hook in hooks:
-                hook.remove()
-            self.detach()
+        if self.attached:
+            self._wholly(self._end)
             if not self.within_budget and not self._rewound:
                 warnings.warn(
                     f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
                     f"{self.step} of {self.total_steps} steps were taken, or the last decisions were skipped",
                     stacklevel=2,
                 )
+        self.detach()
+
+    def _end(self) -> None:
+        self._operations.thaw(self._now)
+        self._leave()
+        if self._surgeon.held:
+            self._operations.settle({}, self._now)
+        layout = self.layout
+        self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
+        assert self._journal is not None
+        self._journal.attr(self, "_ended", True)
 
     def detach(self) -> None:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are.
@@ -300,7 +299,7 @@ class Controller:
     @property
     def attached(self) -> bool:
         """False once `finish` or `detach` was called."""
-        return bool(self._hooks)
+        return bool(self._hooks) and not self._ended
 
     def __enter__(self) -> Controller:
         return self
@@ -398,8 +397,7 @@ class Controller:
         """
         state = check_seal(state)
         try:
-            with self._whole():
-                self._go_on(state)
+            self._wholly(partial(self._go_on, state))
         except BaseException:
             self._listen()
             raise
@@ -473,6 +471,13 @@ class Controller:
         self._gates.step()
         self._counted += 1
 
+    def _begin(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            self._start()
+        else:
+            self._go_on(state)
+        self._recompiles = Recompiles(self.model, self._adapter)
+
     def _start(self) -> None:
         self.ledger.append(
             "attach",
@@ -484,6 +489,7 @@ class Controller:
         )
         self._enter(0)
         self._outer_when_due()
+        self._listen()
 
     def _enter(self, phase: int) -> None:
         if self._phase >= 0:
@@ -532,6 +538,7 @@ class Controller:
             assert held_out is not None, "checked at attach"
             if self._journal is not None:
                 self._journal.undo(partial(setattr, held_out, "position", held_out.position))
+                self._journal.undo(surroundings(self.model, self._adapter))
             self.outer_step(held_out.take())
 
     def _listen(self) -> None:
@@ -616,6 +623,8 @@ class Controller:
             if study.when == when:
                 data = self._data[study.split]
                 assert data is not None, "checked at attach"
+                if self._journal is not None:
+                    self._journal.undo(surroundings(self.model, self._adapter))
                 study_of = (study, self._adapter, self.model, data, self._loss_fn)
                 work = partial(run_study, *study_of, seed=self.seed, step=self.step)
                 observed = self._processes.average(self._processes.attempt(work))

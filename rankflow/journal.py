@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankflow.interrupts import HeldBack
+
 
 class Journal:
     """Remembers how to undo each write made through it, and does so when its `with` block is left by an exception.
 
-    With an `outer` one, what was written is undone too when that one is left by an exception later.
+    With an `outer` one, what was written is undone too when that one is left by an exception later. The outermost one
+    holds back interrupts (`rankflow.interrupts`).
     """
 
     def __init__(self, outer: Journal | None = None) -> None:
+        # One list for all: an inner one has nothing to hand over when it ends, which an interrupt could prevent
+        self._undo: list[Callable[[], object]] = [] if outer is None else outer._undo
+        self._first = len(self._undo)
         self._outer = outer
-        self._undo: list[Callable[[], object]] = []
+        self._held_back = HeldBack()
 
     def attr(self, owner: Any, name: str, value: Any) -> None:
         """owner.name = value"""
@@ -48,28 +55,42 @@ class Journal:
         self.write(lambda: None, undo)
 
     def write(self, do: Callable[[], object], undo: Callable[[], object]) -> None:
-        """`undo` must be right whether `do` failed before, halfway or after."""
+        """`undo` must be right whether `do` failed before, halfway or after, and may be called again."""
         self._undo.append(undo)
         do()
 
     def rollback(self) -> None:
         """Undo everything, last write first; where one cannot be undone, the others are all the same."""
-        while self._undo:
-            undo = self._undo.pop()
+        failures: list[BaseException] = []
+        while len(self._undo) > self._first:
+            undo = self._undo[-1]
             try:
-                undo()
-            except BaseException:
-                self.rollback()
-                raise
+                try:
+                    undo()
+                except Exception:
+                    raise
+                except BaseException as e:  # an interrupt, halfway: once more
+                    failures.append(e)
+                    undo()
+            except BaseException as e:
+                failures.append(e)
+            self._undo.pop()
+        if failures:
+            raise failures[0]
 
     def __enter__(self) -> Journal:
+        if self._outer is None:
+            self._held_back.__enter__()
+            self.undo(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            self.rollback()
-        elif self._outer is not None:
-            self._outer._undo += self._undo
+        try:
+            if kind is not None:
+                self.rollback()
+        finally:
+            if self._outer is None:
+                self._held_back.__exit__()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from safetensors.torch import load_file, save_file
 
 from rankflow.errors import CheckpointError
+from rankflow.journal import Journal
 from rankflow.plan import Layout, RankPlan, replay
 
 Event = dict[str, Any]
@@ -143,28 +145,30 @@ class Ledger:
         self.events = _effective([*self.events, line])
         return line
 
-    @contextmanager
-    def together(self, attempt: Callable[[Callable[[], None]], object] = lambda write: write()) -> Iterator[None]:
-        """The events of the block are one: where it, or writing them at its end, fails, there were none.
+    def begin(self, journal: Journal) -> None:
+        """What is appended from here on waits for `write`, and is undone with `journal`: in memory and in the file."""
+        journal.attr(self, "events", self.events)
+        journal.attr(self, "_waiting", [])
 
-        `attempt` is handed the writing, to be done at once, if there is anything to write. Inside another such block it
-        is part of that.
-        """
+    def write(self, journal: Journal, attempt: Callable[[Callable[[], None]], object]) -> None:
+        """Write what waits, all of it or nothing; `attempt` is handed the writing, if there is anything to write."""
+        lines, self._waiting = self._waiting, None
+        if lines:
+            if self.path is not None:
+                journal.undo(partial(_cut, self.path, self.path.stat().st_size if self.path.exists() else 0))
+            attempt(lambda: self._write(lines))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The events of the block are one: where it, or writing them at its end, fails, there were none. Inside another
+        such block it is part of that."""
         if self._waiting is not None:
             yield
             return
-        before = self.events
-        try:
-            self._waiting = []
+        with Journal() as journal:
+            self.begin(journal)
             yield
-            if lines := self._waiting:
-                self._waiting = None
-                attempt(lambda: self._write(lines))
-        except BaseException:
-            self.events = before
-            raise
-        finally:
-            self._waiting = None
+            self.write(journal, lambda write: write())
 
     def _write(self, lines: list[Event]) -> None:
         if self._waiting is not None:
@@ -242,6 +246,12 @@ def _effective(events: list[Event]) -> list[Event]:
         if event["event"] != "restore":
             out.append(event)
     return out
+
+
+def _cut(path: Path, size: int) -> None:
+    """Let go of what was appended since the file had that size."""
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
 
 
 def _append_lines(path: Path, lines: list[Event]) -> None:

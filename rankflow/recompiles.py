@@ -67,7 +67,7 @@ class Recompiles:
             f"but torch compiles it {limit()} times at most and then runs new shapes eagerly, without an error. Let "
             "ranks come back to shapes that are compiled already (rank_buckets, and tie for the modules of a layer), "
             "keep shapes as they are (mode: mask), decide less often, or raise torch._dynamo.config.recompile_limit",
-            stacklevel=4,
+            stacklevel=6,
         )
 
     def _codes(self) -> Iterator[tuple[CodeType, Shapes, bool, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankflow.adapters import Adapter
 from rankflow.errors import ConfigError, RankFlowError
+from rankflow.interrupts import give_way
 from rankflow.policy import Observation, Signal, Study
 from rankflow.probes import Probes
 from rankflow.seeds import keyed_generator
@@ -63,6 +64,7 @@ def run_study(
         stack.callback(probes.disarm)
         probes.arm(study.signals, step)
         for batch in itertools.islice(batches, study.batches):
+            give_way()
             batch = send_to_device(batch, factors[0].device)
             for point in study.points:
                 with _scaled(adapter, point):
@@ -109,6 +111,28 @@ def _averaged(total: Observation, passes: int, study: Study) -> Observation:
     for name, record in total.items():
         values[name] = {s: (lambda r=record, s=s: r[s]) if s in as_is else record[s] / passes for s in record}
     return Observation(total.step, values, study.name)
+
+
+def surroundings(model: nn.Module, adapter: Adapter) -> Callable[[], None]:
+    """What puts random states, modes and scalings back to what they are now, should whoever lends them be interrupted
+    while they give them back."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    modes = [(module, module.training) for module in model.modules()]
+    scalings = [(site.layer.scaling, dict(site.layer.scaling)) for site in adapter.sites.values()]
+
+    def put_back() -> None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        for module, training in modes:
+            module.training = training
+        for scaling, was in scalings:
+            scaling.update(was)
+
+    return put_back
 
 
 @contextmanager

@@ -12,11 +12,13 @@ from types import CodeType, FrameType
 from typing import Any
 
 import rankflow
+from rankflow.interrupts import HeldBack
 from rankflow.journal import Journal
 
 PACKAGE = str(Path(rankflow.__file__).parent)
 _WRITE = Journal.write.__code__
 _UNDOING = {Journal.__exit__.__code__, Journal.rollback.__code__}  # no way back from there
+_UNDOING |= {HeldBack.__exit__.__code__, HeldBack.deliver.__code__}  # all is done by then
 
 
 class Planted(Exception):

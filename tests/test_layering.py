@@ -42,6 +42,7 @@ CORE = [
     "policies",
 ]
 RUNTIME = [
+    "interrupts",
     "journal",
     "sites",
     "base_weight",
