@@ -34,14 +34,14 @@ def minilm_classifier(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     logging.set_verbosity_error()  # it would report the fresh head as missing from the checkpoint, at every load
     logging.disable_progress_bar()
-    return AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
+    return AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2, trust_remote_code=False)
 
 
 class Reviews(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Tokenised reviews, padded to a fixed length, with 0/1 labels."""
 
     def __init__(self, texts: list[str], labels: list[int]):
-        tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+        tokenizer = AutoTokenizer.from_pretrained(minilm_path(), trust_remote_code=False)
         self.encoded = tokenizer(
             texts, truncation=True, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt"
         )

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftModel
-from transformers.utils import logging as bars
+from peft import LoraConfig, PeftModel
 
 from rankflow.adapters import Adapter
 from rankflow.calibration import calibrate, check_metric
 from rankflow.corpus import Labels, batches_of, classes, next_tokens, read_rows
 from rankflow.crew import Progress
 from rankflow.devices import usable
-from rankflow.errors import AdapterError, ConfigError
+from rankflow.errors import AdapterError, ConfigError, first_line
 from rankflow.formats.peft import WEIGHTS, PeftAdapter
+from rankflow.formats.peft_config import resized_config, target_modules
 from rankflow.formats.tensors import open_tensors
 from rankflow.measured import Statistics
+from rankflow.pretrained import architecture, load, load_config
 
 _CLASSES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     "FEATURE_EXTRACTION": transformers.AutoModel,
 }
+_COMPUTES = (  # fields of a config that change what an adapter computes, and name no module by an expression
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias"),
+    *("fan_in_fan_out", "target_parameters", "modules_to_save", "trainable_token_indices", "layer_replication"),
+    *("ensure_weight_tying", "alora_invocation_tokens", "task_type", "lora_dropout"),
+)
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # [labels, width], saved with SEQ_CLS
 
 
@@ -65,17 +72,17 @@ def calibrate_saved(
             f"{adapter.path}: PEFT does not load it as LoRA; calibrate what `rankflow squeeze` makes of it"
         )
     rows = read_rows(Path(data), batches * batch_size)
-    config = _loaded(transformers.AutoConfig, base)
-    task = _task(adapter, config)
+    config = load_config(base)
+    task = _task(adapter, config, base)
     own = (adapter.folder / "tokenizer_config.json").is_file()
-    tokenizer = _loaded(transformers.AutoTokenizer, adapter.folder if own else base)
+    tokenizer = load(transformers.AutoTokenizer, adapter.folder if own else base)
     if task == "SEQ_CLS":
         config.num_labels = _labels(adapter, config)
     labels = None if metric == "outputs" else _labels_for(task, config)
     inputs = batches_of(rows, tokenizer, size=batch_size, max_length=max_length, labels=labels)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id  # by which a sequence's last token is found
-    model = _loaded(_CLASSES[task], base, config=config, dtype="auto")
+    model = load(_CLASSES[task], base, config=config, dtype="auto")
     return calibrate(
         _put_on(adapter, model, base).to(where),
         inputs,
@@ -87,12 +94,13 @@ def calibrate_saved(
 
 
 def _put_on(adapter: PeftAdapter, model: Any, base: str | Path) -> PeftModel:
+    config = LoraConfig(**_by_name(adapter), inference_mode=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is checked here, and of what PEFT asks transformers for
-            found = PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as e:
-        raise ConfigError(f"{base}: PEFT cannot put {adapter.path} on it ({str(e).strip().splitlines()[0]})") from None
+            found = PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True, config=config)
+    except Exception as e:  # what a foreign reader makes of a stranger's files is its own affair
+        raise ConfigError(f"{base}: PEFT cannot put {adapter.path} on it ({first_line(e)})") from None
     live = Adapter(found).layout().ranks
     for name, slot in adapter.layout.items():
         if live.get(name) != slot.rank:
@@ -100,24 +108,29 @@ def _put_on(adapter: PeftAdapter, model: Any, base: str | Path) -> PeftModel:
     return found
 
 
-def _loaded(cls: Any, base: str | Path, **options: Any) -> Any:
-    had_bars = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()  # the caller has one of its own
-    try:
-        return cls.from_pretrained(str(base), **options)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        what = cls.__name__.removeprefix("Auto").lower()
-        raise ConfigError(f"{base}: no {what} that transformers loads ({str(e).strip().splitlines()[0]})") from None
-    finally:
-        if had_bars:
-            bars.enable_progress_bar()
+def _by_name(adapter: PeftAdapter) -> dict[str, Any]:
+    """The fields of the adapter's config that say what it computes, with its modules by name: PEFT matches no
+    expression of a stranger's, imports nothing that the config asks for, and draws nothing that the file then fills.
+
+    Raises:
+        AdapterError: modules saved whole by what is no name.
+    """
+    config = resized_config(
+        adapter.config, {n: (e.pattern_names, e.slot.scaling) for n, e in adapter.entries.items()}, adapter.layout.ranks
+    )
+    for name in config.get("modules_to_save") or ():
+        if not re.fullmatch(r"[\w.]+", name):
+            raise AdapterError(f"{adapter.path}: modules_to_save has {name[:80]!r}, which is no module's name")
+    own = {n for e in adapter.entries.values() if e.slot.kind != "experts" for n in e.pattern_names}
+    kept = {field: config[field] for field in _COMPUTES if field in config}
+    return kept | {"target_modules": target_modules(own) if own else None}
 
 
-def _task(adapter: PeftAdapter, config: Any) -> str:
+def _task(adapter: PeftAdapter, config: Any, base: str | Path) -> str:
     """What the model is for: as the adapter says, or by the base's own class."""
     said = adapter.config.get("task_type")
     if said is None:
-        named = next(iter(config.architectures or ()), "")
+        named = getattr(architecture(config, base), "__name__", "")
         ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
         return next((task for end, task in ends.items() if named.endswith(end)), "FEATURE_EXTRACTION")
     if said not in _CLASSES:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankflow.errors import ConfigError
+from rankflow.errors import ConfigError, first_line
 
 TEXT, LABEL = "text", "label"  # columns
 Row = Mapping[str, Any]
@@ -122,7 +122,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(1024, columns=columns):
                 yield from batch.to_pylist()
     except (ArrowException, OSError) as e:
-        raise ConfigError(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
+        raise ConfigError(f"{path}: not a whole parquet file ({first_line(e)})") from None
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {

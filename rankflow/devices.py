@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rankflow.errors import ConfigError
+from rankflow.errors import ConfigError, first_line
 
 
 def usable(device: str) -> torch.device:
@@ -17,4 +17,4 @@ def usable(device: str) -> torch.device:
         torch.zeros(1, device=device, dtype=torch.float64).item()
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
-        raise ConfigError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
+        raise ConfigError(f"device {device!r} cannot be used: {first_line(e)}") from None

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_LONGEST = 200  # of what others say, characters
+
 
 class RankFlowError(Exception):
     """Base of all errors that a user can cause and mend; the message names the thing and the remedy."""
@@ -41,3 +43,9 @@ def naming(source: object, *others: object) -> Iterator[None]:
         if any(str(file) in str(e) for file in (source, *others)):
             raise
         raise type(e)(f"{source}: {e}") from None
+
+
+def first_line(e: BaseException) -> str:
+    """What a foreign error says, in one line that can be shown."""
+    lines = (line.strip() for line in str(e).splitlines())
+    return next((line for line in lines if line and line.isprintable()), type(e).__name__)[:_LONGEST]

@@ -47,6 +47,27 @@ MUTANTS = [
         "tests/test_margins.py",
     ),
     Mutant(
+        "let transformers ask whether to run a stranger's code",
+        "pretrained.py",
+        "TIME_OUT_REMOTE_CODE = 0  #",
+        "TIME_OUT_REMOTE_CODE = seconds  #",
+        "tests/test_strangers.py -k part_of_a_model",
+    ),
+    Mutant(
+        "leave to transformers whether a stranger's code is run",
+        "pretrained.py",
+        "str(source), trust_remote_code=False, **options",
+        "str(source), **options",
+        "tests/test_strangers.py -k every_call",
+    ),
+    Mutant(
+        "take any name of transformers' for an architecture",
+        "pretrained.py",
+        "issubclass(found, PreTrainedModel) and found is not PreTrainedModel",
+        "found is not PreTrainedModel",
+        "tests/test_strangers.py -k architecture",
+    ),
+    Mutant(
         "measure the margin of growth against modules that could not grow",
         "margins.py",
         "elif unit.rank < unit.span[1]:",

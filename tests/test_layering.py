@@ -98,6 +98,7 @@ EDGES = [
     "corpus",
     "measured",
     "calibration",
+    "pretrained",
     "base_model",
     "yardstick",
     "planning",

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankflow.errors import AdapterError, ConfigError
+from rankflow.errors import AdapterError, ConfigError, first_line
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -108,9 +108,8 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _broken(path: Path, kind: str, e: Exception) -> AdapterError:
-    reason = next((line for line in str(e).splitlines() if line.isprintable()), "")[:200] or type(e).__name__
     return AdapterError(
-        f"{path}: not a whole {kind} file ({reason}); it is truncated or corrupt, save or download it again"
+        f"{path}: not a whole {kind} file ({first_line(e)}); it is truncated or corrupt, save or download it again"
     )
 
 

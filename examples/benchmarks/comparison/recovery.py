@@ -38,7 +38,11 @@ class Embedder(nn.Module):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.bert = AutoModel.from_pretrained(
-            minilm_path(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            minilm_path(),
+            add_pooling_layer=False,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            trust_remote_code=False,
         )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, target: Tensor | None = None) -> Embedded:

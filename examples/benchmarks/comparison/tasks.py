@@ -56,7 +56,9 @@ class Task:
         torch.manual_seed(seed)
         logging.set_verbosity_error()  # it would report the fresh head at every load
         logging.disable_progress_bar()
-        return AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=self.classes)
+        return AutoModelForSequenceClassification.from_pretrained(
+            minilm_path(), num_labels=self.classes, trust_remote_code=False
+        )
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
         """Training batches without end; every epoch in another order, texts of like length together."""
@@ -109,7 +111,9 @@ def load(name: str) -> Task:
 
 def _tokens(texts: list[str], length: int) -> list[list[int]]:
     openings = [text[: 12 * length] for text in texts]  # more than that many tokens; whole texts take their time
-    return AutoTokenizer.from_pretrained(minilm_path())(openings, truncation=True, max_length=length)["input_ids"]
+    return AutoTokenizer.from_pretrained(minilm_path(), trust_remote_code=False)(
+        openings, truncation=True, max_length=length
+    )["input_ids"]
 
 
 def _split(
