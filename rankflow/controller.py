@@ -376,7 +376,7 @@ class Controller:
             "lifecycle": {"title": str(self.lifecycle), "settings": self.lifecycle.settings()},
             "layout": self.layout.to_json(),
             "first_layout": self._first_layout.to_json(),
-            "ledger": self.ledger.events,
+            "ledger": list(self.ledger.events),
             "ramps": self._surgeon.ramps.state_dict(),
             "averages": self._surgeon.averages.state_dict(),
             "held": self._surgeon.held,

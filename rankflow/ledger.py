@@ -8,8 +8,10 @@ was written too, in seconds since 1970, which is no part of the event: two equal
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
 
+from rankflow.disk import make_folder, sync, sync_open
 from rankflow.errors import CheckpointError
 from rankflow.journal import Journal
 from rankflow.plan import Layout, RankPlan, replay
@@ -100,6 +103,8 @@ class _Event(_Spec):
 
 _REQUIRED = {"attach": {"layout"}, "resize": {"plan"}, "phase": {"policy"}, "fold": {"policy", "gates", "total"}}
 _REQUIRED |= {"restore": {"events"}}
+_KNOWN = {*_REQUIRED, "skip", "finish"}
+_BEGINNING = b'{"event": "attach", "step": '  # of a first line, which a crash may have cut short
 
 
 class Ledger:
@@ -107,7 +112,11 @@ class Ledger:
 
     A line is written whole or not at all, and synced before `append` returns; a last line cut short by a crash is
     dropped when the file is next opened. What is appended in a `together` block is written at its end, all of it or
-    nothing. With `keep_matrices` the matrices of each plan lie beside the ledger.
+    nothing. With `keep_matrices` the matrices of each plan lie beside the ledger, and are on disk before the line that
+    names them.
+
+    Raises:
+        CheckpointError: at the path is something other than a ledger, which is left as it is; or a damaged one.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, keep_matrices: bool = False):
@@ -116,7 +125,9 @@ class Ledger:
         self._source = self.path  # what messages are about
         self.events: list[Event] = []
         self._waiting: list[Event] | None = None  # of a `together` block
-        if self.path is not None and self.path.exists():
+        if self.path is not None and self.path.is_dir():
+            raise CheckpointError(f"{self.path}: is a folder; a ledger is a file, so give it a name in there")
+        if self.path is not None and self.path.is_file():
             self.events = _effective(_read_lines(self.path, mend=True))
 
     @classmethod
@@ -142,12 +153,12 @@ class Ledger:
         if self.path is not None and plan is not None and self.keep_matrices:
             line["matrices"] = self._save_matrices(step, plan)
         self._write([line])
-        self.events = _effective([*self.events, line])
+        self.events = _followed(self.events, line)
         return line
 
     def begin(self, journal: Journal) -> None:
         """What is appended from here on waits for `write`, and is undone with `journal`: in memory and in the file."""
-        journal.attr(self, "events", self.events)
+        journal.undo(partial(self._forget, self.events, len(self.events)))
         journal.attr(self, "_waiting", [])
 
     def write(self, journal: Journal, attempt: Callable[[Callable[[], None]], object]) -> None:
@@ -174,8 +185,12 @@ class Ledger:
         if self._waiting is not None:
             self._waiting += lines
         elif self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             _append_lines(self.path, lines)
+
+    def _forget(self, events: list[Event], known: int) -> None:
+        """Go back to the first so many of what the events were then."""
+        del events[known:]
+        self.events = events
 
     def restore(self, events: list[Event], step: int) -> None:
         """Go on from an earlier point: `events` are those the checkpoint at `step` had seen."""
@@ -227,67 +242,99 @@ class Ledger:
 
     def _save_matrices(self, step: int, plan: RankPlan) -> str:
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        name = f"{self.path.stem}-step-{step:06d}.safetensors"
-        partial = self.path.parent / f".{name}.part"
-        save_file({"flat": plan.pack()}, partial)
-        os.replace(partial, self.path.parent / name)
+        make_folder(self.path.parent)
+        at_step = itertools.takewhile(lambda event: event["step"] == step, reversed(self.events))
+        earlier = sum("matrices" in event for event in at_step)
+        name = f"{self.path.stem}-step-{step:06d}{f'-{earlier + 1}' if earlier else ''}.safetensors"
+        half = self.path.parent / f".{name}.part"
+        save_file({"flat": plan.pack()}, half)
+        sync(half)
+        os.replace(half, self.path.parent / name)
+        sync(self.path.parent)
         return name
 
 
 def _effective(events: list[Event]) -> list[Event]:
-    """Events that still hold: a restore voids what came after its point, an attach begins anew."""
+    """Events that still hold."""
     out: list[Event] = []
     for event in events:
-        if event["event"] == "restore":
-            out = out[: event["events"]]
-        elif event["event"] == "attach":
-            out = []
-        if event["event"] != "restore":
-            out.append(event)
+        out = _followed(out, event)
     return out
 
 
 def _cut(path: Path, size: int) -> None:
     """Let go of what was appended since the file had that size."""
-    if path.exists() and path.stat().st_size > size:
+    if path.is_file() and path.stat().st_size > size:
         os.truncate(path, size)
+
+
+def _followed(events: list[Event], event: Event) -> list[Event]:
+    """The events that hold after one more, in the same list where all of them do: a restore voids what came after its
+    point, an attach begins anew."""
+    if event["event"] == "restore":
+        return events[: event["events"]]
+    if event["event"] == "attach":
+        return [event]
+    events.append(event)
+    return events
 
 
 def _append_lines(path: Path, lines: list[Event]) -> None:
     timed = [{**line, "time": round(time.time(), 3)} for line in lines]
     left = "".join(json.dumps(line, allow_nan=False) + "\n" for line in timed).encode()
+    make_folder(path.parent)
+    new = not path.exists()
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     size = os.fstat(fd).st_size
     try:
         while left:  # a disk that is nearly full takes a part of it first
             left = left[os.write(fd, left) :]
-        os.fsync(fd)
+        sync_open(fd, path)
+        if new:
+            sync(path.resolve().parent)
     except BaseException:
-        os.ftruncate(fd, size)
+        if path.is_file():  # not a pipe
+            os.ftruncate(fd, size)
         raise
     finally:
         os.close(fd)
 
 
 def _read_lines(path: Path, *, mend: bool = False, times: bool = False) -> list[Event]:
+    """
+    Raises:
+        CheckpointError: a line that is not a ledger's; nothing is mended then.
+    """
     raw = path.read_bytes()
     whole = raw.rfind(b"\n") + 1
+    events = [_read_line(text, path, number, times) for number, text in enumerate(raw[:whole].splitlines(), 1)]
+    if mend and raw and not _begins_ledger(raw, events):
+        raise CheckpointError(f"{path}: is there already, and is no ledger; give the ledger another name")
     if mend and whole < len(raw):
         os.truncate(path, whole)
-    events: list[Event] = []
-    for number, text in enumerate(raw[:whole].splitlines(), 1):
-        try:
-            event = json.loads(text)
-            seen = _Event.model_validate(event).model_fields_set
-            if missing := _REQUIRED.get(event["event"], set()) - seen:
-                raise ValueError(f"{missing.pop()} is missing")
-            if not times:
-                event.pop("time", None)
-        except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{path}, line {number}: not a ledger event{_why(e)}; the file is damaged") from None
-        events.append(event)
     return events
+
+
+def _begins_ledger(raw: bytes, events: list[Event]) -> bool:
+    if events:
+        return events[0]["event"] in _KNOWN
+    return _BEGINNING.startswith(raw) or re.match(rb"%b\d+(, |,?$)" % re.escape(_BEGINNING), raw) is not None
+
+
+def _read_line(text: bytes, path: Path, number: int, times: bool) -> Event:
+    try:
+        event = json.loads(text)
+        seen = _Event.model_validate(event).model_fields_set
+        if missing := _REQUIRED.get(event["event"], set()) - seen:
+            raise ValueError(f"{missing.pop()} is missing")
+        if not times:
+            event.pop("time", None)
+    except (ValueError, RecursionError) as e:
+        what = (
+            "the file is damaged" if number > 1 else "the file is damaged, or no ledger; give the ledger another name"
+        )
+        raise CheckpointError(f"{path}, line {number}: not a ledger event{_why(e)}; {what}") from None
+    return event
 
 
 def _why(e: Exception) -> str:

@@ -75,7 +75,8 @@ def ticking(tick: Tick) -> Iterator[None]:
     with contextlib.ExitStack() as patched:
         for name in ("fsync", "replace", "rename", "mkdir", "write"):
             patched.enter_context(mock.patch.object(os, name, counted(getattr(os, name))))
-        patched.enter_context(mock.patch.object(atomic, "_exchange", counted(atomic._exchange)))
+        for name in ("_exchange", "_put_new"):
+            patched.enter_context(mock.patch.object(atomic, name, counted(getattr(atomic, name))))
         patched.enter_context(mock.patch.object(io, "open", opening))
         patched.enter_context(mock.patch.object(builtins, "open", opening))
         yield

@@ -244,7 +244,7 @@ def test_a_tail_gives_its_place_back_where_its_adapter_gets_none(tmp_path: Path,
 
     if there:
         write(2)
-    before, swap, rename = tree(tmp_path), atomic._exchange, os.rename
+    before, swap, rename, link = tree(tmp_path), atomic._renamed, os.rename, os.link
     calls = iter(range(10**6))
 
     def once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,7 +258,11 @@ def test_a_tail_gives_its_place_back_where_its_adapter_gets_none(tmp_path: Path,
     for at in range(99):
         calls = iter(range(10**6))
         exchanging = once(swap) if exchange else mock.Mock(return_value=False)
-        with mock.patch.object(os, "rename", once(rename)), mock.patch.object(atomic, "_exchange", exchanging):
+        with (
+            mock.patch.object(os, "rename", once(rename)),
+            mock.patch.object(os, "link", once(link)),
+            mock.patch.object(atomic, "_renamed", exchanging),
+        ):
             try:
                 write(3)
             except OSError as e:

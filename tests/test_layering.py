@@ -43,6 +43,7 @@ CORE = [
 ]
 RUNTIME = [
     "interrupts",
+    "disk",
     "journal",
     "sites",
     "base_weight",

@@ -2,7 +2,9 @@
 
 Whatever happens, a full disk or a killed process, at the place itself there is what was there before, or the new one
 whole. What a killed process leaves is a hidden `.<name>.<8 hex digits>.part` beside it, which the next one that writes
-to that place takes away.
+to that place takes away. What was there when writing began gives way, and hands on its mode and owner; where nothing
+was, what has come meanwhile stays. A link is followed. What is no file, a device or a pipe, is written to as it is,
+once all else is in its place.
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-if sys.platform != "win32":
-    import fcntl
+from rankflow.disk import NOT_TO_BE_HAD, locked, make_folder, sync
+from rankflow.errors import ConfigError
 
 _AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_LONGEST_STEM = 50  # characters, so that the name of a part is none too long where that of the output is not
 
 
 class Together:
@@ -31,24 +35,33 @@ class Together:
 
     def __init__(self, held: ExitStack):
         self._held = held
-        self._outputs: list[tuple[Path, Path]] = []
+        self._outputs: list[tuple[Path, Path, bool]] = []  # (partial, out, whether that was there)
+        self._plain: list[tuple[Path, Path]] = []
 
     def begin(self, partial: Path, out: Path) -> None:
         """`partial`, which is there, is to become `out`; if it does not, it is removed."""
         self._held.callback(_remove, partial)
-        self._held.enter_context(_locked(partial))
-        self._outputs.append((partial, out))
+        self._held.enter_context(locked(partial))
+        self._outputs.append((partial, out, os.path.lexists(out)))
+
+    def begin_plain(self, out: Path) -> Path:
+        """A file of which the content is to be written to `out`, a device or a pipe."""
+        partial = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="rankflow-"))) / f"out{out.suffix}"
+        self._plain.append((partial, out))
+        return partial
 
     def commit(self) -> None:
         with ExitStack() as undo:
-            for partial, out in self._outputs:
-                if partial.is_file() and (partial, out) == self._outputs[-1]:
-                    partial.replace(out)  # in one step everywhere, and nothing after it makes it be undone
+            for i, (partial, out, there) in enumerate(self._outputs):
+                if partial.is_file() and i == len(self._outputs) - 1:  # in one step, and nothing after it undoes it
+                    partial.replace(out) if there else _put_new(partial, out)
                 else:
-                    undo.callback(_take_place(partial, out, self._held))
+                    undo.callback(_take_place(partial, out, there, self._held))
             undo.pop_all()
-        for _, out in self._outputs:
-            _sync(out.parent)
+        for _, out, _ in self._outputs:
+            sync(out.parent)
+        for partial, out in self._plain:
+            _pour(partial, out)
 
 
 @contextmanager
@@ -77,14 +90,15 @@ def atomic_folder(out: Path, group: Together | None = None) -> Iterator[Path]:
     """
     with nullcontext(group) if group is not None else together() as outputs:
         out = out.resolve()  # a link stays, and what it leads to is replaced
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         partial = _beside(out, "")
         partial.mkdir()
         outputs.begin(partial, out)
         yield partial
+        _keep_owners(partial, out)
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
 
 
 @contextmanager
@@ -95,21 +109,37 @@ def atomic_file(out: Path, group: Together | None = None) -> Iterator[Path]:
         group: as for `atomic_folder`.
     """
     with nullcontext(group) if group is not None else together() as outputs:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if is_plain(out):
+            yield outputs.begin_plain(out)
+            return
+        out = out.resolve()
+        make_folder(out.parent)
         partial = _beside(out, out.suffix)
         partial.touch()
         outputs.begin(partial, out)
         yield partial
-        _sync(partial)
+        _keep_owners(partial, out)
+        sync(partial)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a path is written to as it is: `-`, which is stdout, a device, or a pipe."""
+    return str(path) == "-" or _standard(path) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def _standard(path: Path) -> bool:
+    """A name for what this process has open, which may be a file as well."""
+    return str(path) in ("/dev/stdout", "/dev/stderr") or str(path).startswith(("/dev/fd/", "/proc/self/fd/"))
 
 
 def _beside(out: Path, suffix: str) -> Path:
     """The name of a new file or folder that is to become `out`; what killed processes left of such ones is removed."""
-    stem = out.name.removesuffix(suffix) if suffix else out.name
+    stem = (out.name.removesuffix(suffix) if suffix else out.name)[:_LONGEST_STEM]
     ours = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{8}}\.part{re.escape(suffix)}")
     for left in [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]:
-        with contextlib.suppress(OSError), _locked(left):  # not of a process that is still at it
-            _remove(left)
+        with contextlib.suppress(OSError), locked(left) as held:
+            if held:  # so it is not of a process that is still at it
+                _remove(left)
     return out.with_name(f".{stem}.{uuid.uuid4().hex[:8]}.part{suffix}")
 
 
@@ -121,28 +151,35 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """A lock that ends with the process, whatever ends that.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(fd)
+def _keep_owners(new: Path, old: Path) -> None:
+    """Modes and owners of what gives way, and of the files in it that are there again, go to what takes its place."""
+    for there, here in [(old, new), *((old / file.name, file) for file in (new.iterdir() if new.is_dir() else ()))]:
+        if there.is_symlink() or there.is_dir() != here.is_dir() or not there.exists():
+            continue
+        about = there.stat()
+        if hasattr(os, "chown") and (here.stat().st_uid, here.stat().st_gid) != (about.st_uid, about.st_gid):
+            with contextlib.suppress(PermissionError):  # only root may give files away
+                os.chown(here, about.st_uid, about.st_gid)
+        with contextlib.suppress(PermissionError):
+            here.chmod(about.st_mode & 0o7777)
 
 
-def _take_place(new: Path, old: Path, held: ExitStack) -> Callable[[], object]:
+def _pour(content: Path, out: Path) -> None:
+    """Write to what is no file of its own, from where it stands."""
+    with content.open("rb") as file:
+        if str(out) in ("-", "/dev/stdout", "/dev/fd/1"):
+            sys.stdout.flush()
+            shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.flush()
+            return
+        with open(os.open(out, os.O_WRONLY), "wb") as device:
+            shutil.copyfileobj(file, device)
+
+
+def _take_place(new: Path, old: Path, there: bool, held: ExitStack) -> Callable[[], object]:
     """`new` takes the name of `old`; what undoes it. What `old` was is then called `new`, or goes with what is held."""
-    if not old.exists():
-        new.rename(old)
+    if not there:
+        _put_new(new, old)
         return lambda: old.rename(new)
     if _exchange(new, old):
         return lambda: _exchange(new, old)
@@ -162,8 +199,50 @@ def _take_place(new: Path, old: Path, held: ExitStack) -> Callable[[], object]:
     return back
 
 
+def _put_new(new: Path, place: Path) -> None:
+    """`new` takes a name that was free when writing began.
+
+    Raises:
+        ConfigError: it is free no longer.
+    """
+    try:
+        if not _renamed(new, place, _RENAME_NOREPLACE):
+            _rename_new(new, place)
+    except FileExistsError:
+        raise ConfigError(f"{place}: has come to be there meanwhile, and stays; write to another name") from None
+
+
+def _rename_new(new: Path, place: Path) -> None:
+    """The same by calls that every system has."""
+    if os.name == "nt":
+        new.rename(place)  # which replaces nothing there
+    elif new.is_dir():
+        place.mkdir()  # which fails if there is anything
+        try:
+            new.rename(place)
+        except BaseException:
+            place.rmdir()
+            raise
+    else:
+        try:
+            os.link(new, place)
+        except OSError as e:
+            if e.errno not in NOT_TO_BE_HAD | {errno.EPERM, errno.EXDEV, errno.EMLINK}:
+                raise
+            if os.path.lexists(place):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place)) from None
+            new.rename(place)
+        else:
+            new.unlink()
+
+
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where that cannot be had.
+    """Exchange two names in one step; False where that cannot be had."""
+    return _renamed(one, other, _RENAME_EXCHANGE)
+
+
+def _renamed(one: Path, other: Path, how: int) -> bool:
+    """Linux's renameat2; False where it cannot be had.
 
     Raises:
         OSError: it failed for a reason of its own.
@@ -171,19 +250,9 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), how) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
+    if code in NOT_TO_BE_HAD | {errno.EXDEV}:
         return False
     raise OSError(code, os.strerror(code), str(other))
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
