@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rankflow.ledger import Ledger
     from rankflow.loop import attach
     from rankflow.measured import Statistics
-    from rankflow.mismatches import check
     from rankflow.plan import Layout, RankPlan, Slot
     from rankflow.policy import Observation, Policy, Signal, Study
     from rankflow.quantized import load_quantized, save_quantized
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from rankflow.tails import expand
     from rankflow.targets import Target
     from rankflow.trainer import RankFlowCallback
+    from rankflow.verdicts import check
 
 # Loaded on first use: torch and transformers take seconds, `rankflow --help` should not.
 _HOME = {
@@ -49,7 +49,7 @@ _HOME = {
     "calibrate": "calibration",
     "save_statistics": "calibration",
     "canonicalize": "checkpoint",
-    "check": "mismatches",
+    "check": "verdicts",
     "diff": "difference",
     "expand": "tails",
     "pad": "checkpoint",

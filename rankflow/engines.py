@@ -8,11 +8,13 @@ vllm         `lora/peft_helper.py`, `lora/lora_model.py`, `config/lora.py`. One 
              has to be at most max_lora_rank, one of the ranks below, 16 unless set; buffers have that many rows and
              take each tensor's own, so that one with more than r passes the check and fails in the copy [reading].
              Refused: modules_to_save, DoRA, bias, tensors that are no factors, but for copies of base embeddings, which
-             are skipped [code; that full ones which are no copies are refused is by reading].
+             are skipped [code; that full ones which are no copies are refused is by reading]. use_rslora is not heeded
+             for experts (issue 55545) [thread].
 sglang       `lora/lora_config.py`, `lora/lora.py`, `lora/mem_pool.py`. One scale lora_alpha / r; use_rslora is not
              read [code]. Every tensor has to have r rows, or the copy into its buffer fails [code]. q, k and v are
              joined: one starts from q, needs v, and puts zeros for k; up without gate is left over [code, of one
-             version]. DoRA and added tokens are refused; target_modules has to be a list, or all-linear [code].
+             version]. DoRA and added tokens are refused; target_modules has to be a list, or all-linear [code]. With
+             --lora-page-rank-size 8 a rank takes whole pages of 8 (pull requests 31305, 36837) [thread].
 lorax        `adapters/lora.py`, `utils/sgmv.py`. One scale lora_alpha / r, use_rslora heeded; A of one type of module
              is stacked over all layers, so ranks have to agree after padding (to 8, above that to multiples of 16),
              and a type that a layer lacks is left out everywhere [code]. r is overwritten by the padded rank while
@@ -29,9 +31,27 @@ llamacpp     `convert_lora_to_gguf.py`, `llama-adapter.h`. The converter keeps l
              scales by it over the tensor's own rank, or by 1 if it is 0; use_rslora and alpha_pattern are lost
              [code]. What is no factor is refused, but for copies of base weights and norms, which are skipped [code].
 diffusers    Alphas of a file, or the PEFT config in its header; without either 1, which versions before pull request
-             14409 get wrong where ranks differ [thread].
-comfyui      `weight_adapter/lora.py`. A module's alpha over its rank, 1 without; headers are not read [code].
-peft         What it writes; all of it is heeded.
+             14409 get wrong where ranks differ [thread]. `loaders/lora_pipeline.py` takes every `dora_scale` out of a
+             file, `loaders/lora_conversion_utils.py` every `.diff_b` of FLUX and every `.diff` of a norm, with no more
+             than a line in the log [code]. Modules of a text encoder are looked for by the names that the transformers
+             at hand has for them (diffusers issue 13984) [thread].
+comfyui      `weight_adapter/lora.py`, `lora.py`. A module's alpha over its rank, 1 without; headers are not read
+             [code]. Knows `dora_scale` and no `lora_magnitude_vector`, nor biases of factors, and goes on without what it does
+             not know, with a line in the log. CLIP's modules are `text_model.encoder.layers..` to it in every spelling
+             (`model_lora_keys_clip`) [code].
+peft         What it writes; all of it is heeded. Factors are looked for after `base_model.model.` alone; an adapter's
+             name in theirs may be `default` (run with 0.21.2).
+
+What acts otherwise than by factors, by field (`rankflow.formats.peft_fields` has them all): the invocation tokens of
+aLoRA are read by llamacpp (`adapter.alora.invocation_tokens`, pull request 15327) [thread], and the configs of vllm,
+sglang, lorax and tensorrt-llm have no such field, so that the adapter acts on every token [code]. No one but peft
+stacks a base's layers anew (layer_replication) or ties what ensure_weight_tying ties [code for the configs; what
+becomes of tensors of layers that are not there is by reading].
+
+Names of tensors: vllm's `parse_fine_tuned_lora_name` takes names with and without `base_model.model.`, and nothing
+between lora_A and weight [code]; so do llamacpp's converter and tensorrt-llm's pattern [reading]. lorax asks for
+`base_model.model.` and gets no factor without [code]. What a wrapper of training left in a name is a module that no
+engine has.
 
 Nothing but peft loads what PEFT saves of other types than LORA (VeRA, LoHa, RandLoRA, ..) [code]: their configs have no
 lora_alpha, which vllm, sglang, lorax and llamacpp's converter ask for, sglang asks for the type too, and tensorrt-llm
@@ -65,6 +85,26 @@ ADALORA = "AdaLoRA's factors, which are named otherwise"
 OTHER_TYPES = "adapters of a PEFT type other than LORA"
 MIDDLE = "what stands between A and B"
 
+# What acts otherwise than by A and B
+ALORA = "the invocation tokens of an aLoRA"
+REPLICATED = "layers stacked anew (layer_replication)"
+TRAINED_ROWS = "single rows of embeddings (trainable_token_indices)"
+TYING = "the tying of layers (ensure_weight_tying)"
+MEGATRON = "Megatron's layers (megatron_config)"
+DORA_SCALE = "DoRA's magnitudes (dora_scale)"
+MAGNITUDE = "DoRA's magnitudes (lora_magnitude_vector)"
+FLUX_BIASES = "FLUX's updates of biases (.diff_b)"
+BIASES = "updates of biases (.diff_b)"
+NORM_UPDATES = "updates of norms (.diff)"
+FULL_UPDATES = "full updates (.diff)"
+
+# What is in names, and goes as the file is written anew
+WRAPPED = "modules under names that wrappers of training left (torch.compile, FSDP, DDP)"
+NO_PREFIX = "factors whose names do not begin with base_model.model."
+NAMED_ADAPTER = "factors with an adapter's name in theirs (lora_A.default.weight)"
+OTHER_ADAPTER = "factors of an adapter that is not called default"
+OTHER_NAMES = "modules under names that another library, or another version of it, gave them"
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -86,8 +126,11 @@ class Engine:
     config's lora_alpha and r (`config`), or by lora_alpha and the tensor's rank (`tensor`). rslora: if it heeds that.
     rows: how many a tensor may have: any number, at most r, exactly r, or one number for all modules of a type.
     ranks: the maximal ranks it can be set to, all if empty; above the last nothing is served. setting: what sets it.
+    page: of how many ranks the pages are in which it may keep them; 0 if it has none. rslora_experts: as rslora, for
+    the experts of a mixture.
     fates: what is not loaded, by the words of `rankflow.mismatches.FEATURES`. stacks: layers that it joins.
-    every_layer: whether a type of module that one layer lacks is left out of all.
+    every_layer: whether a type of module that one layer lacks is left out of all. library_names: whether it looks for
+    modules by the names that the libraries at hand have for them.
     """
 
     name: str
@@ -95,12 +138,15 @@ class Engine:
     reads: tuple[str, ...] = ("peft",)
     scale: Literal["module", "config", "tensor"] = "module"
     rslora: bool = True
+    rslora_experts: bool = True
     rows: Literal["any", "at most r", "r", "one a type"] = "any"
     ranks: tuple[int, ...] = ()
     setting: str = ""
+    page: int = 0
     fates: Mapping[str, Fate] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
     every_layer: bool = False
+    library_names: bool = False
 
     @property
     def pads(self) -> bool:
@@ -112,7 +158,7 @@ class Engine:
         """Whether a module of rank 0 is written as zeros, since the engine wants it to be there."""
         return self.every_layer or bool(self.stacks)
 
-    def scale_of(self, config: Mapping[str, Any], rank: int) -> float:
+    def scale_of(self, config: Mapping[str, Any], rank: int, *, expert: bool = False) -> float:
         """By what it multiplies B A of a module whose tensors have `rank`, with this PEFT config.
 
         Raises:
@@ -121,12 +167,14 @@ class Engine:
         if self.scale == "module":
             raise ValueError(self.name)
         over = config["r"] if self.scale == "config" else rank
-        return config["lora_alpha"] / (math.sqrt(over) if self.rslora and config.get("use_rslora") else over)
+        heeds = self.rslora and (self.rslora_experts or not expert)
+        return config["lora_alpha"] / (math.sqrt(over) if heeds and config.get("use_rslora") else over)
 
-    def unheeded(self, config: Mapping[str, Any]) -> list[str]:
+    def unheeded(self, config: Mapping[str, Any], *, expert: bool = False) -> list[str]:
         """The settings of a PEFT config that would change scales and are not looked at."""
         dropped = {"config": ("rank_pattern", "alpha_pattern"), "tensor": ("alpha_pattern",), "module": ()}[self.scale]
-        return [name for name in (*dropped, *([] if self.rslora else ["use_rslora"])) if config.get(name)]
+        heeded = self.rslora and (self.rslora_experts or not expert)
+        return [name for name in (*dropped, *([] if heeded else ["use_rslora"])) if config.get(name)]
 
     def room(self, most: int) -> int | None:
         """The rank that modules of at most `most` are given room for; None if no setting of the engine serves them."""
@@ -148,20 +196,39 @@ class Engine:
 
     def hint(self, most: int) -> str:
         """How to start the engine for modules of at most that rank; empty where nothing is to be set."""
-        return f"start {self.name} with {self.setting} {self.rank_for(most)} or more" if self.setting else ""
+        if not self.setting:
+            return ""
+        hint = f"start {self.name} with {self.setting} {self.rank_for(most)} or more"
+        if not self.page or most % self.page == 0:
+            return hint
+        return f"{hint}; in pages of {self.page} ranks it takes {-(-most // self.page) * self.page}"
 
 
 _REFUSED, _SILENT, _UNKNOWN = Fate.REFUSED, Fate.SILENT, Fate.UNKNOWN
 _SINGLE = ("kohya", "comfyui", "diffusers")
 _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")  # multi-head latent attention, whose q is a module of its own
-_PLAIN_ONLY = {ADALORA: _REFUSED, OTHER_TYPES: _REFUSED, MIDDLE: _REFUSED}
-_LINEAR_ONLY = {"convolutions": _REFUSED, "attention": _REFUSED, "experts": _UNKNOWN, **_PLAIN_ONLY}
+_PLAIN_ONLY = {
+    ADALORA: _REFUSED,
+    OTHER_TYPES: _REFUSED,
+    MIDDLE: _REFUSED,
+    NAMED_ADAPTER: _REFUSED,
+    WRAPPED: _SILENT,
+}
+_OF_PEFT_ALONE = {
+    ALORA: _SILENT,
+    REPLICATED: _SILENT,
+    TRAINED_ROWS: _REFUSED,
+    TYING: _UNKNOWN,
+    MEGATRON: _UNKNOWN,
+}
+_LINEAR_ONLY = {"convolutions": _REFUSED, "attention": _REFUSED, "experts": _UNKNOWN, **_PLAIN_ONLY, **_OF_PEFT_ALONE}
 
 _ALL = (
     Engine(
         "vllm",
         "peft",
         scale="config",
+        rslora_experts=False,
         rows="at most r",
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         setting="--max-lora-rank",
@@ -182,9 +249,12 @@ _ALL = (
         rslora=False,
         rows="r",
         setting="--max-lora-rank",
+        page=8,
         fates={
             **_LINEAR_ONLY,
             MIDDLE: _UNKNOWN,
+            NAMED_ADAPTER: _UNKNOWN,
+            TRAINED_ROWS: _UNKNOWN,
             "DoRA": _REFUSED,
             "modules_to_save": _SILENT,
             "bias": _UNKNOWN,
@@ -213,6 +283,11 @@ _ALL = (
             ADALORA: _SILENT,
             OTHER_TYPES: _REFUSED,
             MIDDLE: _SILENT,
+            NO_PREFIX: _SILENT,
+            NAMED_ADAPTER: _SILENT,
+            WRAPPED: _SILENT,
+            **_OF_PEFT_ALONE,
+            TRAINED_ROWS: _SILENT,
             "DoRA": _SILENT,
             "modules_to_save": _SILENT,
             "bias": _SILENT,
@@ -256,6 +331,7 @@ _ALL = (
             "attention": _REFUSED,
             "experts": _REFUSED,
             **_PLAIN_ONLY,
+            **{what: fate for what, fate in _OF_PEFT_ALONE.items() if what != ALORA},
             "DoRA": _REFUSED,
             "modules_to_save": _REFUSED,
             "bias": _REFUSED,
@@ -264,9 +340,36 @@ _ALL = (
             "other tensors": _REFUSED,
         },
     ),
-    Engine("diffusers", "diffusers", reads=_SINGLE),
-    Engine("comfyui", "", reads=_SINGLE),
-    Engine("peft", "peft", fates={MIDDLE: _SILENT}),
+    Engine(
+        "diffusers",
+        "diffusers",
+        reads=_SINGLE,
+        library_names=True,
+        fates={
+            WRAPPED: _SILENT,
+            OTHER_NAMES: _UNKNOWN,
+            **dict.fromkeys((ALORA, REPLICATED, TYING, MEGATRON), _UNKNOWN),
+            DORA_SCALE: _SILENT,
+            FLUX_BIASES: _SILENT,
+            BIASES: _UNKNOWN,
+            NORM_UPDATES: _SILENT,
+            FULL_UPDATES: _UNKNOWN,
+            "other tensors": _UNKNOWN,
+        },
+    ),
+    Engine(
+        "comfyui",
+        "",
+        reads=_SINGLE,
+        fates={
+            WRAPPED: _SILENT,
+            OTHER_NAMES: _SILENT,
+            NAMED_ADAPTER: _SILENT,
+            **dict.fromkeys((ALORA, REPLICATED, TYING, MEGATRON, MAGNITUDE, "bias"), _SILENT),
+            "other tensors": _UNKNOWN,
+        },
+    ),
+    Engine("peft", "peft", fates=dict.fromkeys((MIDDLE, WRAPPED, NO_PREFIX, OTHER_ADAPTER), _SILENT)),
 )
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _ALL}
 

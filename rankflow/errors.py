@@ -14,6 +14,10 @@ class ConfigError(RankFlowError):
     """A policy file, an option or an argument is wrong, or asks for what cannot be."""
 
 
+class BaseNeeded(ConfigError):
+    """What is asked for depends on the base model, which is neither given nor at hand."""
+
+
 class PlanError(RankFlowError):
     """A plan does not fit the layout it is to be applied to."""
 

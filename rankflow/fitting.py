@@ -6,7 +6,7 @@ scale gives 1, and so does PEFT's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rankflow.formats.convert import Converted
 from rankflow.formats.detect import converted, open_adapter
 from rankflow.formats.diffusers import METADATA
 from rankflow.formats.peft import PeftAdapter
-from rankflow.mismatches import lasting
+from rankflow.mismatches import Problem, lasting, other_names
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,35 @@ class Fitting:
             ConfigError: a format that cannot hold it, or something in it that the engine does not load.
         """
         source = open_adapter(src, kind, self.base, sketch)
-        doubts = []
-        if self.engine is not None:
-            found = lasting(source, self.engine)
-            doubts = [f"{p.where}: {self.engine.name} {p.does}" for p in found if p.fate is Fate.UNKNOWN]
-            if worst := next((p for p in found if p.fate is not Fate.UNKNOWN), None):
-                raise ConfigError(f"{source.path}: {worst.where}: {self.engine.name} {worst.does}; {worst.remedy}")
-        with naming(source.path):
-            adapter = self._written(source)
-        adapter.notes.extend(doubts)
+        found = [] if self.engine is None else lasting(source, self.engine)
+        if self.engine is not None and (worst := self.refusal(found)):
+            raise ConfigError(f"{source.path}: {worst.where}: {self.engine.name} {worst.does}; {worst.remedy}")
+        adapter = self.written(source)
+        adapter.notes.extend(f"{p.where}: {self.engine.name} {p.does}" for p in found if self.engine is not None)
         return adapter
+
+    def refusal(self, found: Sequence[Problem]) -> Problem | None:
+        """What of the lasting problems is a reason to write nothing: one of which is known what comes of it."""
+        return next((problem for problem in found if problem.fate is not Fate.UNKNOWN), None)
+
+    def written(self, source: SavedAdapter) -> SavedAdapter:
+        """The same adapter, as it would be written.
+
+        Raises:
+            ConfigError: a format that cannot hold it.
+        """
+        with naming(source.path):
+            return self._written(source)
 
     def _written(self, source: SavedAdapter) -> SavedAdapter:
         to = self.to or (self.engine.writes if self.engine is not None else "") or source.kind
         if self.engine is not None and to not in self.engine.reads and not self.engine.writes:
             to = "diffusers"
-        if to == source.kind == "diffusers" and self.engine is not None and METADATA in source.metadata:
-            return Converted(source, to)  # scales in the factors, since not everything reads the header
+        if to == source.kind == "diffusers" and self.engine is not None:
+            respelt = not self.engine.library_names and other_names(source)
+            if respelt or METADATA in source.metadata:
+                # Scales in the factors, since not everything reads the header
+                return Converted(source, to, keep_names=self.engine.library_names)
         adapter = source if to == source.kind else converted(source, to, self.base)
         return (
             adapter.at_unit_scale()

@@ -1,4 +1,7 @@
-"""What an engine would get wrong with an adapter file as it is, and what no rewriting of the file can mend."""
+"""What an engine would get wrong with an adapter file as it is, and what no rewriting of the file can mend.
+
+`rankflow.verdicts` and `rankflow.fitting` both go by this, so that what one says is what the other does.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,51 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankflow.engines import ADALORA, MIDDLE, OTHER_TYPES, Engine, Fate, Stack, engine_named
+from rankflow.engines import (
+    ADALORA,
+    ALORA,
+    BIASES,
+    DORA_SCALE,
+    FLUX_BIASES,
+    FULL_UPDATES,
+    MAGNITUDE,
+    MEGATRON,
+    MIDDLE,
+    NAMED_ADAPTER,
+    NO_PREFIX,
+    NORM_UPDATES,
+    OTHER_ADAPTER,
+    OTHER_NAMES,
+    OTHER_TYPES,
+    REPLICATED,
+    TRAINED_ROWS,
+    TYING,
+    WRAPPED,
+    Engine,
+    Fate,
+    Stack,
+)
 from rankflow.formats.adapter import BASE_COPY, SavedAdapter
-from rankflow.formats.convert import Converted, Source
+from rankflow.formats.convert import Converted, Source, configs_of
 from rankflow.formats.dense import DenseAdapter
-from rankflow.formats.detect import open_adapter
 from rankflow.formats.diffusers import METADATA, DiffusersAdapter, mixed
 from rankflow.formats.full import KIND as FULL
+from rankflow.formats.naming import renamed, renamed_flat
 from rankflow.formats.peft import PeftAdapter
+from rankflow.formats.peft_fields import is_set, unknown
 from rankflow.names import arrange
 
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"[._]lora_?(?:embedding_)?(?:[AB]|down|up|mid)\b|\.lora\.(?:down|up)")
+_NAMED = re.compile(r"(?<=\.lora_[AB])\.(?!weight$|bias$)[^.]+")  # an adapter's name
+_EXPERT = re.compile(r"\.experts\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
-_SQUEEZE = "rankflow squeeze"
-_ELSEWHERE = "serve it with another engine, or merge the adapter into its base model"
+SQUEEZE = "rankflow squeeze"
+ELSEWHERE = "serve it with another engine, or merge the adapter into its base model"
+_FIELDS = "see what these settings do, and whether the engine heeds them; without them it is known what is loaded"
 _ROUNDING = 1e-6  # scales nearer than this, relatively, are one
 
 
@@ -47,60 +78,37 @@ class Problem:
         return {**asdict(self), "fate": self.fate.value}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """problems: none if all is well. hint: how the engine is to be started for it."""
-
-    source: str
-    engine: str
-    problems: tuple[Problem, ...]
-    hint: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "problems": [problem.to_json() for problem in self.problems]}
-
-
-def check(src: str | Path, engine: str, *, kind: str | None = None, base: str | Path | None = None) -> Verdict:
-    """What `engine` (`rankflow.engines.ENGINES`) would get wrong with a file as it is.
-
-    Raises:
-        ConfigError: an unknown engine or format.
-        AdapterError: no adapter, or a damaged one.
-    """
-    found = engine_named(engine)
-    adapter = open_adapter(src, kind, base)
-    wrong = tuple(_on_base(problem, base) for problem in problems(adapter, found))
-    return Verdict(str(adapter.path), engine, wrong, "" if wrong else found.hint(max(adapter.layout.ranks.values())))
-
-
 def problems(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     kind = _source(adapter).kind
     if kind == FULL or adapter.kind not in engine.reads:
         what = "whole model and no adapter" if kind == FULL else f"{adapter.kind} file"
         where = f"is a {what}; {engine.name} loads {', '.join(engine.reads)}"
-        return [Problem("format", where, Fate.REFUSED, _rewrite(adapter, engine))]
-    of_file = _features(adapter, engine, _OF_THE_FILE)
+        unread = Problem("format", where, Fate.REFUSED, rewrite(adapter, engine))
+        return [unread, *_above(adapter, engine), *lasting(adapter, engine)]
+    mended = [feature for feature in _OF_THE_FILE if _mended(feature, engine)]
+    of_file = [*_features(adapter, engine, mended), *_above(adapter, engine), *lasting(adapter, engine)]
     if _no_plain_lora(adapter):  # of which ranks and scales are not those of any tensor
         return of_file
-    return [*of_file, *_rows(adapter, engine), *_scales(adapter, engine), *lasting(adapter, engine)]
+    return [*of_file, *_rows(adapter, engine), *_scales(adapter, engine)]
 
 
 def lasting(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     """Those that no other way of writing the file takes away."""
-    kept = [feature for feature in FEATURES if feature not in _OF_THE_FILE]
-    return [*_features(adapter, engine, kept), *_stacks(adapter, engine), *_layers(adapter, engine)]
+    kept = [feature for feature in FEATURES if not _mended(feature, engine)]
+    found = [*_features(adapter, engine, kept), *_stacks(adapter, engine), *_layers(adapter, engine)]
+    if fields := sorted({field for config in configs_of(_source(adapter)) for field in unknown(config)}):
+        found.append(Problem("", f"may or may not heed {', '.join(fields)}", Fate.UNKNOWN, _FIELDS, tuple(fields)))
+    return found
 
 
-def _rewrite(adapter: SavedAdapter, engine: Engine) -> str:
+def _mended(feature: str, engine: Engine) -> bool:
+    """Whether it is gone once the file is written anew; names that an engine may have too are kept for it."""
+    return feature in _OF_THE_FILE and (feature != OTHER_NAMES or not engine.library_names)
+
+
+def rewrite(adapter: SavedAdapter, engine: Engine) -> str:
     gguf = engine.writes == "gguf" and not isinstance(adapter, PeftAdapter)  # which is made of PEFT's alone
-    return f"{_SQUEEZE} {adapter.path} {'--format peft' if gguf else f'--for {engine.name}'}"
-
-
-def _on_base(problem: Problem, base: str | Path | None) -> Problem:
-    """The same with a remedy that reads what was read."""
-    if base is None or not problem.remedy.startswith(_SQUEEZE):
-        return problem
-    return replace(problem, remedy=f"{problem.remedy} --base {base}")
+    return f"{SQUEEZE} {adapter.path} {'--format peft' if gguf else f'--for {engine.name}'}"
 
 
 # -- what is in a file beside plain linear factors ------------------------------------------------------------------
@@ -111,13 +119,19 @@ def _config(adapter: SavedAdapter) -> Mapping[str, Any]:
 
 
 def _extra(adapter: SavedAdapter, matches: Callable[[str], bool]) -> list[str]:
+    """Tensors beside the factors that no feature of its own is about."""
     saved = tuple(_config(adapter).get("modules_to_save") or ())
-    factors = (".lora_magnitude_vector", ".bias", ".dora_scale", BASE_COPY)
+    own = (".lora_magnitude_vector", ".bias", ".dora_scale", ".diff", "trainable_tokens", BASE_COPY)
     return [
         key
         for key in adapter.extra_tensors
-        if matches(key) and not any(f in key for f in factors) and not any(f".{name}." in f".{key}" for name in saved)
+        if matches(key) and not any(f in key for f in own) and not any(f".{name}." in f".{key}" for name in saved)
     ]
+
+
+def _tensors(adapter: SavedAdapter, matches: Callable[[str], bool]) -> list[str]:
+    """Tensors beside the factors of a file that has no PEFT config with it, in which a setting would name them."""
+    return [key for key in adapter.extra_tensors if not _config(adapter) and matches(key)]
 
 
 def _source(adapter: SavedAdapter) -> Source:
@@ -141,6 +155,35 @@ def _is_norm(key: str) -> bool:
     return "norm" in key
 
 
+def _is_flux(key: str) -> bool:
+    return re.search(r"(?:double|single)_blocks", key) is not None
+
+
+def _keys(adapter: SavedAdapter) -> Mapping[str, str]:
+    """Key in the file -> the one that it is read as, and written as, of factors."""
+    names = getattr(_source(adapter), "names_in_file", {})
+    return {name: new for name, new in names.items() if _FACTOR.search(name)}
+
+
+def _without_prefix(name: str, new: str) -> bool:
+    return not name.startswith(_PREFIX) and new == _PREFIX + _NAMED.sub("", name)
+
+
+def _wrapped(adapter: SavedAdapter) -> list[str]:
+    return [
+        name
+        for name, new in _keys(adapter).items()
+        if new not in (name, _NAMED.sub("", name), renamed_flat(name)) and not _without_prefix(name, new)
+    ]
+
+
+def other_names(adapter: SavedAdapter) -> list[str]:
+    """Modules of an image model that formats call otherwise."""
+    if adapter.kind == "kohya":
+        return [name for name, new in _keys(adapter).items() if new != name and renamed_flat(name) != name]
+    return [name for name in adapter.layout if adapter.kind in ("diffusers", "comfyui") and renamed(name) != name]
+
+
 def _is_embedding(key: str) -> bool:
     return _EMBEDDING.search(key) is not None
 
@@ -149,10 +192,10 @@ def _of_kind(kind: str) -> Callable[[SavedAdapter], list[str]]:
     return lambda adapter: [name for name, slot in adapter.layout.items() if slot.kind == kind]
 
 
-def _setting(name: str, default: object) -> Callable[[SavedAdapter], list[str]]:
+def _setting(*names: str) -> Callable[[SavedAdapter], list[str]]:
     def given(adapter: SavedAdapter) -> list[str]:
-        value = _config(adapter).get(name)
-        return [name] if value and value != default else []
+        configs = configs_of(_source(adapter))
+        return [name for name in names if any(is_set(config.get(name)) for config in configs)]
 
     return given
 
@@ -166,9 +209,30 @@ FEATURES: Mapping[str, Callable[[SavedAdapter], list[str]]] = {
         if isinstance(targets := _config(adapter).get("target_modules"), str) and targets not in ("all-linear", "all")
         else []
     ),
-    "DoRA": _setting("use_dora", False),
-    "modules_to_save": _setting("modules_to_save", None),
-    "bias": lambda adapter: [*_setting("bias", "none")(adapter), *_setting("lora_bias", False)(adapter)],
+    WRAPPED: _wrapped,
+    NO_PREFIX: lambda adapter: [name for name, new in _keys(adapter).items() if _without_prefix(name, new)],
+    NAMED_ADAPTER: lambda adapter: [name for name in _keys(adapter) if _NAMED.search(name)],
+    OTHER_ADAPTER: lambda adapter: [
+        name for name in _keys(adapter) if (found := _NAMED.search(name)) and found[0] != ".default"
+    ],
+    OTHER_NAMES: other_names,
+    "DoRA": _setting("use_dora"),
+    DORA_SCALE: lambda adapter: _tensors(adapter, lambda key: "dora_scale" in key),
+    MAGNITUDE: lambda adapter: _tensors(adapter, lambda key: "lora_magnitude_vector" in key),
+    ALORA: _setting("alora_invocation_tokens"),
+    REPLICATED: _setting("layer_replication"),
+    TRAINED_ROWS: _setting("trainable_token_indices"),
+    TYING: _setting("ensure_weight_tying"),
+    MEGATRON: _setting("megatron_config"),
+    FLUX_BIASES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff_b") and _is_flux(key)),
+    BIASES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff_b") and not _is_flux(key)),
+    NORM_UPDATES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff") and _is_norm(key)),
+    FULL_UPDATES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff") and not _is_norm(key)),
+    "modules_to_save": _setting("modules_to_save"),
+    "bias": lambda adapter: [
+        *_setting("bias", "lora_bias")(adapter),
+        *_tensors(adapter, lambda key: key.endswith(".bias")),
+    ],
     "embeddings": _of_kind("embedding"),
     "convolutions": _of_kind("conv"),
     "attention": _of_kind("attention"),
@@ -178,7 +242,11 @@ FEATURES: Mapping[str, Callable[[SavedAdapter], list[str]]] = {
     "norms": lambda adapter: _extra(adapter, _is_norm),
     "other tensors": lambda adapter: _extra(adapter, lambda key: not _is_embedding(key) and not _is_norm(key)),
 }
-_OF_THE_FILE = (ADALORA, OTHER_TYPES, MIDDLE, "target_modules as an expression")  # gone once it is written anew
+# Gone once it is written anew
+_OF_THE_FILE = (
+    *(ADALORA, OTHER_TYPES, MIDDLE, "target_modules as an expression"),
+    *(WRAPPED, NO_PREFIX, NAMED_ADAPTER, OTHER_NAMES),
+)
 _SAID = {Fate.REFUSED: "does not load", Fate.SILENT: "leaves out", Fate.UNKNOWN: "may or may not load"}
 
 
@@ -186,7 +254,7 @@ def _features(adapter: SavedAdapter, engine: Engine, features: Collection[str]) 
     found = []
     for feature, fate in engine.fates.items():
         if feature in features and (where := FEATURES[feature](adapter)):
-            remedy = _rewrite(adapter, engine) if feature in _OF_THE_FILE else _ELSEWHERE
+            remedy = rewrite(adapter, engine) if _mended(feature, engine) else ELSEWHERE
             found.append(Problem("", f"{_SAID[fate]} {feature}", fate, remedy, tuple(where)))
     return found
 
@@ -194,18 +262,24 @@ def _features(adapter: SavedAdapter, engine: Engine, features: Collection[str]) 
 # -- ranks and scales -----------------------------------------------------------------------------------------------
 
 
+def _above(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
+    """A rank that no setting of the engine serves."""
+    most = max(adapter.layout.ranks.values())
+    if engine.room(most) is not None:
+        return []
+    remedy = f"{rewrite(adapter, engine)} --max-rank {engine.ranks[-1]}"
+    return [Problem(f"rank {most}", f"serves at most {engine.ranks[-1]}", Fate.REFUSED, remedy)]
+
+
 def _rows(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     ranks = adapter.layout.ranks
     found = []
-    if engine.ranks and (most := max(ranks.values())) > engine.ranks[-1]:
-        remedy = f"{_rewrite(adapter, engine)} --max-rank {engine.ranks[-1]}"
-        found.append(Problem(f"rank {most}", f"serves at most {engine.ranks[-1]}", Fate.REFUSED, remedy))
     r = _config(adapter).get("r", 0)
     if engine.rows in ("r", "at most r"):
         wrong = [name for name, rank in ranks.items() if rank > r or (engine.rows == "r" and rank != r)]
         if wrong:
             does = f"goes by r = {r} for the room it needs, and {wrong[0]} has {ranks[wrong[0]]}"
-            found.append(Problem("rank_pattern", does, Fate.REFUSED, _rewrite(adapter, engine), tuple(wrong)))
+            found.append(Problem("rank_pattern", does, Fate.REFUSED, rewrite(adapter, engine), tuple(wrong)))
     elif engine.rows == "one a type":
         found += _types(adapter, engine)
     return found
@@ -221,7 +295,7 @@ def _types(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
             f"rank_pattern: {kind}",
             f"stacks all layers, and these have ranks {sorted(ranks)}",
             Fate.REFUSED,
-            _rewrite(adapter, engine),
+            rewrite(adapter, engine),
         )
         for kind, ranks in padded.items()
         if len(ranks) > 1
@@ -229,7 +303,7 @@ def _types(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     r = _config(adapter)["r"]
     if _as_padded(r) != r and len(padded) > 1:
         does = f"pads to {_as_padded(r)} and scales all types but the first by that"
-        found.append(Problem(f"r = {r}", does, Fate.SILENT, _rewrite(adapter, engine)))
+        found.append(Problem(f"r = {r}", does, Fate.SILENT, rewrite(adapter, engine)))
     return found
 
 
@@ -240,27 +314,34 @@ def _as_padded(rank: int) -> int:
 def _scales(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     if engine.scale != "module":
         config = _config(adapter)
-        return _misscaled(adapter, engine, lambda rank: engine.scale_of(config, rank))
+        return _misscaled(adapter, engine, lambda rank, expert: engine.scale_of(config, rank, expert=expert))
     if isinstance(adapter, DiffusersAdapter):
         if engine.name == "comfyui" and METADATA in adapter.metadata:
-            return _misscaled(adapter, engine, lambda _: 1.0)
+            return _misscaled(adapter, engine, lambda *_: 1.0)
         silent = METADATA not in adapter.metadata and not any(m.alpha_key for m in adapter.entries.values())
         if engine.name == "diffusers" and silent and mixed(adapter.layout.ranks):
             does = "takes the commonest rank for the scale of all, before its pull request 14409"
-            return [Problem("ranks that differ, and no alpha", does, Fate.SILENT, _rewrite(adapter, engine))]
+            return [Problem("ranks that differ, and no alpha", does, Fate.SILENT, rewrite(adapter, engine))]
     return []
 
 
-def _misscaled(adapter: SavedAdapter, engine: Engine, scale: Callable[[int], float]) -> list[Problem]:
-    """One problem for each factor by which modules come out too strong or too weak."""
-    wrong: dict[str, list[str]] = defaultdict(list)
+def _misscaled(adapter: SavedAdapter, engine: Engine, scale: Callable[[int, bool], float]) -> list[Problem]:
+    """One problem for each factor by which modules come out too strong or too weak.
+
+    Args:
+        scale: of a module's rank, and whether it is an expert.
+    """
+    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, slot in adapter.layout.items():
-        have = scale(slot.rank)
+        expert = slot.kind == "experts" or _EXPERT.search(name) is not None
+        have = scale(slot.rank, expert)
         if not math.isclose(have, slot.scaling, rel_tol=_ROUNDING):
             strength = f"scales by {have:.4g} and not by {slot.scaling:.4g}: {have / slot.scaling:.3g} times as strong"
-            wrong[strength].append(name)
-    why = ", ".join(engine.unheeded(_config(adapter))) or METADATA
-    return [Problem(why, does, Fate.SILENT, _rewrite(adapter, engine), tuple(names)) for does, names in wrong.items()]
+            why = ", ".join(engine.unheeded(_config(adapter), expert=expert)) or METADATA
+            wrong[why, strength].append(name)
+    return [
+        Problem(why, does, Fate.SILENT, rewrite(adapter, engine), tuple(names)) for (why, does), names in wrong.items()
+    ]
 
 
 # -- layers that belong together ------------------------------------------------------------------------------------

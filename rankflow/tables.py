@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rankflow.inspection import Inspection
     from rankflow.intruders import Intruders
     from rankflow.ledger import Event
-    from rankflow.mismatches import Verdict
     from rankflow.squeezed import SqueezeReport
     from rankflow.trials import Trial
+    from rankflow.verdicts import Verdict
 
 _MOST_ROWS = 48  # a table longer than this is summed up by type of module
 _BARS = "▁▂▃▄▅▆▇█"

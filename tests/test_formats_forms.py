@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from rankflow import AdapterError, CheckpointError, ConfigError, inspect, restore, squeeze
 from rankflow.formats.peft import PeftAdapter
-from rankflow.mismatches import check
+from rankflow.verdicts import check
 
 T = ["q_proj", "k_proj", "down_proj"]
 TRAINED = ("vera_lambda", "hada_", "lokr_", "vblora_", "unilora_theta", "delora_", "miss_block", "gralora_")

@@ -86,6 +86,7 @@ EDGES = [
     "engines",
     "mismatches",
     "fitting",
+    "verdicts",
     "crew",
     "inspection",
     "intruders",

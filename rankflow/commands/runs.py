@@ -204,8 +204,8 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str |
     """
     if engine is None:
         raise ConfigError(f"{adapter}: is an adapter; say what is to serve it with --for")
-    from rankflow.mismatches import check as run
     from rankflow.tables import verdict_table
+    from rankflow.verdicts import check as run
 
     found = run(adapter, engine, base=base)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,11 @@ from rankflow.formats import naming
 from rankflow.formats.adapter import Put, SavedAdapter, Sketch, at_unit_scale, fold
 from rankflow.formats.atomic import atomic_folder
 from rankflow.formats.dense import DenseAdapter
-from rankflow.formats.diffusers import METADATA, spare, split, unit_scales, with_configs
+from rankflow.formats.diffusers import METADATA, DiffusersAdapter, spare, split, unit_scales, with_configs
 from rankflow.formats.kohya import kohya_metadata, stamp
 from rankflow.formats.peft import PeftAdapter, write_adapter_files
 from rankflow.formats.peft_config import resized_config, target_modules
+from rankflow.formats.peft_fields import acting, unknown
 from rankflow.formats.single_writer import Module, check_single, outline, overhead, write_single
 from rankflow.formats.tensors import Spec, check_destination, tensor_writer
 from rankflow.plan import Layout
@@ -33,10 +34,11 @@ _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 class Converted:
     """A saved adapter that is read as it is and written in another format."""
 
-    def __init__(self, source: Source, kind: str):
+    def __init__(self, source: Source, kind: str, *, keep_names: bool = False):
         """
         Args:
             kind: one of `FORMATS`.
+            keep_names: of a source in that format already, leave modules the names that a library gave them.
 
         Raises:
             ConfigError: that format cannot hold this adapter.
@@ -46,9 +48,9 @@ class Converted:
         self._gains: dict[str, float] = {}  # what is multiplied into B as it is read
         self.companions = source.companions if kind == "peft" else []
         self.extra_tensors: list[str] = []
-        self.notes = [*source.notes, f"read as {source.kind}, written as {kind}"]
+        self.notes = [*source.notes, f"read as {source.kind}, written as {kind}", *lost_fields(source)]
         _check_plain(source, kind)
-        self.names = _names(source, kind)
+        self.names = {name: name for name in source.layout} if keep_names else _names(source, kind)
         kept = {k: v for k, v in source.metadata.items() if k != METADATA and k not in _HASHES}
         self.metadata = {"format": "pt", **kept}
         self._modules = {name: self._module(name, stem) for name, stem in self.names.items()}
@@ -162,8 +164,40 @@ def _check_plain(source: Source, kind: str) -> None:
     for name, slot in source.layout.items():
         if slot.kind not in ("linear", "conv") or slot.tie is not None:
             raise ConfigError(f"{source.path}: {name} is of kind {slot.kind}, which only {source.kind} can hold")
+    for config in configs_of(source) if kind != "peft" else ():
+        check_sayable(config, source.path, kind)
     if kind != "peft" and _about(source).get("fan_in_fan_out"):
         raise ConfigError(f"{source.path}: fan_in_fan_out transposes its updates, as peft alone does; keep it")
+
+
+def check_sayable(config: Mapping[str, Any], path: Path, kind: str, *, but: Collection[str] = ()) -> None:
+    """
+    Args:
+        but: fields that the format has a place for.
+
+    Raises:
+        ConfigError: the adapter does what only a PEFT config says, and `kind` has none.
+    """
+    if lost := [field for field in acting(config) if field not in but]:
+        raise ConfigError(
+            f"{path}: {lost[0]} is set, which {kind} has no place for, so that the adapter would do something else; "
+            "keep the peft format"
+        )
+
+
+def configs_of(source: Source) -> list[Mapping[str, Any]]:
+    """The PEFT configs that come with an adapter: of its folder, or of each component in a header of diffusers'."""
+    if isinstance(source, Converted):
+        return configs_of(source.source)
+    if isinstance(source, DiffusersAdapter):
+        return list(source.configs.values())
+    return [source.config] if isinstance(source, PeftAdapter) else []
+
+
+def lost_fields(source: Source) -> list[str]:
+    """What is said of fields that nobody knows."""
+    fields = sorted({field for config in configs_of(source) for field in unknown(config)})
+    return [f"set in the source and not known here, so it is lost: {', '.join(fields)}"] if fields else []
 
 
 def _about(source: Source) -> Mapping[str, Any]:
@@ -179,7 +213,7 @@ def _names(source: Source, kind: str) -> dict[str, str]:
     """Module -> what the other format calls it."""
     names = list(source.layout)
     if source.kind == "kohya":
-        common = [naming.from_kohya(name) for name in names]
+        common = [naming.from_kohya(name, names) for name in names]
     elif isinstance(source, DenseAdapter) and kind == "peft":
         return {name: name for name in names}
     elif source.kind == "peft":

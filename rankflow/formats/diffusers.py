@@ -51,9 +51,9 @@ class DiffusersAdapter(SingleFile):
     kind = "diffusers"
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
-        self._configs = read_metadata(metadata, path)
+        self.configs = read_metadata(metadata, path)
         super().__init__(path, tensors, metadata)
-        if "" in self._configs and all(split(name)[0] for name in self.layout):
+        if "" in self.configs and all(split(name)[0] for name in self.layout):
             raise AdapterError(f"{path}: {METADATA} in its header names no component, and the tensors do; remove it")
         told = METADATA in metadata or any(m.alpha_key for m in self.entries.values())
         if not told and mixed(self.layout.ranks):
@@ -67,7 +67,7 @@ class DiffusersAdapter(SingleFile):
 
     def scaling(self, name: str, rank: int, alpha: float | None) -> float:
         component, module = split(name)
-        config = self._configs.get(component)
+        config = self.configs.get(component)
         if config is None:
             return super().scaling(name, rank, alpha)
         if alpha is not None:
@@ -81,7 +81,7 @@ class DiffusersAdapter(SingleFile):
 
     def described(self, ranks: Mapping[str, int]) -> dict[str, str]:
         # A component whose every module left keeps what it said, since no config can say rank 0
-        configs = dict(self._configs)
+        configs = dict(self.configs)
         for component, names in _by_component(ranks).items():
             modules = {module: ([module], self.entries[component + module].slot.scaling) for module in names}
             inside = {module: ranks[component + module] for module in names}

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankflow.errors import ConfigError
+from rankflow.errors import BaseNeeded, ConfigError
 from rankflow.formats.adapter import BASE_COPY, Put, SavedAdapter, Sketch, at_unit_scale, fold
 from rankflow.formats.atomic import atomic_file
+from rankflow.formats.convert import check_sayable, lost_fields
 from rankflow.formats.gguf_names import Names
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.tensors import check_free
@@ -26,6 +27,9 @@ from rankflow.plan import Layout
 
 _SUFFIX = ".gguf"
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_ALORA = "alora_invocation_tokens"  # as PEFT's config has it
+_INVOCATION = "adapter.alora.invocation_tokens"  # as llama.cpp reads it since pull request 15327
+_MOST_TOKENS = 4096
 _HEADER = 512  # bytes of what is said once, at most; a tensor's entry takes its name and 64 more, and its padding
 
 
@@ -44,6 +48,7 @@ class GgufAdapter:
         """
         if not isinstance(source, PeftAdapter):
             raise ConfigError(f"{source.path}: GGUF is for adapters of language models, as PEFT saves them")
+        check_sayable(source.config, source.path, self.kind, but=(_ALORA,))
         if more := [key for key in source.extra_tensors if not key.endswith(BASE_COPY)]:
             raise ConfigError(
                 f"{source.path}: has more than LoRA factors ({more[0]}), which llama.cpp cannot load; "
@@ -58,7 +63,8 @@ class GgufAdapter:
         self.companions: list[Path] = []
         self.extra_tensors: list[str] = []
         self.metadata: dict[str, str] = {}
-        self.notes = [*source.notes, f"read as {source.kind}, written as gguf"]
+        self.notes = [*source.notes, f"read as {source.kind}, written as gguf", *lost_fields(source)]
+        self._invocation = _tokens(source)
         self._names = Names.of(base or _named(source))
         self._tensors = {name: self._names.tensor(name) for name in self.layout}
 
@@ -68,7 +74,7 @@ class GgufAdapter:
 
     @property
     def overhead(self) -> int:
-        return _HEADER + sum(2 * (len(tensor) + 128) for tensor in self._tensors.values())
+        return _HEADER + 4 * len(self._invocation) + sum(2 * (len(tensor) + 128) for tensor in self._tensors.values())
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         a, b = self.source.factors(name)
@@ -112,7 +118,7 @@ class GgufAdapter:
                 shapes[f"{tensor}.lora_a"] = kept, a
                 shapes[f"{tensor}.lora_b"] = kept, (slot.out_features, rank)
         with atomic_file(out) as partial:
-            writer = _Writer(partial, self._names.architecture, shapes)
+            writer = _Writer(partial, self._names.architecture, shapes, self._invocation)
 
             def put(name: str, a: Tensor, b: Tensor) -> None:
                 tensor = self._tensors[name]
@@ -128,12 +134,25 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+def _tokens(source: PeftAdapter) -> list[int]:
+    """The tokens from which on an aLoRA acts; none for an adapter that always does.
+
+    Raises:
+        ConfigError: they are no tokens.
+    """
+    tokens = source.config.get(_ALORA) or []
+    ids = isinstance(tokens, list) and all(type(t) is int and 0 <= t < 1 << 32 for t in tokens)
+    if not ids or len(tokens) > _MOST_TOKENS:
+        raise ConfigError(f"{source.path}: {_ALORA} is {str(tokens)[:80]}; it must be a list of token numbers")
+    return tokens
+
+
 def _named(source: PeftAdapter) -> Path:
     """The base model's folder, where the adapter's config names one that is here."""
     named = source.config.get("base_model_name_or_path")
     if isinstance(named, str) and (Path(named) / "config.json").is_file():
         return Path(named)
-    raise ConfigError(
+    raise BaseNeeded(
         f"{source.path}: names in GGUF depend on the base model ({named or 'not named in the adapter'}), and its "
         "config.json is not here; give its folder with --base"
     )
@@ -143,7 +162,13 @@ class _Writer:
     """A GGUF file written tensor by tensor, in any order and from any thread: gguf's own writer makes the header, and
     every tensor goes to where that says."""
 
-    def __init__(self, path: Path, architecture: str, shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]]):
+    def __init__(
+        self,
+        path: Path,
+        architecture: str,
+        shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        invocation: Sequence[int] = (),
+    ):
         import gguf
         import numpy as np
 
@@ -153,6 +178,10 @@ class _Writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        if invocation:  # as uint32, which llama.cpp asks for
+            writer.add_key_value(
+                _INVOCATION, list(invocation), gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.UINT32
+            )
         at = 0
         self._at: dict[str, int] = {}
         for key, (dtype, shape) in shapes.items():

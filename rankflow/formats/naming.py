@@ -2,12 +2,16 @@
 
 Between formats a module is called by a component and its name in it: `unet.` and so on as diffusers has them, and
 `diffusion_model.` for what goes by the names of the model's own checkpoint, as ComfyUI and much of kohya do.
+
+Files outlive the libraries whose names they have. transformers from 5.6 on has no `text_model` level in its
+CLIPTextModel (OneTrainer pull request 1506, diffusers issue 13984), and diffusers' attention had no list for `to_out`
+at first; sd-scripts, ComfyUI and the files there are know `text_model` and `to_out.0` alone, whatever wrote the source.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from rankflow.errors import ConfigError
 from rankflow.formats.diffusers import COMPONENTS
@@ -57,17 +61,57 @@ _ROOTS = {
 }
 
 
-def from_kohya(stem: str) -> str:
+# What a library called modules at some time -> what the formats call them, by the component they are in
+_RENAMED = (
+    (re.compile(r"^(text_encoder(?:_2)?\.)(?=encoder\.layers\.|embeddings\.|final_layer_norm$)"), r"\1text_model."),
+    (re.compile(r"^((?:unet|prior|transformer(?:_2)?)\..*\bto_out)$"), r"\1.0"),
+)
+# The same where dots are underscores
+_RENAMED_FLAT = (
+    (re.compile(r"^(lora_te[12]?_)(?=encoder_layers_|embeddings_|final_layer_norm$)"), r"\1text_model_"),
+    (re.compile(r"^(lora_(?:prior_)?unet_(?:down|up|mid)_block.*_attn[12]_to_out)$"), r"\1_0"),
+)
+_T5 = re.compile(r"^encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(q|k|v|o|wi|wi_0|wi_1|wo)$")
+_CLIP = re.compile(r"^encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$")
+_FLUX = re.compile(r"(?:double|single)_blocks|single_transformer_blocks")
+
+
+def renamed(name: str) -> str:
+    """A module, named by component, as the formats call it."""
+    return _by(_RENAMED, name)
+
+
+def renamed_flat(stem: str) -> str:
+    """The same for a name of kohya's."""
+    return _by(_RENAMED_FLAT, stem)
+
+
+def _by(table: Iterable[tuple[re.Pattern[str], str]], name: str) -> str:
+    for pattern, new in table:
+        name = pattern.sub(new, name)
+    return name
+
+
+def from_kohya(stem: str, stems: Collection[str] = ()) -> str:
     """
+    Args:
+        stems: all of the file's, of which some tell what model it is for.
+
     Raises:
         ConfigError: an underscore of `stem` may be a dot or not.
     """
+    stem = renamed_flat(stem)
     prefix = next((p for p in _KOHYA if stem.startswith(p)), None)
     if prefix is None:
         raise ConfigError(
             f"{stem}: kohya's names begin with {', '.join(_KOHYA)}; of what model this is a part is not known"
         )
-    name = _dotted(stem.removeprefix(prefix), stem)
+    flat = stem.removeprefix(prefix)
+    if found := _T5.match(flat):  # te3 to sd-scripts; text_encoder_2 of FLUX, which has no third, to diffusers
+        block, layer, part, last = found.groups()
+        component = "text_encoder_2" if any(map(_FLUX.search, stems)) else _KOHYA[prefix]
+        return f"{component}.encoder.block.{block}.layer.{layer}.{part}.{last}"
+    name = _dotted(flat, stem)
     component = _ORIGINAL if name.partition(".")[0] in _ORIGINAL_ROOTS else _KOHYA[prefix]
     return f"{component}.{name}"
 
@@ -97,12 +141,15 @@ def to_kohya(name: str, names: Collection[str]) -> str:
     Raises:
         ConfigError: kohya has no name for it.
     """
-    component, _, module = name.partition(".")
+    component, _, module = renamed(name).partition(".")
     if component == _ORIGINAL:
         prefix = "lora_unet_"
+    elif component.startswith("text_encoder") and _T5.match(module.replace(".", "_")):
+        prefix = "lora_te3_"  # of FLUX too, whose second it is
     elif component == "text_encoder":
-        # sd-scripts numbers text encoders where a model has several
-        prefix = "lora_te1_" if any(n.startswith("text_encoder_2.") for n in names) else "lora_te_"
+        # sd-scripts numbers text encoders where a model has several, as those have that are no U-Net
+        several = any(re.match(r"text_encoder_[23]\.|transformer\.", n) or _FLUX.search(n) for n in names)
+        prefix = "lora_te1_" if several else "lora_te_"
     else:
         prefix = next((p for p, c in _KOHYA.items() if c == component), "")
     if not prefix:
@@ -117,6 +164,8 @@ def from_peft(names: Collection[str]) -> str:
         ConfigError: no module tells.
     """
     found = {_ROOTS[root] for root in (name.partition(".")[0] for name in names) if root in _ROOTS}
+    if names and all(map(_CLIP.match, names)):
+        found = {"text_encoder"}
     if len(found) != 1:
         raise ConfigError(
             "module names do not tell what part of an image model they are of (U-Net, transformer, text encoder): "
@@ -149,7 +198,7 @@ def to_diffusers(name: str) -> str:
             f"{name}: goes by the names of the original checkpoint, and which of diffusers' modules that is depends on "
             "the model; keep the format, which diffusers' load_lora_weights translates itself"
         )
-    return name
+    return renamed(name)
 
 
 def from_comfyui(name: str) -> str:

@@ -15,7 +15,7 @@ from rankflow.patterns import alpha_for, compiled, exclude_modules, matches, ran
 CONFIG = "adapter_config.json"
 
 # Variants whose tensors or base weights depend on the rank or the basis of A and B, by the option that asks for them.
-_VARIANTS = {
+VARIANTS = {
     "use_qalora": "QA-LoRA",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
@@ -58,7 +58,7 @@ def check_config(config: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
     if kind != "LORA":
         hint = _CONVERSIONS.get(str(kind), "peft's convert_to_lora makes a LoRA of most other types")
         raise AdapterError(f"{path}: peft_type is {str(kind)[:80]!r} and no LoRA is known that it equals; {hint}")
-    for option, variant in _VARIANTS.items():
+    for option, variant in VARIANTS.items():
         if config.get(option):
             raise AdapterError(
                 f"{path}: {option} makes this {variant}, which keeps more than A and B per rank and cannot be resized"
