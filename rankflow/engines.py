@@ -36,9 +36,9 @@ diffusers    Alphas of a file, or the PEFT config in its header; without either 
              than a line in the log [code]. Modules of a text encoder are looked for by the names that the transformers
              at hand has for them (diffusers issue 13984) [thread].
 comfyui      `weight_adapter/lora.py`, `lora.py`. A module's alpha over its rank, 1 without; headers are not read
-             [code]. Knows `dora_scale` and no `lora_magnitude_vector`, nor biases of factors, and goes on without what it does
-             not know, with a line in the log. CLIP's modules are `text_model.encoder.layers..` to it in every spelling
-             (`model_lora_keys_clip`) [code].
+             [code]. Knows `dora_scale` and no `lora_magnitude_vector`, nor biases of factors, and goes on without what
+             it does not know, with a line in the log. CLIP's modules are `text_model.encoder.layers..` to it in every
+             spelling (`model_lora_keys_clip`) [code].
 peft         What it writes; all of it is heeded. Factors are looked for after `base_model.model.` alone; an adapter's
              name in theirs may be `default` (run with 0.21.2).
 

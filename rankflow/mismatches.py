@@ -17,6 +17,7 @@ from rankflow.engines import (
     ALORA,
     BIASES,
     DORA_SCALE,
+    ENGINES,
     FLUX_BIASES,
     FULL_UPDATES,
     MAGNITUDE,
@@ -41,9 +42,10 @@ from rankflow.formats.convert import Converted, Source, configs_of
 from rankflow.formats.dense import DenseAdapter
 from rankflow.formats.diffusers import METADATA, DiffusersAdapter, mixed
 from rankflow.formats.full import KIND as FULL
-from rankflow.formats.naming import renamed, renamed_flat
+from rankflow.formats.naming import renamed, renamed_key
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.peft_fields import is_set, unknown
+from rankflow.formats.single import SingleFile
 from rankflow.names import arrange
 
 _PREFIX = "base_model.model."
@@ -161,8 +163,10 @@ def _is_flux(key: str) -> bool:
 
 def _keys(adapter: SavedAdapter) -> Mapping[str, str]:
     """Key in the file -> the one that it is read as, and written as, of factors."""
-    names = getattr(_source(adapter), "names_in_file", {})
-    return {name: new for name, new in names.items() if _FACTOR.search(name)}
+    source = _source(adapter)
+    if not isinstance(source, PeftAdapter | SingleFile):
+        return {}
+    return {name: new for name, new in source.names_in_file.items() if _FACTOR.search(name)}
 
 
 def _without_prefix(name: str, new: str) -> bool:
@@ -173,14 +177,14 @@ def _wrapped(adapter: SavedAdapter) -> list[str]:
     return [
         name
         for name, new in _keys(adapter).items()
-        if new not in (name, _NAMED.sub("", name), renamed_flat(name)) and not _without_prefix(name, new)
+        if new not in (name, _NAMED.sub("", name), renamed_key(name)) and not _without_prefix(name, new)
     ]
 
 
 def other_names(adapter: SavedAdapter) -> list[str]:
     """Modules of an image model that formats call otherwise."""
     if adapter.kind == "kohya":
-        return [name for name, new in _keys(adapter).items() if new != name and renamed_flat(name) != name]
+        return [name for name in _keys(adapter) if renamed_key(name) != name]
     return [name for name in adapter.layout if adapter.kind in ("diffusers", "comfyui") and renamed(name) != name]
 
 
@@ -247,6 +251,7 @@ _OF_THE_FILE = (
     *(ADALORA, OTHER_TYPES, MIDDLE, "target_modules as an expression"),
     *(WRAPPED, NO_PREFIX, NAMED_ADAPTER, OTHER_NAMES),
 )
+_NOT_MERGED = (ALORA, REPLICATED, MEGATRON)  # which act by the tokens, or on another model than the base is
 _SAID = {Fate.REFUSED: "does not load", Fate.SILENT: "leaves out", Fate.UNKNOWN: "may or may not load"}
 
 
@@ -254,9 +259,17 @@ def _features(adapter: SavedAdapter, engine: Engine, features: Collection[str]) 
     found = []
     for feature, fate in engine.fates.items():
         if feature in features and (where := FEATURES[feature](adapter)):
-            remedy = rewrite(adapter, engine) if _mended(feature, engine) else ELSEWHERE
+            remedy = rewrite(adapter, engine) if _mended(feature, engine) else _elsewhere(feature)
             found.append(Problem("", f"{_SAID[fate]} {feature}", fate, remedy, tuple(where)))
     return found
+
+
+def _elsewhere(feature: str) -> str:
+    """What is left to do; merging needs what PEFT itself merges."""
+    if feature not in _NOT_MERGED:
+        return ELSEWHERE
+    heed = [e.name for e in ENGINES.values() if feature not in e.fates and PeftAdapter.kind in e.reads]
+    return f"serve it with what heeds that: {', '.join(heed)}"
 
 
 # -- ranks and scales -----------------------------------------------------------------------------------------------

@@ -520,7 +520,9 @@ def test_adalora_is_not_loaded_as_it_is_and_served_once_written(tmp_path: Path):
         warnings.simplefilter("ignore")
         src = saved(tmp_path / "src", masked=True)
     for name in ("vllm", "tensorrt-llm", "llamacpp"):
-        assert [(p.where, p.fate.value) for p in check(src, name).problems] == [("AdaLoRA", "refused")]
+        found = [(p.where, p.fate.value) for p in check(src, name).problems]
+        assert found[0] == ("AdaLoRA", "refused")
+        assert [fate for _, fate in found[1:]] == (["not known"] if name == "tensorrt-llm" else [])  # layers it joins
     before = logits(src)
     squeeze(src, tmp_path / "out", keep=True, engine="vllm")
     config, factors = opened(tmp_path / "out")
@@ -550,10 +552,11 @@ def test_what_engines_make_of_what_is_no_plain_lora(tmp_path: Path, reader: str)
     for engine in (*PEFT_ENGINES, "llamacpp", "peft"):
         found = check(src, engine, base=base).problems
         fate = FORMS[reader].get(engine, "" if engine == "peft" else "refused")
-        assert [p.fate.value for p in found] == ([fate] if fate else []), engine
+        # What is to be written anew may be incomplete besides, which no writing mends
+        assert [p.fate.value for p in found if "leaves a type out" not in p.does] == ([fate] if fate else []), engine
         if not found:
             continue
-        (problem,) = found
+        problem, *_ = found
         said = {"full": "is a whole model and no adapter", "middles": "what stands between A and B"}
         said |= {"adalora": "AdaLoRA's factors"}
         assert said.get(reader, "adapters of a PEFT type other than LORA") in problem.does

@@ -19,6 +19,7 @@ from rankflow.formats.keys import factor_of
 from rankflow.formats.kohya import KohyaAdapter
 from rankflow.formats.lycoris import fold_products, refuse_variants
 from rankflow.formats.models import is_model
+from rankflow.formats.naming import renamed_key
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.peft_config import CONFIG, load_config
 from rankflow.formats.randlora import dense_form
@@ -101,12 +102,13 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
     if kind is None and path.stem == "adapter_model" and (path.parent / CONFIG).is_file():
         return PeftAdapter(path, base)
     raw, metadata = open_tensors(path)
-    names = unwrapped_names(raw)
+    names = {key: renamed_key(new) for key, new in unwrapped_names(raw).items()}
     tensors, notes = fold_products(renamed(raw, names, path), path)
     kind = kind or _kind_of(tensors, path)
     if kind == PeftAdapter.kind:
         return PeftAdapter(path, base)
     found = _SINGLE[kind](path, tensors, metadata)
+    found.names_in_file = names
     found.notes += [*notes, *renaming_note(names)]
     return found
 

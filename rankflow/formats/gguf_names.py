@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankflow.errors import ConfigError
+from rankflow.errors import BaseNeeded, ConfigError
 
 # transformers' class -> (architecture in gguf, whether q and k are reordered, modules that cannot be adapted)
 _KNOWN: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
@@ -134,7 +134,7 @@ def _config(base: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))  # not strictly: transformers itself writes Infinity
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --base is the folder of the base model, or of its config") from None
+        raise BaseNeeded(f"{path}: no such file; --base is the folder of the base model, or of its config") from None
     except (ValueError, OSError, RecursionError) as e:
         raise ConfigError(f"{path}: not JSON ({e}); --base is the folder of the base model, or of its config") from None
     if not isinstance(config, dict):

@@ -86,6 +86,12 @@ def renamed_flat(stem: str) -> str:
     return _by(_RENAMED_FLAT, stem)
 
 
+def renamed_key(key: str) -> str:
+    """The same for the key of a tensor, whose module it is, if it is one of kohya's."""
+    stem, dot, part = key.partition(".")
+    return renamed_flat(stem) + dot + part
+
+
 def _by(table: Iterable[tuple[re.Pattern[str], str]], name: str) -> str:
     for pattern, new in table:
         name = pattern.sub(new, name)

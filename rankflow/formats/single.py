@@ -33,7 +33,8 @@ class SingleFile:
     """An adapter in one file, open for reading; tensors stay on disk until asked for.
 
     Tensors other than factors and alphas are kept as they are, and so is the header's metadata but for what says
-    ranks. Modules with such tensors of their own stay in the file (`min_rank` 1).
+    ranks. Modules with such tensors of their own stay in the file (`min_rank` 1). `names_in_file` says which key of the
+    file is read, and written, as which.
     """
 
     kind: str = ""
@@ -44,6 +45,7 @@ class SingleFile:
             AdapterError: tensors that make no LoRA, or one that cannot be resized.
         """
         self.path = path
+        self.names_in_file: Mapping[str, str] = {key: key for key in tensors}
         self.metadata = dict(metadata)
         self._tensors = tensors
         refuse_variants(tensors, path)
