@@ -497,7 +497,7 @@ HOSTILE = {
     "a scalar": ({"scalar": torch.ones(1)}, "scalar"),
     "AdaLoRA": ({"lora_E": torch.ones(6, 1)}, "AdaLoRA"),
     "a router": ({"lora_route__weight": torch.ones(6, 1)}, "by the input"),
-    "something new": ({"lora_new__weight": torch.ones(6, 1)}, "this variant is not known"),
+    "something new": ({"lora_new__weight": torch.ones(6, 1)}, "a spelling that is not known"),
     "complex": ({"thing": torch.ones(1, dtype=torch.complex64)}, "of type"),
 }
 

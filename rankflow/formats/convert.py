@@ -212,6 +212,10 @@ def _about(source: Source) -> Mapping[str, Any]:
 def _names(source: Source, kind: str) -> dict[str, str]:
     """Module -> what the other format calls it."""
     names = list(source.layout)
+    if part := next((name for name in names if name.endswith(".linear1_qkv")), None):
+        raise ConfigError(
+            f"{source.path}: {part} is some rows of a layer, as only XLabs' files have it; keep the format"
+        )
     if source.kind == "kohya":
         common = [naming.from_kohya(name, names) for name in names]
     elif isinstance(source, DenseAdapter) and kind == "peft":

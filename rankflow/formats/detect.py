@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from rankflow.errors import AdapterError, ConfigError, naming
@@ -25,10 +25,27 @@ from rankflow.formats.peft_config import CONFIG, load_config
 from rankflow.formats.randlora import dense_form
 from rankflow.formats.single import SingleFile
 from rankflow.formats.tensors import TENSOR_FILES, open_tensors
-from rankflow.formats.wrappers import renamed, renaming_note, unwrapped_names
+from rankflow.formats.wrappers import PEFT_PREFIX, renamed, renaming_note, unwrapped_names
 
 _SINGLE: Mapping[str, type[SingleFile]] = {c.kind: c for c in (KohyaAdapter, ComfyAdapter, DiffusersAdapter)}
 KINDS = (PeftAdapter.kind, *_SINGLE, FULL)
+
+# Names of sd-scripts and LyCORIS; WanVideoWrapper has dots in the rest of them
+_KOHYA = re.compile(r"(?:lora|lycoris)_[^.]+$|lora_(?:unet|te\d?|transformer|prior_unet|prior_te)_\w")
+# What names begin with: of ComfyUI, and of OneTrainer, which has them of the Open Model Initiative
+_COMFYUI = {"diffusion_model", "diffusion_model_2", "text_encoders", "clip_l", "clip_g", "t5", "t5xxl", "llama"}
+# Blocks of diffusers' models, before which no component is named: Qwen-Image-Lightning, `save_lora_adapter`
+_BLOCKS = ("transformer_blocks", "single_transformer_blocks", "down_blocks", "mid_block", "up_blocks")
+# Modules of image and video models under any names: BFL's, XLabs', fal's, DiffSynth's, Wan's, Z-Image's and others
+_IMAGE = re.compile(
+    rf"(?:{'|'.join(_BLOCKS)})\.|(?:model\.)?diffusion_model\.|(?:unet|transformer)\.base_model\.model\."
+    r"|(?:double|single|joint|input|output|double_stream|single_stream)_blocks\.\d|middle_block\.\d"
+    r"|(?:visual|text)_transformer_blocks\.\d|(?:noise|context)_refiner\.\d"
+    r"|blocks\.\d+\.(?:self_attn|cross_attn)\.(?:[qkvo]|[kv]_img)$|blocks\.\d+\.ffn\.\d"
+    r"|blocks\.\d+\.(?:attn\d?|processor)\.\w*(?:to_\w+|qkv\w*|proj\w*)|blocks\.\d+\.a_to_\w+"
+    r"|layers\.\d+\.(?:attention\.(?:qkv|out|to_\w+)|adaLN_modulation)\b"
+)
+_LANGUAGE = re.compile(r"transformer\.(?:h|layers?|encoder|wte|word_embeddings)\.")
 
 
 def open_adapter(
@@ -114,21 +131,42 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
 
 
 def _kind_of(keys: Iterable[str], path: Path) -> str:
-    keys = list(keys)
-    stems = [factor.stem for key in keys if (factor := factor_of(key)) is not None]
-    if stems and all(re.match(r"(lora|lycoris)_[^.]+$", stem) for stem in stems):
+    """The format that names tell, as diffusers and ComfyUI tell it."""
+    keys = set(keys)
+    stems = [factor.stem for key in sorted(keys) if (factor := factor_of(key)) is not None]
+    if stems and all(_KOHYA.match(stem) for stem in stems):
         return KohyaAdapter.kind
-    if (path.parent / CONFIG).is_file() or any(key.startswith("base_model.model.") for key in keys):
+    if (path.parent / CONFIG).is_file():
+        return PeftAdapter.kind
+    modules = [stem.removeprefix(PEFT_PREFIX) for stem in stems]
+    if any(key.startswith(PEFT_PREFIX) for key in keys) and not any(map(_IMAGE.match, modules)):
         return PeftAdapter.kind
     refuse_variants(keys, path)
-    roots = {stem.partition(".")[0] for stem in stems}
-    if roots & {"diffusion_model", "text_encoders"}:
-        return ComfyAdapter.kind
-    if roots and (roots <= set(COMPONENTS) or all(".processor." in stem for stem in stems)):
-        return DiffusersAdapter.kind
     if not stems:
-        raise AdapterError(f"{path}: holds no LoRA factors; it is not a LoRA adapter, or was merged")
+        raise AdapterError(f"{path}: {_why_no_factors(keys)}")
+    roots = {module.partition(".")[0] for module in modules}
+    if roots & _COMFYUI or any(module.startswith("model.diffusion_model.") for module in modules):
+        return ComfyAdapter.kind
+    if any(map(_LANGUAGE.match, modules)):
+        raise AdapterError(
+            f"{path}: {stems[0]} is a name in a language model; a PEFT adapter needs its {CONFIG} beside it, from "
+            "which alone its scaling is known"
+        )
+    if roots <= {*COMPONENTS, *_BLOCKS} or all(".processor." in stem for stem in stems):
+        return DiffusersAdapter.kind
+    # Where every module has an alpha, its scale is known whatever its name
+    if any(map(_IMAGE.match, modules)) or all(f"{stem}.alpha" in keys for stem in stems):
+        return ComfyAdapter.kind
     raise AdapterError(
         f"{path}: {stems[0]} is a name of no known format; if it is one of {', '.join(KINDS)}, say so with --from. A "
         f"PEFT adapter needs its {CONFIG} beside it, from which alone its scaling is known"
     )
+
+
+def _why_no_factors(keys: Collection[str]) -> str:
+    if differences := [key for key in keys if re.search(r"\.(diff|diff_b|set_weight)$", key)]:
+        return (
+            f"holds {len(differences)} plain differences (.diff) and no factors, as LyCORIS' full does: there is no "
+            "rank to make smaller. Merge it into its base model, and give rankflow that, with --from full and --base"
+        )
+    return "holds no LoRA factors; it is not a LoRA adapter, or was merged"

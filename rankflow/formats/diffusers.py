@@ -40,6 +40,16 @@ COMPONENTS = (
 # What the oldest spelling (`to_q_lora.up`) calls the modules of a text encoder, and of anything else
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _OLD = {"to_out": "to_out.0"}
+# And XLabs, the layers of FLUX, by the names of its checkpoint (ComfyUI's `convert_uso_lora`)
+_XLABS = {
+    "qkv_lora1": "img_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "linear1_qkv",  # of a single block: the first rows of linear1
+    "proj_lora": "linear2",
+}
+_FOREIGN = re.compile(r"^(?:double|single)_blocks\.|\.lora_down\.|\.lora_A\.(?!weight$)")
 
 
 class DiffusersAdapter(SingleFile):
@@ -60,9 +70,12 @@ class DiffusersAdapter(SingleFile):
             self.notes.append("ranks differ and the file tells no scale: read as 1, as diffusers since 14409 does")
 
     def name_of(self, factor: Factor) -> str:
+        head, _, last = factor.stem.replace(".processor.", ".").rpartition(".")
+        layer = _XLABS.get(f"{last}_lora" if factor.old else last)
+        if layer is not None and re.match(r"(?:double|single)_blocks\.", head):
+            return f"{head}.{layer}"
         if not factor.old:
             return factor.stem
-        head, _, last = factor.stem.replace(".processor.", ".").rpartition(".")
         return f"{head}.{(_OLD_TEXT if head.startswith('text_encoder') else _OLD).get(last, last)}"
 
     def scaling(self, name: str, rank: int, alpha: float | None) -> float:
@@ -87,8 +100,16 @@ class DiffusersAdapter(SingleFile):
             inside = {module: ranks[component + module] for module in names}
             if component in configs and any(inside.values()):
                 configs[component] = resized_config(configs[component], modules, inside)
-        silent = {n: r for n, r in ranks.items() if split(n)[0] not in configs and not self.entries[n].alpha_key}
+        silent = {
+            name: rank
+            for name, rank in ranks.items()
+            if split(name)[0] not in configs and not self.entries[name].alpha_key and not self._foreign(name)
+        }
         return with_configs(self.metadata, configs | unit_scales(silent, always=bool(configs)))
+
+    def _foreign(self, name: str) -> bool:
+        """Whether diffusers gives the module a component by which it then looks into the header, in vain."""
+        return not split(name)[0] and _FOREIGN.search(self.entries[name].a_key) is not None
 
     def _spare(self) -> int:
         return spare(self.entries)

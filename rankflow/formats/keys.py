@@ -1,16 +1,36 @@
-"""Every way that single files spell the factors of a module."""
+"""Every way that single files spell the factors of a module, and what looks like a factor in a spelling unknown."""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
+from rankflow.errors import AdapterError
+
+_ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"
 _FACTORS = (
-    re.compile(r"^(?P<stem>.+)\.lora_(?P<part>down|up|mid)\.weight$"),
-    re.compile(r"^(?P<stem>.+)\.lora_(?P<part>A|B)(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$"),
+    re.compile(rf"^(?P<stem>.+)\.lora_(?P<part>down|up|mid){_ADAPTER}\.weight$"),
+    re.compile(rf"^(?P<stem>.+)\.lora_(?P<part>A|B){_ADAPTER}(?:\.weight)?$"),
+    # XLabs numbers the adapters of a double block: the number tells which layer they are of
+    re.compile(r"^(?P<stem>.+_lora\d+)\.(?P<part>down|up)\.weight$"),
     re.compile(r"^(?P<stem>.+?)(?P<style>_lora|\.lora|\.lora_linear_layer)\.(?P<part>down|up)\.weight$"),
 )
 _PARTS = {"A": "down", "B": "up"}
+
+# What may be called after an adapter's method and is no factor, or is in front of all names of a format
+_NO_FACTOR = re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$|\.lora_magnitude_vector|\.dora_scale|\.base_layer\.[^.]+$")
+_METHOD = re.compile(r"^(?:lora|lycoris)_|(?<=[._])lora_(?=unet_|te\d?_|transformer_|prior_)")
+_WORD = re.compile(
+    r"(?<![a-z])(?:g?lora|lokr|loha|locon|lycoris|hada|b?oft)(?![a-z])|\.(?:down|up|mid)(?:\.weight)?$", re.IGNORECASE
+)
+_SIDE = re.compile(r"(?<![^._])(?:A|B|a|b|down|up|left|right|u|v|U|V)(?=\.weight$|$)")
+_LOW = 4  # a shared dimension more than so many times smaller than both others is taken for a rank
+_MOST_NAMES = 4
 
 
 class Factor(NamedTuple):
@@ -27,3 +47,56 @@ def factor_of(key: str) -> Factor | None:
             part = found["part"]
             return Factor(found["stem"], _PARTS.get(part, part), found.groupdict().get("style") == "_lora")
     return None
+
+
+def refuse_unknown_factors(extra: Mapping[str, Tensor], path: Path, *, whole: Sequence[str] = ()) -> None:
+    """Of what no reader took for a factor, nothing may be one: it would be carried along at full rank in silence.
+
+    Args:
+        whole: names of modules that are saved whole (`modules_to_save`), in which anything may be called anything.
+
+    Raises:
+        AdapterError: names or shapes say that there are factors in a spelling that is not known.
+    """
+    kept = [key for key in extra if not any(f".{name}." in f".{key}" for name in whole)]
+    found = [key for key in kept if not _NO_FACTOR.search(key) and _WORD.search(_METHOD.sub("", key))]
+    found += [key for pair in _thin_pairs({key: extra[key] for key in kept}) for key in pair]
+    if found:
+        more = len(set(found)) - _MOST_NAMES
+        names = ", ".join(list(dict.fromkeys(found))[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+        raise AdapterError(
+            f"{path}: {names}: by name or shape these are factors of an adapter, in a spelling that is not known; "
+            "they would stay at full rank. Call them <module>.lora_A.weight and <module>.lora_B.weight, or remove them"
+        )
+
+
+def refuse_unused_alphas(extra: Iterable[str], path: Path) -> None:
+    """
+    Raises:
+        AdapterError: an alpha of no module that was read, whose scale it may be meant to be.
+    """
+    for key in extra:
+        if re.search(r"(?:^|[._])(?:lora_|network_)?alpha$", key):
+            raise AdapterError(f"{path}: {key} is the alpha of no module in the file; name it as that, or remove it")
+
+
+def _thin_pairs(extra: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Pairs of matrices of one parent with shapes ``[r, in]`` and ``[out, r]``: called as two sides are, or far wider
+    than r."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for key, t in extra.items():
+        if t.ndim == 2 and t.is_floating_point() and not _NO_FACTOR.search(key):
+            families[key.removesuffix(".weight").rpartition(".")[0]].append(key)
+    return [pair for keys in families.values() for pair in _thin_pairs_of(keys, extra)]
+
+
+def _thin_pairs_of(keys: Sequence[str], extra: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    tallest: dict[tuple[int, bool], str] = {}  # (columns, whether called as a side is) -> key
+    for key in sorted(keys, key=lambda k: extra[k].shape[0]):
+        tallest[extra[key].shape[1], bool(_SIDE.search(key))] = key
+    for key in keys:
+        (rank, wide), named = extra[key].shape, bool(_SIDE.search(key))
+        for side, times in ((True, 1 if named else _LOW), (False, _LOW)):
+            other = tallest.get((rank, side))
+            if other is not None and times * rank < min(wide, extra[other].shape[0]):
+                yield key, other

@@ -112,7 +112,7 @@ def from_kohya(stem: str, stems: Collection[str] = ()) -> str:
         raise ConfigError(
             f"{stem}: kohya's names begin with {', '.join(_KOHYA)}; of what model this is a part is not known"
         )
-    flat = stem.removeprefix(prefix)
+    flat = stem.removeprefix(prefix).replace(".", "_")
     if found := _T5.match(flat):  # te3 to sd-scripts; text_encoder_2 of FLUX, which has no third, to diffusers
         block, layer, part, last = found.groups()
         component = "text_encoder_2" if any(map(_FLUX.search, stems)) else _KOHYA[prefix]
@@ -212,6 +212,9 @@ def from_comfyui(name: str) -> str:
     Raises:
         ConfigError: a part of the model that other formats have no name for.
     """
+    name = name.removeprefix("base_model.model.")
+    if name.partition(".")[0] in _ORIGINAL_ROOTS:
+        return f"{_ORIGINAL}.{name}"
     if not re.match(rf"{_ORIGINAL}\.|({'|'.join(COMPONENTS)})\.", name):
-        raise ConfigError(f"{name}: is of a part that only ComfyUI names so; keep the comfyui format")
+        raise ConfigError(f"{name}: is of a part that no other format has a name for; keep the format")
     return name

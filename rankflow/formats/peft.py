@@ -21,6 +21,7 @@ from rankflow.errors import AdapterError, naming
 from rankflow.formats.adapter import Put, at_unit_scale, fold
 from rankflow.formats.atomic import Together, atomic_folder
 from rankflow.formats.forms import plain
+from rankflow.formats.keys import refuse_unknown_factors
 from rankflow.formats.peft_config import CONFIG, check_config, load_config, resized_config, target_modules
 from rankflow.formats.peft_modules import read_entries
 from rankflow.formats.tensors import Spec, all_finite, check_destination, header, open_tensors, tensor_writer
@@ -94,6 +95,8 @@ class PeftAdapter:
         self._gains: dict[str, float] = {}  # what is multiplied into B as it is read
         factor_keys = {key for e in self.entries.values() for key in (e.a_key, e.b_key)}
         self.extra_tensors = [key for key in self._tensors if key not in factor_keys]
+        saved = self.config.get("modules_to_save") or ()
+        refuse_unknown_factors({key: self._tensors[key] for key in self.extra_tensors}, self.weights, whole=saved)
         self.companions = sorted(
             {
                 p

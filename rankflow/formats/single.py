@@ -7,7 +7,6 @@ is none (ComfyUI's `weight_adapter/lora.py`, sd-scripts' `lora.py` and `resize_l
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.adapter import Put, checked_slot, is_scale
-from rankflow.formats.keys import Factor, factor_of
+from rankflow.formats.keys import Factor, factor_of, refuse_unknown_factors, refuse_unused_alphas
 from rankflow.formats.lycoris import fold_tucker, refuse_variants
 from rankflow.formats.single_writer import Module, check_single, outline, overhead, write_single
 from rankflow.formats.tensors import SAFETENSORS_DTYPES, SafetensorsWriter, Spec, all_finite, suffixed
@@ -26,7 +25,6 @@ from rankflow.patterns import natural
 from rankflow.plan import Layout, Slot
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_EXTRA = re.compile(r"\.bias$|\.lora_magnitude_vector")  # what may be called lora and is no factor
 
 
 class SingleFile:
@@ -53,6 +51,9 @@ class SingleFile:
         self.layout = Layout({name: module.slot for name, module in self.entries.items()})
         ours = {k for m in self.entries.values() for k in (m.a_key, m.b_key, m.mid_key, m.alpha_key)}
         self.extra_tensors = [key for key in tensors if key not in ours]
+        extra = {key: tensors[key] for key in self.extra_tensors}
+        refuse_unknown_factors(extra, path)
+        refuse_unused_alphas(extra, path)
         self.companions: list[Path] = []
         self.notes: list[str] = []
         if any("dora_scale" in key or "lora_magnitude" in key for key in tensors):
@@ -146,8 +147,6 @@ class SingleFile:
                 raise AdapterError(f"{self.path}: {key} is of type {t.dtype}, which no adapter has")
             factor = factor_of(key)
             if factor is None:
-                if re.search(r"\.lora(_|\.)", key) and not _EXTRA.search(key):
-                    raise AdapterError(f"{self.path}: {key} is not a tensor of plain LoRA; this variant is not known")
                 continue
             name = self.name_of(factor)
             if factor.part in keys[name]:
