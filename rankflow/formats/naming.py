@@ -49,6 +49,8 @@ _KOHYA = {
     "lora_prior_unet_": "prior",
 }
 _ORIGINAL_ROOTS = ("input_blocks", "output_blocks", "middle_block", "double_blocks", "single_blocks", "joint_blocks")
+# Of the same models, and of Wan, where only a whole file tells that it is of an image model
+_BESIDE_BLOCKS = ("blocks", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
 # How the names within a component begin, for PEFT, which does not say which it is
 _ROOTS = {
     "down_blocks": "unet",
@@ -213,7 +215,7 @@ def from_comfyui(name: str) -> str:
         ConfigError: a part of the model that other formats have no name for.
     """
     name = name.removeprefix("base_model.model.")
-    if name.partition(".")[0] in _ORIGINAL_ROOTS:
+    if name.partition(".")[0] in (*_ORIGINAL_ROOTS, *_BESIDE_BLOCKS):
         return f"{_ORIGINAL}.{name}"
     if not re.match(rf"{_ORIGINAL}\.|({'|'.join(COMPONENTS)})\.", name):
         raise ConfigError(f"{name}: is of a part that no other format has a name for; keep the format")
