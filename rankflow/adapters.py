@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from rankflow.errors import AdapterError
+from rankflow.inits import loadable_init, refuse_init
 from rankflow.journal import Journal
 from rankflow.patterns import anchored, exclude_modules, rank_config
 from rankflow.plan import Layout, Slot
@@ -81,6 +82,25 @@ class Adapter:
                         "the two, or leave out ensure_weight_tying"
                     )
 
+    def refuse_resizing(self) -> None:
+        """Raise AdapterError if it is tied to its ranks by how it was started."""
+        refuse_init(self.config.init_lora_weights, f"adapter {self.name!r}")
+
+    def check_trains(self) -> None:
+        """Raise AdapterError if it is not active while another is, or if nothing of it trains."""
+        present = [site for site in self.sites.values() if site.present]
+        active = {name for site in present for name in site.layer.active_adapters}
+        if present and self.name not in active:
+            raise AdapterError(
+                f"adapter {self.name!r} is not active, {' and '.join(map(repr, sorted(active))) or 'none'} is; call "
+                f"model.set_adapter({self.name!r}), then make the optimizer"
+            )
+        if not any(p.requires_grad for p in self.parameters()):
+            raise AdapterError(
+                f"nothing of adapter {self.name!r} trains. Load it with PeftModel.from_pretrained(base, folder, "
+                f"is_trainable=True), or call model.set_adapter({self.name!r}), then make the optimizer"
+            )
+
     def write_config(self, journal: Journal) -> None:
         """Let the PEFT config say what the layers now are, so that what is saved can be loaded anywhere."""
         sites = [s for s in self.sites.values() if not s.inner]
@@ -93,6 +113,8 @@ class Adapter:
         excluded = exclude_modules(current, [*present], absent)
         if excluded != current and not (isinstance(current, set) and excluded == sorted(current)):
             journal.attr(self.config, "exclude_modules", excluded)
+        if (init := loadable_init(self.config.init_lora_weights)) != self.config.init_lora_weights:
+            journal.attr(self.config, "init_lora_weights", init)
 
     def config_problem(self) -> str | None:
         """What the PEFT config says otherwise than the layers, or None."""
@@ -133,7 +155,8 @@ def reshape(adapter: Adapter, target: Mapping[str, int] | Layout) -> Layout:
     made before still holds the old ones. Modules that `target` does not name stay.
 
     Raises:
-        AdapterError: `target` names a module that the adapter does not have, or a rank it cannot have.
+        AdapterError: `target` names a module that the adapter does not have, or a rank it cannot have; or the adapter
+            is tied to its ranks by how it was started.
     """
     for name, want in target.items():
         rank = want.rank if isinstance(want, Slot) else want
@@ -144,6 +167,8 @@ def reshape(adapter: Adapter, target: Mapping[str, int] | Layout) -> Layout:
     ranks = {n: want.rank if isinstance(want, Slot) else want for n, want in target.items()}
     if not any({**adapter.layout().ranks, **ranks}.values()):
         raise AdapterError("no module would stay in the adapter; PEFT cannot load an adapter without one")
+    if any(rank != adapter.sites[name].rank for name, rank in ranks.items()):
+        adapter.refuse_resizing()
     with Journal() as journal:
         for name, want in target.items():
             site, rank = adapter.sites[name], ranks[name]

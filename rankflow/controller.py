@@ -78,6 +78,7 @@ class Controller:
                 f"adapter {adapter_name!r} of this model already has a controller; .finish() or .detach() it first"
             )
         self._adapter = Adapter(model, adapter_name, shards=True)
+        check_managed(self._adapter, lifecycle)
         self._processes = processes(self._adapter)
         self.model = model
         self.seed = seed
@@ -649,6 +650,16 @@ class Controller:
                     f"policy {phase.name} studies {study.batches} batches ({study.name}); "
                     f"give them with {argument[study.split]}=..."
                 )
+
+
+def check_managed(adapter: Adapter, lifecycle: Lifecycle) -> None:
+    """
+    Raises:
+        AdapterError: nobody trains the adapter, or the lifecycle may change what is tied to its ranks.
+    """
+    adapter.check_trains()
+    if lifecycle.resizes:
+        adapter.refuse_resizing()
 
 
 def _non_finite(observed: Observation) -> str | None:

@@ -51,6 +51,7 @@ def squeeze_model(
     goal = Target(**target)
     check_backend(backend)
     adapter = Adapter(model, adapter_name)
+    adapter.refuse_resizing()
     refuse_gates(adapter.sites.values())
     surgeon = Surgeon(adapter, optimizer)
     layout = Layout({name: slot for name, slot in adapter.layout().items() if slot.rank})

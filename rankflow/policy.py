@@ -172,6 +172,7 @@ class Policy:
     held_out: ClassVar[bool] = False  # whether it learns from a part of the training data that the factors never see
     source: ClassVar[str] = ""  # the paper or rule, one line, for `rankflow policies`
     grows: ClassVar[bool] = True  # whether any module may come to a rank above the one it has
+    resizes: ClassVar[bool] = True  # whether it may change factors; else it freezes some at most
     first_only: ClassVar[bool] = False  # decides before the first step, so no phase may come before it
 
     @property
@@ -268,6 +269,11 @@ class Lifecycle:
     limits: Limits = field(default_factory=Limits)
     mode: Mode = "resize"
     source: str = ""  # where it was read from, for messages
+
+    @property
+    def resizes(self) -> bool:
+        """Whether any phase may change factors."""
+        return any(policy.resizes for _, policy, _ in self.policies)
 
     def settings(self) -> dict[str, str]:
         """Everything that is set, by place: two lifecycles that do the same have the same settings."""

@@ -20,6 +20,7 @@ from rankflow.controller import Controller
 from rankflow.errors import AdapterError, CheckpointError, naming
 from rankflow.formats.atomic import atomic_folder
 from rankflow.formats.peft import PeftAdapter
+from rankflow.inits import changes_base
 from rankflow.plan import Layout
 from rankflow.seals import check_seal
 
@@ -88,15 +89,22 @@ def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: 
 def match_layout(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
     """Reshape a live adapter to the ranks and scalings of a saved one; its weights are then for the caller to load."""
     adapter = Adapter(model, adapter_name)
-    return reshape(adapter, saved_layout(checkpoint, adapter.layout()))
+    return reshape(adapter, saved_layout(checkpoint, adapter.layout(), adapter.config.init_lora_weights))
 
 
-def saved_layout(checkpoint: str | os.PathLike[str], live: Layout) -> Layout:
-    """The layout of a saved adapter in terms of a live one: modules it does not have are at rank 0."""
+def saved_layout(checkpoint: str | os.PathLike[str], live: Layout, init: Any = True) -> Layout:
+    """The layout of a saved adapter in terms of a live one that started with `init`: modules it does not have are at
+    rank 0."""
     try:
-        adapter = PeftAdapter(Path(checkpoint))
+        adapter = PeftAdapter(Path(checkpoint), any_init=True)
     except AdapterError as e:
         raise CheckpointError(str(e)) from None
+    started = adapter.config.get("init_lora_weights")
+    if started != init and (changes_base(started) or changes_base(init)):
+        raise CheckpointError(
+            f"{checkpoint}: its adapter started with init_lora_weights={started!r} and the model's with {init!r}, so "
+            "that they are not for the same base weights; make the model's adapter as that one was made"
+        )
     if adapter.folded:
         what = adapter.notes[0].partition(",")[0]
         raise CheckpointError(f"{checkpoint}: is {what}, which LoRA cannot load; `rankflow squeeze` makes LoRA of it")

@@ -90,7 +90,8 @@ class Surgeon:
 
         Raises:
             PlanError: the plan was made from another layout, or breaks its limits.
-            AdapterError: the adapter can no longer be resized (merged, resized by somebody else, not finite).
+            AdapterError: the adapter can no longer be resized (merged, resized by somebody else, not finite), or never
+                could (`rankflow.inits`).
             OptimizerError: the optimizer does not hold the adapter, or holds what cannot be carried.
         """
         self.adapter.check()
@@ -98,6 +99,8 @@ class Surgeon:
         target = plan.apply_to(layout)
         if not plan:
             return self._layout
+        if any(not isinstance(op, Train) for ops in plan.ops.values() for op in ops):
+            self.adapter.refuse_resizing()
         self.gates.check(plan)
         lost = self._check_optimizer(plan, layout)
         lost |= {name for name, ops in plan.ops.items() if any(isinstance(op, Share) and op.group for op in ops)}
@@ -291,6 +294,7 @@ def resize(
     if metric != "weights":
         raise ConfigError(f"metric {metric!r} needs statistics of data; attach the squeeze policy, or use 'weights'")
     adapter = Adapter(model, adapter_name)
+    adapter.refuse_resizing()
     refuse_gates(adapter.sites.values())
     surgeon = Surgeon(adapter, optimizer, seed=seed, on_unknown_state=on_unknown_state, warmup=0)
     layout = surgeon.layout

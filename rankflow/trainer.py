@@ -21,7 +21,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from rankflow.adapters import Adapter
 from rankflow.config import PolicyLike, load_policy
-from rankflow.controller import Controller
+from rankflow.controller import Controller, check_managed
 from rankflow.distributed import own_ledger, processes_of, sharded
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.ledger import Ledger
@@ -101,7 +101,7 @@ class RankFlowCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         model = kwargs.get("model")
         if model is not None:
-            Adapter(model, self.adapter_name)  # a model without LoRA is refused here, not an epoch later
+            check_managed(Adapter(model, self.adapter_name), self.lifecycle)  # refused here, not an epoch later
         if self._outer_batches is None and any(p.held_out for _, p, _ in self.lifecycle.policies):
             self._hold_out(args)
 
@@ -270,7 +270,8 @@ def _follow_ranks_when_loading() -> None:
         if flow is None:
             match_layout(self, model_id, adapter_name)
         else:  # the best model at the end of training: its parameters stay in the optimizer
-            flow.reshape(saved_layout(model_id, flow.layout))
+            init = self.peft_config[adapter_name].init_lora_weights
+            flow.reshape(saved_layout(model_id, flow.layout, init))
         result = load(self, model_id, adapter_name, *args, **kwargs)
         _loaded[self] = checkpoint
         if flow is not None and (state := load_state(checkpoint)) is not None:

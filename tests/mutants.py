@@ -272,6 +272,35 @@ MUTANTS = [
         "tests/test_optim.py -k as_far_as",
     ),
     Mutant(
+        "resize adapters that have changed their base",
+        "surgeon.py",
+        "        if any(not isinstance(op, Train) for ops in plan.ops.values() for op in ops):\n"
+        "            self.adapter.refuse_resizing()\n",
+        "",
+        "tests/test_inits.py -k door",
+    ),
+    Mutant(
+        "know one spelling of an init only",
+        "inits.py",
+        "init.lower().startswith(_CHANGING_BASE)",
+        "init in _CHANGING_BASE",
+        "tests/test_inits.py -k door",
+    ),
+    Mutant(
+        "leave orthogonal in the config of a resized adapter",
+        "adapters.py",
+        'journal.attr(self.config, "init_lora_weights", init)',
+        "pass",
+        "tests/test_inits.py -k orthogonal",
+    ),
+    Mutant(
+        "restore an adapter onto another base",
+        "resume.py",
+        "if started != init and (changes_base(started) or changes_base(init)):",
+        "if False:",
+        "tests/test_inits.py -k restoring",
+    ),
+    Mutant(
         "reorder a group when a module comes back",
         "optim.py",
         "group.params.insert(place, p)",

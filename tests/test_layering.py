@@ -12,6 +12,7 @@ CORE = [
     "errors",
     "seeds",
     "patterns",
+    "inits",
     "plan",
     "schedule",
     "limits",

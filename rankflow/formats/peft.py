@@ -62,11 +62,13 @@ class PeftAdapter:
 
     kind = "peft"
 
-    def __init__(self, src: str | Path, base: str | Path | None = None):
+    def __init__(self, src: str | Path, base: str | Path | None = None, *, any_init: bool = False):
         """
         Args:
             base: the base model's folder, for kinds that say less than all in their file; as the adapter names it, if
                 left out.
+            any_init: take those too that are tied to their ranks by how they were started (`rankflow.inits`), for who
+                leaves ranks as they are.
 
         Raises:
             AdapterError: not a LoRA adapter, damaged, at odds with its config, or a variant that cannot be resized.
@@ -88,7 +90,7 @@ class PeftAdapter:
         if found is not None:
             config, self._tensors, notes = found
             self.notes = [*notes, *self.notes]
-        self.config = check_config(config, self.folder / CONFIG)
+        self.config = check_config(config, self.folder / CONFIG, any_init=any_init)
         with naming(self.folder):
             self.entries = read_entries(self._tensors, self.config, self.weights)
         self.layout = Layout({name: entry.slot for name, entry in self.entries.items()})

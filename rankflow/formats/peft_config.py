@@ -10,6 +10,7 @@ from typing import Any
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.adapter import is_scale
 from rankflow.formats.strict_json import strict_loads
+from rankflow.inits import loadable_init, refuse_init
 from rankflow.patterns import alpha_for, compiled, exclude_modules, matches, rank_config
 
 CONFIG = "adapter_config.json"
@@ -28,7 +29,6 @@ _CONVERSIONS = {
 }
 # Fields that name modules, and whether a single expression may stand for a list.
 _NAMES = {"target_modules": True, "exclude_modules": True, "target_parameters": False, "modules_to_save": False}
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -47,11 +47,12 @@ def load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+def check_config(config: Mapping[str, Any], path: Path | str, *, any_init: bool = False) -> dict[str, Any]:
     """The config with its patterns filled in; `path` is for messages.
 
     Raises:
-        AdapterError: not that of a LoRA, or of one that cannot be resized.
+        AdapterError: not that of a LoRA, or of one that cannot be resized; with `any_init`, for another reason than how
+            it was started.
     """
     config = dict(config)
     kind = config.get("peft_type")
@@ -63,12 +64,8 @@ def check_config(config: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
             raise AdapterError(
                 f"{path}: {option} makes this {variant}, which keeps more than A and B per rank and cannot be resized"
             )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
-        raise AdapterError(
-            f"{path}: init_lora_weights is {init!r}, with which loading changes the base weights by an amount that "
-            "depends on the rank; save the adapter with path_initial_model_for_weight_conversion first"
-        )
+    if not any_init:
+        refuse_init(config.get("init_lora_weights"), path)
     for field in ("rank_pattern", "alpha_pattern"):
         config[field] = patterns_of(config, field, path)
     _check_names(config, path)
@@ -149,8 +146,8 @@ def resized_config(
     new = {**config, **fields._asdict()}
     if absent:
         new["exclude_modules"] = exclude_modules(config.get("exclude_modules"), present, absent)
-    if config.get("init_lora_weights") == "orthogonal":
-        new["init_lora_weights"] = True  # loading would refuse odd ranks, and all weights come from the file anyway
+    if "init_lora_weights" in config:
+        new["init_lora_weights"] = loadable_init(config["init_lora_weights"])
     return new
 
 

@@ -18,6 +18,7 @@ class Hold(Policy):
     when: When = field(default_factory=lambda: When(stop=0))  # never due: nothing is asked, nothing is recorded
 
     grows: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
     source: ClassVar[str] = "plain LoRA, arXiv 2106.09685"
 
     def check(self, layout: Layout) -> None:

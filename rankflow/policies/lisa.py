@@ -47,6 +47,7 @@ class Lisa(Policy):
     seed: Annotated[NonNegativeInt, Field(description="of the draws, together with the step")] = 0
 
     grows: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
     source: ClassVar[str] = "LISA, arXiv 2403.17919, on LoRA modules"
 
     def check(self, layout: Layout) -> None:
