@@ -240,6 +240,7 @@ def squeeze_each(
             dry_run=dry_run,
             file_bytes_before=adapter.file_bytes,
             file_bytes_after=None if out is None else adapter.weights_in(out).stat().st_size,
+            carried=dict(adapter.extra_tensors),
             copied=() if out is None else tuple(file.name for file in adapter.companions),
             notes=(*adapter.notes, *yardstick.notes, *fitting.notes(ranks)),
             seconds=time.perf_counter() - began,

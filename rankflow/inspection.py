@@ -104,7 +104,8 @@ class InspectedType:
 class Inspection:
     """An adapter.
 
-    bytes: of the LoRA factors. file_bytes: of the file that holds them.
+    bytes: of the LoRA factors. file_bytes: of the file that holds them. carried: tensors that are no factors, which
+    a squeeze keeps as they are: name -> bytes.
     types: the modules summed up by type. notes: what there is to know besides.
     base: the model folder that intruders were looked for in, with cosines below `epsilon`.
     """
@@ -115,6 +116,7 @@ class Inspection:
     bytes: int
     file_bytes: int
     notes: tuple[str, ...] = ()
+    carried: dict[str, int] = field(default_factory=dict)
     types: tuple[InspectedType, ...] = ()
     base: str | None = None
     epsilon: float | None = None
@@ -182,6 +184,7 @@ def inspect(
         bytes=layout.bytes,
         file_bytes=adapter.file_bytes,
         notes=tuple(notes),
+        carried=dict(adapter.extra_tensors),
         types=by_type(modules),
         base=None if base is None else str(base),
         epsilon=None if base is None else epsilon,

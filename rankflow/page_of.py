@@ -50,6 +50,7 @@ def inspection_page(found: Inspection) -> Page:
             picture,
         ),
         Section("Modules", _modules_about(found), None, *_modules(found)),
+        *_carried(found.carried),
     ]
     return Page(_named(found.source), f"LoRA adapter, {found.source}", facts, sections, found.notes, _FOOTER)
 
@@ -93,7 +94,8 @@ def squeeze_page(done: SqueezeReport) -> Page:
     target = ", ".join(f"{key} {value}" for key, value in done.target.items())
     about = f"Squeezed from {done.source}: {target}; metric {done.metric}"
     title = _named(done.out or done.source)
-    return Page(title, about, facts, [Section("Modules", "", None, columns, rows)], done.notes, _FOOTER)
+    sections = [Section("Modules", "", None, columns, rows), *_carried(done.carried)]
+    return Page(title, about, facts, sections, done.notes, _FOOTER)
 
 
 def run_page(ledger: Ledger, source: str) -> Page:
@@ -130,6 +132,15 @@ def run_page(ledger: Ledger, source: str) -> Page:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 Table = tuple[Sequence[Column], Sequence[Sequence[Cell]]]
+
+
+def _carried(carried: Mapping[str, int]) -> list[Section]:
+    """Tensors that are no factors, if there are any."""
+    if not carried:
+        return []
+    about = f"Tensors that are no factors, {decimal(sum(carried.values()))} in all: a squeeze keeps them as they are."
+    rows = [(word(name), number(size)) for name, size in carried.items()]
+    return [Section("Carried along", about, None, [Column("tensor", text=True), Column("bytes")], rows)]
 
 
 def _named(path: str) -> str:

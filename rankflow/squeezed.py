@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rankflow.difference import relative
@@ -58,7 +58,8 @@ class SqueezeReport:
     bytes_after: int
     file_bytes_before: int | None = None
     file_bytes_after: int | None = None
-    copied: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()  # files beside the adapter
+    carried: dict[str, int] = field(default_factory=dict)  # tensors that are no factors, kept as they are: name, bytes
     notes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()  # of a gate
     seconds: float = 0.0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rankflow.verdicts import Verdict
 
 _MOST_ROWS = 48  # a table longer than this is summed up by type of module
+_MOST_NAMES = 4
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -64,7 +65,7 @@ def squeeze_table(report: SqueezeReport) -> Table:
         "weight error",
         *([f"{metric} error"] if metric != "weights" else []),
         "parameters",
-        caption="\n".join((f"largest rank {largest}: {bucket}", *report.notes)),
+        caption="\n".join((f"largest rank {largest}: {bucket}", *carried_along(report.carried), *report.notes)),
     )
     modules = {m.name: m for m in report.modules}
     for label, names in _groups(modules):
@@ -90,6 +91,16 @@ def squeeze_table(report: SqueezeReport) -> Table:
         f"{report.params_after:,}",
     )
     return table
+
+
+def carried_along(carried: Mapping[str, int]) -> list[str]:
+    """What an adapter holds beside factors, with the largest by name."""
+    if not carried:
+        return []
+    largest = sorted(carried, key=lambda name: (-carried[name], name))[:_MOST_NAMES]
+    more = len(carried) - len(largest)
+    names = ", ".join(f"{name} ({decimal(carried[name])})" for name in largest) + (f" and {more} more" if more else "")
+    return [f"carried along, not squeezed: {len(carried)} tensors, {decimal(sum(carried.values()))}: {names}"]
 
 
 def verdict_table(found: Verdict) -> Table:
@@ -142,6 +153,7 @@ def inspection_table(inspection: Inspection) -> Table:
     heads = [f"E{k}" for k in inspection.modules[0].energy]
     measured = [m for m in inspection.modules if m.tokens is not None]
     captions = [
+        *carried_along(inspection.carried),
         *inspection.notes,
         "eff.: effective rank, exp of the spectrum's entropy; stable: sum of squares over the largest square; noise: "
         "its edge; above it: as many directions, which squeeze --auto keeps; Ek: energy in the k largest",

@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rankflow import AdapterError, ConfigError, squeeze
+from rankflow import AdapterError, ConfigError, inspect, squeeze
 from rankflow.formats.detect import open_adapter
+from rankflow.page_of import inspection_page, squeeze_page
+from rankflow.tables import inspection_table, squeeze_table
 
 FLUX = ["double_blocks.{i}.img_attn.qkv", "double_blocks.{i}.txt_mod.lin", "single_blocks.{i}.linear1"]
 QWEN = [
@@ -210,3 +212,22 @@ def test_xlabs_names_are_those_of_the_checkpoint_in_other_formats(tmp_path: Path
     save_file(double | single, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="some rows"):
         squeeze(tmp_path / "x.safetensors", tmp_path / "z.safetensors", target_rank=2, to="kohya")
+
+
+def test_what_is_carried_along_is_in_every_report_and_counts_by_size(tmp_path: Path):
+    whole = {"double_blocks.0.img_attn.qkv.diff_b": torch.ones(24), "final_layer.linear.diff": drawn(300, 40, seed="d")}
+    save_file(pairs(FLUX, "", A_B, alpha=False) | whole, tmp_path / "x.safetensors")
+    wanted = {key: t.nbytes for key, t in whole.items()}
+    found = inspect(tmp_path / "x.safetensors")
+    size = 48_000 + 5_000
+    report = squeeze(tmp_path / "x.safetensors", tmp_path / "y.safetensors", size=size)
+    assert found.carried == report.carried == wanted
+    assert report.to_json()["carried"] == found.to_json()["carried"] == wanted
+    assert (tmp_path / "y.safetensors").stat().st_size <= size
+    assert sum(report.ranks.values()) < sum(m.rank for m in found.modules)
+    for page in (inspection_page(found), squeeze_page(report)):
+        section = page.sections[-1]
+        assert [(row[0].text, row[1].value) for row in section.rows] == list(wanted.items())
+    for table in (inspection_table(found), squeeze_table(report)):
+        assert "final_layer.linear.diff (48.0 kB)" in str(table.caption)
+        assert "2 tensors" in str(table.caption)

@@ -98,7 +98,7 @@ class SavedAdapter(Protocol):
     @property
     def companions(self) -> Sequence[Path]: ...
     @property
-    def extra_tensors(self) -> Sequence[str]: ...  # keys of what is neither factor nor alpha
+    def extra_tensors(self) -> Mapping[str, int]: ...  # what is neither factor nor alpha, and copied: key -> bytes
     @property
     def metadata(self) -> Mapping[str, str]: ...  # of the file's header
     @property

@@ -47,7 +47,7 @@ class Converted:
         self.layout, self.entries = source.layout, source.entries
         self._gains: dict[str, float] = {}  # what is multiplied into B as it is read
         self.companions = source.companions if kind == "peft" else []
-        self.extra_tensors: list[str] = []
+        self.extra_tensors: dict[str, int] = {}
         self.notes = [*source.notes, f"read as {source.kind}, written as {kind}", *lost_fields(source)]
         _check_plain(source, kind)
         self.names = {name: name for name in source.layout} if keep_names else _names(source, kind)
@@ -158,8 +158,8 @@ class Converted:
 def _check_plain(source: Source, kind: str) -> None:
     if source.extra_tensors:
         raise ConfigError(
-            f"{source.path}: has more than LoRA factors ({source.extra_tensors[0]}), which {kind} would lose; keep the "
-            "format"
+            f"{source.path}: has more than LoRA factors ({next(iter(source.extra_tensors))}), which {kind} would lose; "
+            "keep the format"
         )
     for name, slot in source.layout.items():
         if slot.kind not in ("linear", "conv") or slot.tie is not None:

@@ -60,7 +60,7 @@ class DenseAdapter:
         self._outside: dict[str, float] = {}
         self.file_bytes = file_bytes
         self.companions: list[Path] = []
-        self.extra_tensors: list[str] = []
+        self.extra_tensors: dict[str, int] = {}
         self.metadata: dict[str, str] = {}
         self.notes = [
             *notes,

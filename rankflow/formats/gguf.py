@@ -61,7 +61,7 @@ class GgufAdapter:
         self.entries = at_unit_scale(source.entries)
         self.layout = Layout({name: entry.slot for name, entry in self.entries.items()})
         self.companions: list[Path] = []
-        self.extra_tensors: list[str] = []
+        self.extra_tensors: dict[str, int] = {}
         self.metadata: dict[str, str] = {}
         self.notes = [*source.notes, f"read as {source.kind}, written as gguf", *lost_fields(source)]
         self._invocation = _tokens(source)

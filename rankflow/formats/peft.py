@@ -96,7 +96,7 @@ class PeftAdapter:
         self.layout = Layout({name: entry.slot for name, entry in self.entries.items()})
         self._gains: dict[str, float] = {}  # what is multiplied into B as it is read
         factor_keys = {key for e in self.entries.values() for key in (e.a_key, e.b_key)}
-        self.extra_tensors = [key for key in self._tensors if key not in factor_keys]
+        self.extra_tensors = {key: self._tensors[key].nbytes for key in self._tensors if key not in factor_keys}
         saved = self.config.get("modules_to_save") or ()
         refuse_unknown_factors({key: self._tensors[key] for key in self.extra_tensors}, self.weights, whole=saved)
         self.companions = sorted(
@@ -130,7 +130,7 @@ class PeftAdapter:
     @property
     def overhead(self) -> int:
         """Bytes of the file that are no LoRA factors, in whatever dtype and ranks it is written."""
-        extra = sum(self._tensors[key].nbytes for key in self.extra_tensors)
+        extra = sum(self.extra_tensors.values())
         return (self._outline if self.folded else self._container) + extra + 2 * len(self._tensors)  # BF16 after F32
 
     @property

@@ -50,7 +50,7 @@ class SingleFile:
         self.entries = self._read()
         self.layout = Layout({name: module.slot for name, module in self.entries.items()})
         ours = {k for m in self.entries.values() for k in (m.a_key, m.b_key, m.mid_key, m.alpha_key)}
-        self.extra_tensors = [key for key in tensors if key not in ours]
+        self.extra_tensors = {key: tensors[key].nbytes for key in tensors if key not in ours}
         extra = {key: tensors[key] for key in self.extra_tensors}
         refuse_unknown_factors(extra, path)
         refuse_unused_alphas(extra, path)
