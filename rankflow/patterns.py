@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import regex
 
-from rankflow.errors import ConfigError
+from rankflow.errors import ConfigError, first_line
+
+if sys.version_info >= (3, 11):
+    from re import _parser  # type: ignore[attr-defined]  # what `re` makes of an expression before it compiles it
+else:
+    import sre_parse as _parser
 
 _LONGEST_PATTERN = 4096
+_MOST_COPIES = 512  # that repeats may come to: each takes some 250 bytes, and thousands of expressions are kept
 _SECONDS = 1.0  # that an expression may take over one name; a sound one takes microseconds
 
 
@@ -109,17 +116,22 @@ def compiled(pattern: str) -> regex.Pattern[str]:
     """A regular expression as Python's own `re` understands it, for `matches`.
 
     Raises:
-        ConfigError: it is none, or is longer than any that is meant to name modules.
+        ConfigError: it is none, is longer than any that is meant to name modules, or repeats so much that it would be
+            when written out, which is what it takes to compile it.
     """
     try:
         if len(pattern) > _LONGEST_PATTERN:
-            raise ValueError(f"longer than {_LONGEST_PATTERN} characters")
+            raise ValueError(f"longer than {_LONGEST_PATTERN:,} characters")
+        if "(?#" in pattern:  # `re` and `regex` do not agree on where one ends
+            raise ValueError("it has a comment")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what a later Python may read otherwise
             re.compile(pattern)  # which is stricter, and the judge of what is meant
+            if (copies := _copies(_parser.parse(pattern))) > _MOST_COPIES:
+                raise ValueError(f"its repeats come to {copies:.6g} parts, of at most {_MOST_COPIES}")
             return regex.compile(pattern, regex.V0)
-    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as e:
-        raise ConfigError(f"{pattern[:80]!r} is not a regular expression: {e}") from None
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError, MemoryError) as e:
+        raise ConfigError(f"{pattern[:80]!r} is not a regular expression: {first_line(e)}") from None
 
 
 def matches(pattern: str, name: str) -> regex.Match[str] | None:
@@ -134,3 +146,29 @@ def matches(pattern: str, name: str) -> regex.Match[str] | None:
         raise ConfigError(
             f"{pattern[:80]!r} takes more than {_SECONDS:g} s to match {name[:80]!r}; take repeats out of repeats"
         ) from None
+
+
+def _copies(parsed: Any) -> int:
+    """How many parts there are once repeats of a number are written out, beyond those that are written already."""
+    return _parts(parsed, True) - _parts(parsed, False)
+
+
+def _parts(parsed: Any, repeated: bool) -> int:
+    total = 0
+    for operation, argument in parsed:
+        inner = sum(_parts(part, repeated) for part in _within(argument))
+        times = 1
+        if repeated and str(operation).endswith("_REPEAT"):
+            low, high, _ = argument
+            times = max(1, low if high is _parser.MAXREPEAT else high)
+        total += times * max(1, inner)
+    return total
+
+
+def _within(argument: Any) -> Iterator[Any]:
+    """The expressions that are part of one."""
+    if isinstance(argument, _parser.SubPattern):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for part in argument:
+            yield from _within(part)

@@ -61,6 +61,27 @@ MUTANTS = [
         "tests/test_strangers.py -k every_call",
     ),
     Mutant(
+        "compile an expression whatever its repeats come to",
+        "patterns.py",
+        "> _MOST_COPIES:",
+        "> 10**12:",
+        "tests/test_strangers.py -k measured_before_it_is_compiled",
+    ),
+    Mutant(
+        "leave the expression of target_modules to PEFT",
+        "formats/peft_config.py",
+        "expressions = [value] if isinstance(value, str) else",
+        "expressions =",
+        "tests/test_strangers.py -k no_field_of_a_config",
+    ),
+    Mutant(
+        "make of a small file whatever it says",
+        "formats/folding.py",
+        "if factors.size > MOST:",
+        "if factors.size > 10**30:",
+        "tests/test_strangers.py -k small_file_would_grow",
+    ),
+    Mutant(
         "take any name of transformers' for an architecture",
         "pretrained.py",
         "issubclass(found, PreTrainedModel) and found is not PreTrainedModel",

@@ -6,21 +6,26 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loops import tiny_llama
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import BertConfig, EncoderDecoderConfig, PreTrainedTokenizerFast, ViTConfig
 
 import rankflow
-from rankflow import ConfigError, RankFlowError
+from rankflow import AdapterError, ConfigError, RankFlowError, inspect, patterns, squeeze
 from rankflow.base_model import calibrate_saved
 from rankflow.blank import blank_layout
+from rankflow.limits import Limit, Limits
 from rankflow.pretrained import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -234,3 +239,194 @@ def test_peft_is_given_modules_by_name_and_nothing_that_it_would_match_or_import
     assert not config.exclude_modules
     assert sorted(config.target_modules) == sorted(plain.measured)
     assert config.megatron_config is None
+
+
+# -- expressions ------------------------------------------------------------------------------------------------------
+
+BOMBS = {
+    "nested": "((((a{100}){100}){100}){100})",
+    "unnamed": "(?:(?:a{99}){99}){99}",
+    "in one": "[a-z]{1000000}",
+    "from nothing": "(?:ab?){0,1000000}",
+    "without end": "(?:ab){600000,}",
+    "looked for": "(?=(?:a{999}){999})a",
+    "chosen": "x|(?:a{999}){999}|y",
+    "behind a condition": "(a)?(?(1)(?:b{999}){999}|c)",
+    "spread out": "(?x)(?: a{999} # )\n ) {999}",
+    "at leisure": "(?:a{999}?){999}?",
+}
+
+
+def adapter(folder: Path, **config: Any) -> Path:
+    return write(folder, {f"base_model.model.q.lora_{p}.weight": torch.ones(2, 2) for p in "AB"}, **config)
+
+
+def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_an_expression_is_measured_before_it_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: str):
+    def never(*args: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(patterns.regex, "compile", never)
+    with pytest.raises(ConfigError, match=r"repeats come to [\d.e+]+ parts, of at most 512"):
+        patterns.compiled(BOMBS[bomb])
+
+
+def test_nothing_hides_behind_a_comment_that_python_ends_elsewhere():
+    with pytest.raises(ConfigError, match="it has a comment"):
+        patterns.compiled("(?:(?:a{22}(?#\\)){22}(?#\\)b)c")
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.\d{1,3}\.(q|v)", r".*\.(\d+)\..*", "x{,3}y{2,}", "(?:[0-9a-f]{32}|z)+"])
+def test_expressions_that_name_modules_are_compiled(pattern: str):
+    assert patterns.compiled(pattern).pattern == pattern
+
+
+FIELDS = {
+    "rank_pattern": lambda bomb: {bomb: 2},
+    "alpha_pattern": lambda bomb: {bomb: 2},
+    "target_modules": lambda bomb: bomb,
+    "exclude_modules": lambda bomb: bomb,
+    "layers_pattern": lambda bomb: [bomb],
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_field_of_a_config_holds_an_expression_that_is_not_bounded(tmp_path: Path, field: str):
+    src = adapter(tmp_path / "a", **{field: FIELDS[field](BOMBS["nested"])})
+    with pytest.raises(AdapterError, match=rf"{field}: .*repeats come to 1e\+08 parts") as error:
+        inspect(src)
+    assert str(src) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_limits_and_ties_of_a_policy_are_bounded_alike(tmp_path: Path):
+    src = adapter(tmp_path / "a")
+    for limits in (Limits((Limit(f"re:{BOMBS['nested']}", max=1),)), Limits(ties=((f"re:{BOMBS['nested']}",),))):
+        with pytest.raises(ConfigError, match=r"repeats come to 1e\+08 parts"):
+            squeeze(src, tmp_path / "out", target_rank=1, limits=limits)
+
+
+LAYERS = {
+    "replication without end": ({"layer_replication": [[0, 10**9]]}, r"comes to 1e\+09 layers"),
+    "many replications": ({"layer_replication": [[0, 100]] * 101}, "comes to 10100 layers"),
+    "replication backwards": ({"layer_replication": [[5, 0]]}, "pairs of numbers"),
+    "replication of names": ({"layer_replication": ["ab"]}, "pairs of numbers"),
+    "replication of parts": ({"layer_replication": [[0, 1.5]]}, "pairs of numbers"),
+    "a name for a layer": ({"layers_to_transform": ["x"]}, "numbers of layers"),
+    "a truth for a layer": ({"layers_to_transform": [True]}, "numbers of layers"),
+    "an object for a layer": ({"layers_to_transform": {"a": 1}}, "numbers of layers"),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_are_numbers_of_as_many_as_a_model_may_have(tmp_path: Path, case: str):
+    fields, message = LAYERS[case]
+    with pytest.raises(AdapterError, match=message):
+        inspect(adapter(tmp_path / "a", **fields))
+    inspect(adapter(tmp_path / "a", layer_replication=[[0, 2], [1, 3]], layers_to_transform=[0, 1]))
+
+
+def test_a_config_of_more_bytes_than_any_is_not_read(tmp_path: Path):
+    src = adapter(tmp_path / "a")
+    with (src / "adapter_config.json").open("r+b") as file:
+        file.truncate(1 << 40)  # which takes no room on disk
+    with pytest.raises(AdapterError, match="1,099,511,627,776 bytes"):
+        inspect(src)
+
+
+# -- what is made of a file -------------------------------------------------------------------------------------------
+
+N = 30_000  # of which a square takes 3.6 GB
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float16)
+
+
+P = "base_model.model.q."
+GROWS = {
+    "LoKr of wholes": (
+        {"peft_type": "LOKR", "alpha": 1},
+        {P + "lokr_w1": ones(300, 300), P + "lokr_w2": ones(300, 300)},
+    ),
+    "LoKr of vectors": (
+        {"peft_type": "LOKR", "alpha": 1},
+        {
+            P + key: ones(*shape)
+            for key, shape in {
+                "lokr_w1_a": (N, 1),
+                "lokr_w1_b": (1, N),
+                "lokr_w2_a": (N, 1),
+                "lokr_w2_b": (1, N),
+            }.items()
+        },
+    ),
+    "LoKr with a core": (
+        {"peft_type": "LOKR", "alpha": 1},
+        {
+            P + "lokr_w1": ones(1, 1),
+            P + "lokr_w2_a": ones(N, 1),
+            P + "lokr_w2_b": ones(1, N),
+            P + "lokr_t2": ones(N, 1, 1, 1),
+        },
+    ),
+    "LoHa with cores": (
+        {"peft_type": "LOHA", "alpha": 1},
+        {P + f"hada_w{i}_a": ones(N, 1) for i in (1, 2)}
+        | {P + f"hada_w{i}_b": ones(1, N) for i in (1, 2)}
+        | {P + f"hada_t{i}": ones(N, 1, 1, 1) for i in (1, 2)},
+    ),
+    "GraLoRA": (
+        {"peft_type": "GRALORA", "alpha": 1, "hybrid_r": 0},
+        {P + "gralora_A": ones(1000, 1, 1000), P + "gralora_B": ones(1000, 1000, 1)},
+    ),
+    "VB-LoRA": (
+        {"peft_type": "VBLORA", "topk": 1},
+        {P + f"vblora_logits_{p}_topk_indices": torch.zeros(1, N, 1, dtype=torch.uint8) for p in "A"}
+        | {P + f"vblora_logits_{p}_topk_indices": torch.zeros(N, 1, 1, dtype=torch.uint8) for p in "B"}
+        | {P + f"vblora_logits_{p}_topk_weights": torch.ones(1, N, 0) for p in "A"}
+        | {"base_model.vblora_vector_bank": ones(2, N)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROWS)
+def test_what_a_small_file_would_grow_into_is_measured_before_it_is_made(tmp_path: Path, case: str):
+    config, tensors = GROWS[case]
+    src = write(tmp_path / "a", {key: t for key, t in tensors.items() if t.numel()}, **config)
+    with limited(1 << 30), pytest.raises(AdapterError, match=r"comes to [\d.e+]+ numbers") as error:
+        inspect(src)
+    assert str(src) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_core_of_a_single_file_is_measured_too(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    stem = "lora_unet_mid_block_resnets_0_conv1"
+    shapes = {"down": (1, N, 1, 1), "up": (4, 1, 1, 1), "mid": (1, 1, N, 1)}
+    save_file({f"{stem}.lora_{part}.weight": ones(*shape) for part, shape in shapes.items()}, path)
+    with limited(1 << 30), pytest.raises(AdapterError, match=r"come to 9e\+08 numbers"):
+        inspect(path)
+    save_file({f"{stem}.{key.removeprefix(P)}": t for key, t in GROWS["LoKr of vectors"][1].items()}, path)
+    with limited(1 << 30), pytest.raises(AdapterError, match=r"comes to [\d.e+]+ numbers"):
+        inspect(path)
+
+
+@contextmanager
+def limited(more: int) -> Iterator[None]:
+    """At most so many bytes of memory more than now."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -58,8 +58,9 @@ def fold_vblora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
             len(a),
             lambda m=m: mixed(m, stems[0]).flatten(1),
             lambda m=m: mixed(m, stems[1]).mT.flatten(0, 1),
+            max(a.shape[0] * a.shape[1], b.shape[0] * b.shape[1]) * bank.shape[1] * topk,
         )
-    return folded(config, modules, parts.rest, ["VB-LoRA, read as the plain LoRA that it equals"])
+    return folded(config, modules, parts.rest, ["VB-LoRA, read as the plain LoRA that it equals"], path)
 
 
 def _any(parts: Parts, module: str, stem: str) -> Tensor:
@@ -110,8 +111,8 @@ def fold_unilora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path:
         parts.check(m, theta.ndim == 1 and all(_indices(i, len(theta)) for i in (ia, ib)))
         parts.check(m, ia.ndim == ib.ndim == 2 and ia.shape == sa.shape and ib.shape == sb.shape)
         parts.check(m, len(ia) == ib.shape[1])
-        modules[m] = Factors(len(ia), partial(picked, ia, sa), partial(picked, ib, sb))
-    return folded(config, modules, parts.rest, ["Uni-LoRA, read as the plain LoRA that it equals"])
+        modules[m] = Factors(len(ia), partial(picked, ia, sa), partial(picked, ib, sb), max(ia.numel(), ib.numel()))
+    return folded(config, modules, parts.rest, ["Uni-LoRA, read as the plain LoRA that it equals"], path)
 
 
 def fold_delora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
@@ -131,8 +132,9 @@ def fold_delora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
         a, b, bound, norms = parts.of(m, *names)
         parts.check(m, a.ndim == b.ndim == 2 and len(a) == b.shape[1] and bound.numel() == 1)
         parts.check(m, norms.shape == (a.shape[1],))
-        modules[m] = Factors(len(a), lambda a=a, n=norms: wide(a) * wide(n), partial(columns, a, b, bound))
-    return folded(config, modules, parts.rest, ["DeLoRA, read as the plain LoRA that it equals"])
+        made = lambda a=a, n=norms: wide(a) * wide(n)  # noqa: E731
+        modules[m] = Factors(len(a), made, partial(columns, a, b, bound), max(a.numel(), b.numel()))
+    return folded(config, modules, parts.rest, ["DeLoRA, read as the plain LoRA that it equals"], path)
 
 
 def fold_miss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> Folded:
@@ -156,10 +158,11 @@ def fold_miss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
         if given * times != out:
             raise no_module(m, path)
         if r < min(out, inside):
-            modules[m] = Factors(r, partial(_summing, block, inside), partial(_columns, block, times))
+            made = partial(_summing, block, inside), partial(_columns, block, times)
+            modules[m] = Factors(r, *made, r * max(out, inside))
         else:  # A [r, in], which is not in the file, could be larger than any weight
             modules[m] = dense(partial(_miss_delta, block, times, inside), out, inside, (inside,), 1.0)
-    return folded(config, modules, parts.rest, ["MiSS, read as the plain LoRA that it equals"])
+    return folded(config, modules, parts.rest, ["MiSS, read as the plain LoRA that it equals"], path)
 
 
 def _summing(block: Tensor, inside: int) -> Tensor:
@@ -200,9 +203,10 @@ def fold_gralora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path:
             k * r + hybrid,
             partial(_block_rows, a, extra[:1]),
             partial(_block_columns, b, extra[1:]),
+            (k * r + hybrid) * k * max(n, b.shape[2]),
             alpha / (r + hybrid),
         )
-    return folded(config, modules, parts.rest, ["GraLoRA, read as the plain LoRA that it equals"])
+    return folded(config, modules, parts.rest, ["GraLoRA, read as the plain LoRA that it equals"], path)
 
 
 def _block_rows(a: Tensor, more: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from rankflow.patterns import alpha_for, rank_config
 PREFIX = "base_model.model."
 SHARED = "base_model"  # under which PEFT saves what all modules share
 Make = Callable[[], Tensor]
+MOST = 1 << 28  # numbers of one tensor that is made from smaller ones: as many as the largest weights there are
 
 # What PEFT's configs of all kinds have in common and LoRA's means the same by
 _KEPT = (
@@ -44,11 +45,15 @@ class Folded(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """One module's A ``[rank, in, *kernel]`` and B ``[out, rank, *1]``, made when asked for: DeltaW = scaling B A."""
+    """One module's A ``[rank, in, *kernel]`` and B ``[out, rank, *1]``, made when asked for: DeltaW = scaling B A.
+
+    `size` are the numbers of the larger, or of what has to be made on the way to it.
+    """
 
     rank: int
     a: Make
     b: Make
+    size: int
     scaling: float = 1.0
 
 
@@ -144,6 +149,18 @@ class Parts(Mapping[str, Mapping[str, Tensor]]):
             raise AdapterError(f"{self.path}: {name} has {shapes}, which make no {self.kind}; the file is damaged")
 
 
+def check_size(module: str, factors: Factors, path: Path) -> None:
+    """
+    Raises:
+        AdapterError: factors that are to be made of smaller ones would be larger than any model's weight.
+    """
+    if factors.size > MOST:
+        raise AdapterError(
+            f"{path}: {module.removeprefix(PREFIX)} comes to {factors.size:.3g} numbers as a LoRA of rank "
+            f"{factors.rank}, of at most {MOST:.3g}; no weight is that large, the file is damaged"
+        )
+
+
 def number(config: Mapping[str, Any], field: str, path: Path, default: Any = None) -> float:
     """
     Raises:
@@ -178,9 +195,15 @@ def common(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folded(
-    config: Mapping[str, Any], modules: Mapping[str, Factors], rest: Mapping[str, Make], notes: list[str]
+    config: Mapping[str, Any], modules: Mapping[str, Factors], rest: Mapping[str, Make], notes: list[str], path: Path
 ) -> Folded:
-    """The plain LoRA of these modules, named as keys are; `rest` are tensors that stay as they are."""
+    """The plain LoRA of these modules, named as keys are; `rest` are tensors that stay as they are.
+
+    Raises:
+        AdapterError: it would be larger than any model, `check_size`.
+    """
+    for module, factors in modules.items():
+        check_size(module, factors, path)
     named = {module.removeprefix(PREFIX): factors for module, factors in modules.items()}
     fields = rank_config(
         {name: f.rank for name, f in named.items()},

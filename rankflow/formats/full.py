@@ -13,7 +13,7 @@ from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.adapter import Sketch
 from rankflow.formats.dense import Delta, DenseAdapter
 from rankflow.formats.models import open_model
-from rankflow.formats.strict_json import strict_object
+from rankflow.formats.strict_json import read_text, strict_object
 
 KIND = "full"
 
@@ -104,7 +104,7 @@ def _adaptable(key: str, t: Tensor) -> bool:
 
 def _model_type(folder: Path) -> str:
     try:
-        return str(strict_object((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+        return str(strict_object(read_text(folder / "config.json")).get("model_type"))
     except (ValueError, OSError):
         return ""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
-from rankflow.formats.folding import Lazy, Parts, positive
+from rankflow.formats.folding import Lazy, Parts, check_size, positive
 from rankflow.formats.products import LOHA, LOKR, loha, lokr
 
 _BAKE = "merge it into its base model and extract a LoRA from the difference"
@@ -64,6 +64,7 @@ def fold_products(tensors: Mapping[str, Tensor], path: Path) -> tuple[Mapping[st
                 value = alpha.item() if alpha.numel() == 1 else list(alpha.shape)
                 scaling = positive(value, f"{stem}.alpha", path) / rank
             found = fold(parts, stem, scaling)
+            check_size(stem, found, path)
             if f"{stem}.lora_down.weight" in makers:
                 raise AdapterError(f"{path}: {stem} is there twice, as {kind} too; remove one")
             makers[f"{stem}.lora_down.weight"], makers[f"{stem}.lora_up.weight"] = found.a, found.b

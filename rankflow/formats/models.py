@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError
-from rankflow.formats.strict_json import strict_object
+from rankflow.formats.strict_json import read_text, strict_object
 from rankflow.formats.tensors import open_tensors
 from rankflow.formats.wrappers import renamed, unwrapped_names
 
@@ -49,7 +49,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = set(strict_object(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(strict_object(read_text(index))["weight_map"].values())
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         raise AdapterError(f"{index}: not an index of shards; the file is damaged") from None
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):

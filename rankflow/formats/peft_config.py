@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.adapter import is_scale
-from rankflow.formats.strict_json import strict_loads
+from rankflow.formats.strict_json import read_text, strict_loads
 from rankflow.inits import loadable_init, refuse_init
 from rankflow.patterns import alpha_for, compiled, exclude_modules, matches, rank_config
 
@@ -28,7 +28,14 @@ _CONVERSIONS = {
     "None": "this is not the config of a PEFT adapter",
 }
 # Fields that name modules, and whether a single expression may stand for a list.
-_NAMES = {"target_modules": True, "exclude_modules": True, "target_parameters": False, "modules_to_save": False}
+_NAMES = {
+    "target_modules": True,
+    "exclude_modules": True,
+    "layers_pattern": True,
+    "target_parameters": False,
+    "modules_to_save": False,
+}
+_MOST_LAYERS = 10_000  # that replication may come to, each of which is made
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -38,7 +45,7 @@ def load_config(path: Path) -> dict[str, Any]:
         AdapterError: it is not a JSON object.
     """
     try:
-        config = strict_loads(path.read_text(encoding="utf-8"))
+        config = strict_loads(read_text(path))
     except (ValueError, OSError) as e:
         raise AdapterError(f"{path}: not JSON ({e}); the file is damaged") from None
     if not isinstance(config, dict):
@@ -87,6 +94,34 @@ def _check_names(config: Mapping[str, Any], path: Path | str) -> None:
         names = isinstance(value, list) and all(isinstance(name, str) for name in value)
         if value is not None and not names and not (lone and isinstance(value, str)):
             raise AdapterError(f"{path}: {field} is {str(value)[:80]!r}; it must be a list of names")
+        # PEFT matches these without looking at what they cost, so an output that has them must not have others
+        expressions = [value] if isinstance(value, str) else value or [] if field == "layers_pattern" else []
+        _check_expressions(expressions, field, path)
+    _check_layers(config, path)
+
+
+def _check_expressions(expressions: Iterable[str], field: str, path: Path | str) -> None:
+    try:
+        for expression in expressions:
+            compiled(_as_peft_reads(expression))
+    except ConfigError as e:
+        raise AdapterError(f"{path}: {field}: {e}") from None
+
+
+def _check_layers(config: Mapping[str, Any], path: Path | str) -> None:
+    """Layers are numbers, and as many as a model may have."""
+    chosen, copied = config.get("layers_to_transform"), config.get("layer_replication") or []
+    whole = [chosen] if isinstance(chosen, int) else chosen or []
+    if not isinstance(whole, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in whole):
+        raise AdapterError(f"{path}: layers_to_transform is {repr(chosen)[:80]}; it must be numbers of layers")
+    ranges = isinstance(copied, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) and 0 <= pair[0] <= pair[1]
+        for pair in copied
+    )
+    if not ranges:
+        raise AdapterError(f"{path}: layer_replication is {repr(copied)[:80]}; it must be pairs of numbers of layers")
+    if (count := sum(end - start for start, end in copied)) > _MOST_LAYERS:
+        raise AdapterError(f"{path}: layer_replication comes to {count:.6g} layers, of at most {_MOST_LAYERS:,}")
 
 
 def patterns_of(config: Mapping[str, Any], field: str, path: Path | str) -> dict[str, Any]:
@@ -98,11 +133,7 @@ def patterns_of(config: Mapping[str, Any], field: str, path: Path | str) -> dict
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise AdapterError(f"{path}: {field} is not a mapping of names to numbers")
-    try:
-        for pattern in patterns:
-            compiled(_as_peft_reads(pattern))
-    except ConfigError as e:
-        raise AdapterError(f"{path}: {field}: {e}") from None
+    _check_expressions(patterns, field, path)
     return patterns
 
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rankflow.formats.folding import PREFIX, Factors, Folded, Parts, folded, number, positive
+from rankflow.formats.folding import PREFIX, Factors, Folded, Make, Parts, folded, number, positive
 from rankflow.formats.peft_config import pattern_value, patterns_of
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -35,7 +35,9 @@ def fold_loha(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
     """
     parts = Parts(tensors, LOHA, "LoHa", path)
     modules = {m: loha(parts, m, _scaling(config, m, path)) for m in parts}
-    return folded(config, modules, parts.rest, ["LoHa, read as the plain LoRA that it equals, of its squared rank"])
+    return folded(
+        config, modules, parts.rest, ["LoHa, read as the plain LoRA that it equals, of its squared rank"], path
+    )
 
 
 def fold_lokr(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
@@ -46,7 +48,7 @@ def fold_lokr(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
     parts = Parts(tensors, LOKR, "LoKr", path)
     modules = {m: lokr(parts, m, _scaling(config, m, path)) for m in parts}
     return folded(
-        config, modules, parts.rest, ["LoKr, read as the plain LoRA that it equals, of the product of its ranks"]
+        config, modules, parts.rest, ["LoKr, read as the plain LoRA that it equals, of the product of its ranks"], path
     )
 
 
@@ -102,7 +104,8 @@ def loha(parts: Parts, module: str, scaling: float) -> Factors:
     if rank < min(out, inside):
         return shaped(rank, a_rows, b_columns, shape, out, scaling)
     whole = lambda: (lefts[0]() @ rights[0]()) * (lefts[1]() @ rights[1]())  # noqa: E731
-    return dense(whole, out, inside, shape, scaling)
+    found = dense(whole, out, inside, shape, scaling)
+    return found._replace(size=max([found.size, *(r * inside for r in ranks if tucker)]))
 
 
 def lokr(parts: Parts, module: str, scaling: float) -> Factors:
@@ -119,25 +122,31 @@ def lokr(parts: Parts, module: str, scaling: float) -> Factors:
         kernel = tuple(found["lokr_w2"].shape[2:])
     elif "lokr_t2" in found:
         kernel = kernel_of(found["lokr_t2"])
-    (b1, a1), (b2, a2) = left, right
-    rank = b1().shape[1] * b2().shape[1]
-    out, inside = len(b1()) * len(b2()), a1().shape[1] * a2().shape[1]
+    rank, out, inside = left.rank * right.rank, left.out * right.out, left.inside * right.inside
     shape = (inside // math.prod(kernel), *kernel)
-    return shaped(rank, lambda: kron(a1(), a2()), lambda: kron(b1(), b2()), shape, out, scaling)
+    return shaped(rank, lambda: kron(left.a(), right.a()), lambda: kron(left.b(), right.b()), shape, out, scaling)
 
 
-def _lokr_1d(left, w2: Tensor, scaling: float) -> Factors:
+def _lokr_1d(left: _Outer, w2: Tensor, scaling: float) -> Factors:
     """A one-dimensional convolution with a whole W2 ``[k, n, kernel]``: PEFT hands torch.kron the two as they are. It
     lines up their last dimensions, so that what comes out is no Kronecker product of ``[out, in * kernel]``."""
-    b1, a1 = left
     k, n, kernel = w2.shape
-    out, inside = len(b1()) * k, a1().shape[1] * n
-    whole = lambda: kron(b1() @ a1(), wide(w2)).reshape(out, -1)  # noqa: E731
+    out, inside = left.out * k, left.inside * n
+    whole = lambda: kron(left.b() @ left.a(), wide(w2)).reshape(out, -1)  # noqa: E731
     return dense(whole, out, inside * kernel, (inside, kernel), scaling)
 
 
-def _outer(parts: Parts, module: str, part: str):
-    """Makers of B and A with B A the part, a matrix ``[rows, columns * kernel]``."""
+class _Outer(NamedTuple):
+    """One of the two that a Kronecker product is of: B ``[out, rank]`` and A ``[rank, in * kernel]``, when asked."""
+
+    b: Make
+    a: Make
+    out: int
+    rank: int
+    inside: int
+
+
+def _outer(parts: Parts, module: str, part: str) -> _Outer:
     found = parts[module]
     if part in found:
         t = found[part]
@@ -145,15 +154,15 @@ def _outer(parts: Parts, module: str, part: str):
         flat = lambda: wide(t).flatten(1)  # noqa: E731
         rows, columns = t.shape[0], math.prod(t.shape[1:])
         if rows <= columns:
-            return lambda: torch.eye(rows, dtype=flat().dtype), flat
-        return flat, lambda: torch.eye(columns, dtype=flat().dtype)
+            return _Outer(lambda: torch.eye(rows, dtype=flat().dtype), flat, rows, rows, columns)
+        return _Outer(flat, lambda: torch.eye(columns, dtype=flat().dtype), rows, columns, columns)
     a, b = parts.of(module, f"{part}_a", f"{part}_b")
     if part == "lokr_w2" and "lokr_t2" in found:
         t = found["lokr_t2"]
         parts.check(module, t.ndim == 4 and a.ndim == b.ndim == 2 and (len(a), len(b)) == t.shape[:2])
-        return lambda: wide(a).mT, lambda: tucker_rows(t, b)
+        return _Outer(lambda: wide(a).mT, lambda: tucker_rows(t, b), a.shape[1], len(a), b.shape[1] * t[0, 0].numel())
     parts.check(module, a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0])
-    return lambda: wide(a), lambda: wide(b)
+    return _Outer(lambda: wide(a), lambda: wide(b), a.shape[0], a.shape[1], b.shape[1])
 
 
 # -- shared with what single files hold -------------------------------------------------------------------------------
@@ -184,6 +193,7 @@ def shaped(rank: int, a, b, shape: tuple[int, ...], out: int, scaling: float) ->
         rank,
         lambda: a().reshape(rank, *shape).contiguous(),
         lambda: b().reshape(out, rank, *ones).contiguous(),
+        rank * max(out, math.prod(shape)),
         scaling,
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.adapter import Put, checked_slot, is_scale
+from rankflow.formats.folding import MOST
 from rankflow.formats.keys import Factor, factor_of, refuse_unknown_factors, refuse_unused_alphas
 from rankflow.formats.lycoris import fold_tucker, refuse_variants
 from rankflow.formats.single_writer import Module, check_single, outline, overhead, write_single
@@ -197,6 +198,8 @@ class SingleFile:
             raise AdapterError(f"{self.path}: {name} has {shapes}, whose ranks do not agree; the file is damaged")
         alpha = None if alpha_key is None else self._alpha(alpha_key)
         a_shape = tuple(a.shape) if mid is None else (*a.shape[:2], *mid.shape[2:])
+        if mid is not None and math.prod(a_shape) > MOST:
+            raise AdapterError(f"{self.path}: {name} has {shapes}, which come to {math.prod(a_shape):.3g} numbers")
         slot = Slot(
             rank=rank,
             in_features=math.prod(a_shape[1:]),

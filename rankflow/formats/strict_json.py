@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any, NoReturn
 
 _DEEPEST = 64
+_LARGEST = 1 << 26  # bytes of a file that says what others are
+
+
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        ValueError: it is not text, or is larger than any such file.
+        OSError: it cannot be read.
+    """
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ValueError(f"{size:,} bytes, of at most {_LARGEST:,}")
+    return path.read_text(encoding="utf-8")
 
 
 def strict_loads(text: str | bytes) -> Any:

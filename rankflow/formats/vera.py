@@ -79,10 +79,11 @@ def _fold(
             rank,
             lambda d=d, n=widths[m]: (wide(d)[:, None] * wide(A[:, :n]))[:rank],
             lambda b=b: wide(b)[:, None] * wide(B[: len(b)]),
+            rank * max(len(b), widths[m]),
         )
         for m, (b, d) in vectors.items()
     }
-    return folded(config, modules, parts.rest, [f"{kind}, read as the plain LoRA that it equals"])
+    return folded(config, modules, parts.rest, [f"{kind}, read as the plain LoRA that it equals"], path)
 
 
 def base_of(config: Mapping[str, Any], path: Path, kind: str) -> Path:
