@@ -81,7 +81,7 @@ class Problem:
 
 
 def problems(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
-    kind = _source(adapter).kind
+    kind = source_of(adapter).kind
     if kind == FULL or adapter.kind not in engine.reads:
         what = "whole model and no adapter" if kind == FULL else f"{adapter.kind} file"
         where = f"is a {what}; {engine.name} loads {', '.join(engine.reads)}"
@@ -98,7 +98,7 @@ def lasting(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     """Those that no other way of writing the file takes away."""
     kept = [feature for feature in FEATURES if not _mended(feature, engine)]
     found = [*_features(adapter, engine, kept), *_stacks(adapter, engine), *_layers(adapter, engine)]
-    if fields := sorted({field for config in configs_of(_source(adapter)) for field in unknown(config)}):
+    if fields := sorted({field for config in configs_of(source_of(adapter)) for field in unknown(config)}):
         found.append(Problem("", f"may or may not heed {', '.join(fields)}", Fate.UNKNOWN, _FIELDS, tuple(fields)))
     return found
 
@@ -136,14 +136,14 @@ def _tensors(adapter: SavedAdapter, matches: Callable[[str], bool]) -> list[str]
     return [key for key in adapter.extra_tensors if not _config(adapter) and matches(key)]
 
 
-def _source(adapter: SavedAdapter) -> Source:
+def source_of(adapter: SavedAdapter) -> Source:
     return adapter.source if isinstance(adapter, Converted) else adapter
 
 
 def _no_plain_lora(adapter: SavedAdapter, *origins: str, other: bool = False) -> list[str]:
     """What an adapter of PEFT's is that is read as a LoRA without being one, if it is of one of these types; of any, if
     none are given, or with `other` of any but these."""
-    source = _source(adapter)
+    source = source_of(adapter)
     if isinstance(source, DenseAdapter):
         found, origin = source.kind, source.kind.upper()
     elif isinstance(source, PeftAdapter) and source.folded:
@@ -163,7 +163,7 @@ def _is_flux(key: str) -> bool:
 
 def _keys(adapter: SavedAdapter) -> Mapping[str, str]:
     """Key in the file -> the one that it is read as, and written as, of factors."""
-    source = _source(adapter)
+    source = source_of(adapter)
     if not isinstance(source, PeftAdapter | SingleFile):
         return {}
     return {name: new for name, new in source.names_in_file.items() if _FACTOR.search(name)}
@@ -198,7 +198,7 @@ def _of_kind(kind: str) -> Callable[[SavedAdapter], list[str]]:
 
 def _setting(*names: str) -> Callable[[SavedAdapter], list[str]]:
     def given(adapter: SavedAdapter) -> list[str]:
-        configs = configs_of(_source(adapter))
+        configs = configs_of(source_of(adapter))
         return [name for name in names if any(is_set(config.get(name)) for config in configs)]
 
     return given

@@ -104,9 +104,13 @@ def carried_along(carried: Mapping[str, int]) -> list[str]:
 
 
 def verdict_table(found: Verdict) -> Table:
-    """What an engine would get wrong, whether it says so, and what to do."""
+    """What an engine, or the base, would get wrong, whether it says so, and what to do."""
     table = new_table(
-        f"{found.source}, served by {found.engine}", "what:", f"what {found.engine} does:", "told?:", "remedy:"
+        f"{found.source}, {f'served by {found.engine}' if found.engine else f'on {found.base}'}",
+        "what:",
+        f"what {found.engine or 'the base'} does:",
+        "told?:",
+        "remedy:",
     )
     for problem in found.problems:
         table.add_row(problem.where, problem.does, problem.fate.value, problem.remedy)

@@ -6,45 +6,83 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankflow.base_names import absent_from
 from rankflow.engines import Fate, engine_named
-from rankflow.errors import BaseNeeded, ConfigError
+from rankflow.errors import AdapterError, BaseNeeded, ConfigError
 from rankflow.fitting import Fitting
 from rankflow.formats.adapter import SavedAdapter
 from rankflow.formats.detect import open_adapter
-from rankflow.mismatches import ELSEWHERE, SQUEEZE, Problem, problems
+from rankflow.formats.full import KIND as FULL
+from rankflow.mismatches import ELSEWHERE, SQUEEZE, Problem, problems, source_of
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """problems: none if all is well. hint: how the engine is to be started for it, and what was not looked at."""
+    """engine: empty where only the base was looked at. problems: none if all is well. hint: how the engine is to be
+    started for it, and what was not looked at. base: what was given. missing: modules that it does not have."""
 
     source: str
     engine: str
     problems: tuple[Problem, ...]
     hint: str
+    base: str | None = None
+    missing: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "problems": [problem.to_json() for problem in self.problems]}
 
 
-def check(src: str | Path, engine: str, *, kind: str | None = None, base: str | Path | None = None) -> Verdict:
-    """What `engine` (`rankflow.engines.ENGINES`) would get wrong with a file as it is.
+def check(
+    src: str | Path, engine: str | None = None, *, kind: str | None = None, base: str | Path | None = None
+) -> Verdict:
+    """What `engine` (`rankflow.engines.ENGINES`) would get wrong with a file as it is; or, with `base`, which of its
+    modules that model does not have, by whatever names its format has for them.
 
     What `squeeze` refuses to write for an engine has a problem here that no `squeeze` is the remedy of; what has none
     here is written for it. Where the names that an engine needs depend on the base model, and that is neither given
     nor named by the adapter, `hint` says so.
 
     Raises:
-        ConfigError: an unknown engine or format.
+        ConfigError: an unknown engine or format, neither engine nor base, or no engine and a base that is no model.
         AdapterError: no adapter, or a damaged one.
     """
-    named = engine_named(engine)
+    if engine is None and base is None:
+        raise ConfigError(f"{src}: say what is to serve it with --for, or what it was trained on with --base, or both")
     adapter = open_adapter(src, kind, base)
-    found = problems(adapter, named)
-    refused, unseen = _as_written(adapter, Fitting(named, base=None if base is None else Path(base)), found)
-    wrong = tuple(_on_base(problem, base) for problem in [*found, *refused])
-    hint = "" if wrong else named.hint(max(adapter.layout.ranks.values()))
-    return Verdict(str(adapter.path), engine, wrong, ". ".join(filter(None, (hint, unseen))))
+    lacking, missing, hints = _beside(adapter, base, needed=engine is None)
+    found: list[Problem] = []
+    if engine is not None:
+        named = engine_named(engine)
+        found = problems(adapter, named)
+        refused, unseen = _as_written(adapter, Fitting(named, base=None if base is None else Path(base)), found)
+        found += refused
+        fine = not found and not lacking
+        hints = [*([named.hint(max(adapter.layout.ranks.values()))] if fine else []), unseen, *hints]
+    wrong = tuple(_on_base(problem, base) for problem in [*found, *lacking])
+    given = None if base is None else str(base)
+    return Verdict(str(adapter.path), engine or "", wrong, ". ".join(filter(None, hints)), given, missing)
+
+
+def _beside(
+    adapter: SavedAdapter, base: str | Path | None, *, needed: bool
+) -> tuple[list[Problem], tuple[str, ...], list[str]]:
+    """(what is wrong beside the base, the modules it lacks, what is to be said)."""
+    if base is None or source_of(adapter).kind == FULL:  # which was made of the two
+        return [], (), []
+    try:
+        found = absent_from(adapter, base)
+    except (ConfigError, AdapterError) as e:
+        if needed:
+            raise
+        return [], (), [f"Modules were not looked for in the base: {e}"]
+    hints = (
+        [f"{len(found.unseen)} modules, {found.unseen[0]} first, cannot be looked for in it"] if found.unseen else []
+    )
+    if not found.modules:
+        return [], (), hints
+    does = f"has none of these, so that {len(found.modules)} of {len(adapter.layout)} modules load nothing"
+    remedy = "give the base that it was trained on; or it goes by names of another version of that model's library"
+    return [Problem("base", does, Fate.SILENT, remedy, found.modules)], found.modules, hints
 
 
 def _as_written(adapter: SavedAdapter, fitting: Fitting, found: list[Problem]) -> tuple[list[Problem], str]:

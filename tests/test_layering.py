@@ -87,6 +87,7 @@ EDGES = [
     "engines",
     "mismatches",
     "fitting",
+    "base_names",
     "verdicts",
     "crew",
     "inspection",

@@ -14,7 +14,7 @@ from rankflow.terminal import app, print_json, print_table
 
 @app.command(
     epilog="Example: [bold]rankflow check policies/increlora.yaml --model out/adapter --total-steps 3000[/bold]; "
-    "or [bold]rankflow check out/adapter --for vllm[/bold]"
+    "or [bold]rankflow check out/adapter --for vllm --base models/llama[/bold]"
 )
 def check(
     subject: Annotated[
@@ -23,7 +23,7 @@ def check(
     engine: Annotated[
         str | None, typer.Option("--for", metavar="ENGINE", help="With an adapter: what is to serve it, as in squeeze.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="With --for: print JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With an adapter: print JSON, and nothing else.")] = False,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -44,7 +44,8 @@ def check(
     """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
     the run takes in memory and in messages between processes. Models may be of any size: only their config is read.
 
-    Or what an engine would get wrong with an adapter as it is; the status is 1 if there is anything.
+    Or what an engine would get wrong with an adapter as it is, and which of its modules a base model does not have; the
+    status is 1 if there is anything.
     """
     from rankflow.formats.detect import looks_like_adapter
 
@@ -202,8 +203,6 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str |
     Raises:
         typer.Exit: with status 1, if anything would go wrong.
     """
-    if engine is None:
-        raise ConfigError(f"{adapter}: is an adapter; say what is to serve it with --for")
     from rankflow.tables import verdict_table
     from rankflow.verdicts import check as run
 
@@ -213,7 +212,9 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str |
     elif found.problems:
         print_table(verdict_table(found))
     else:
-        typer.echo(f"{found.source}: {engine} loads it as it is. {found.hint}".strip())
+        well = [f"{engine} loads it as it is"] if engine else []
+        on_base = [f"{base} has all modules that could be looked for"] if base and not found.hint else []
+        typer.echo(f"{found.source}: {'. '.join(filter(None, [*well, *on_base, found.hint]))}")
     if found.problems:
         raise typer.Exit(1)
 
