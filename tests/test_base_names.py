@@ -13,11 +13,11 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
 from test_cli import run
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, MixtralConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, MixtralConfig
 
 from rankflow import ConfigError, check
 
-SMALL = dict(num_hidden_layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+SMALL = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
 LLAMA = LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=40)
 CLIP = CLIPTextConfig(**SMALL, vocab_size=40, bos_token_id=1, eos_token_id=2)
 CONFIGS = {
@@ -74,7 +74,6 @@ def loaded_by_peft(folder: Path, architecture: str) -> int:
     ("architecture", "name", "there"),
     [
         ("LlamaForCausalLM", "model.layers.1.self_attn.o_proj", True),
-        ("LlamaForCausalLM", "lm_head", True),
         ("LlamaForCausalLM", "transformer.h.0.attn.o_proj", False),
         ("LlamaForCausalLM", "model.layers.2.self_attn.o_proj", False),  # of a deeper model
         ("CLIPTextModel", "encoder.layers.0.self_attn.out_proj", True),
@@ -86,11 +85,8 @@ def loaded_by_peft(folder: Path, architecture: str) -> int:
 )
 def test_a_base_has_what_peft_finds_in_it(tmp_path: Path, architecture: str, name: str, there: bool):
     src = adapter(tmp_path / "src", [name])
-    if name.endswith("layers.0.self_attn.out_proj") or there:
-        try:
-            assert bool(loaded_by_peft(src, architecture)) == there
-        except RuntimeError:  # of the shapes of lm_head, which were found
-            assert name == "lm_head"
+    if "layers.0" in name:
+        assert bool(loaded_by_peft(src, architecture)) == there
     found = check(src, base=base_of(tmp_path / "base", architecture))
     assert found.missing == (() if there else (name,))
     assert bool(found.problems) != there
@@ -173,7 +169,7 @@ def test_on_the_command_line(tmp_path: Path):
     assert [p["modules"] for p in data["problems"]] == [["gpt.layers.0.attn.o_proj"]]
     served = json.loads(run("check", bad, "--for", "vllm", "--base", base, "--json", status=1).stdout)
     assert served["missing"] == data["missing"]
-    assert "no such" in run("check", good, "--base", tmp_path / "none", status=2).stderr or True
+    run("check", good, "--base", tmp_path / "none", status=2)
 
 
 def test_what_is_no_base(tmp_path: Path):
@@ -199,4 +195,3 @@ def test_a_strangers_base_runs_nothing(tmp_path: Path):
     with pytest.raises(ConfigError, match="no model has more"):
         check(src, base=base)
     assert not (tmp_path / "ran").exists()
-    assert CLIPTextModel is transformers.CLIPTextModel
