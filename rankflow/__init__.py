@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rankflow.config import load_policy
     from rankflow.controller import Controller
     from rankflow.difference import diff
+    from rankflow.ema import averaged_model
     from rankflow.errors import (
         AdapterError,
         CheckpointError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 # Loaded on first use: torch and transformers take seconds, `rankflow --help` should not.
 _HOME = {
     "attach": "loop",
+    "averaged_model": "ema",
     "RankFlowCallback": "trainer",
     "restore": "resume",
     "load_quantized": "quantized",
@@ -101,6 +103,7 @@ __all__ = [
     "Study",
     "Target",
     "attach",
+    "averaged_model",
     "calibrate",
     "canonicalize",
     "check",

@@ -9,19 +9,23 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+import rankflow
 from rankflow.adapters import Adapter
 from rankflow.averages import AVERAGED, sources
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.heldout import HeldOut
 from rankflow.journal import Journal
 from rankflow.ledger import Ledger
+from rankflow.listeners import Listeners, OnResize
 from rankflow.operations import Now, Operations
 from rankflow.optim import OnUnknownState, innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force, unscaled
@@ -71,6 +75,7 @@ class Controller:
         on_unknown_state: OnUnknownState = "error",
         penalty: PenaltyMode = "gradient",
         state: dict[str, Any] | None = None,
+        listeners: Listeners | None = None,
         processes: Callable[[Adapter], Alone] = lambda adapter: Alone(),
     ):
         if adapter_name in _attached.get(model, ()):
@@ -80,6 +85,23 @@ class Controller:
         self._adapter = Adapter(model, adapter_name, shards=True)
         check_managed(self._adapter, lifecycle)
         self._processes = processes(self._adapter)
+        self._processes.start(
+            {
+                **lifecycle.settings(),
+                **_versions(),
+                "adapter_name": adapter_name,
+                "seed": str(seed),
+                "total_steps": str(total_steps),
+                "penalty": penalty,
+                "on_unknown_state": on_unknown_state,
+                "optimizer": type(innermost(optimizer)).__name__,
+                "batches": _given(batches),
+                "outer_batches": _given(outer_batches),
+                "loss_fn": _given(loss_fn),
+                "state": "not given" if state is None else f"of step {state.get('step')}",
+                **{f"module {name}": slot.summary for name, slot in self._adapter.layout().items()},
+            }
+        )
         self.model = model
         self.seed = seed
         self.total_steps = total_steps
@@ -92,7 +114,8 @@ class Controller:
         self._scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper knows its own, and where it is
         self._accumulating = getattr(optimizer, "gradient_state", None)
 
-        self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, on_unknown_state=on_unknown_state)
+        told = {"listeners": listeners, "on_unknown_state": on_unknown_state}
+        self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, **told)
         self._operations = Operations(self._surgeon, self._processes, self.ledger)
         self._gates = self._surgeon.gates
         self._gates.average_gradients = self._processes.average_gradients
@@ -127,6 +150,7 @@ class Controller:
             self._hooks.append(self._optimizer.register_step_pre_hook(lambda *_: ramps.before_step()))
             self._hooks.append(self._optimizer.register_step_post_hook(lambda *_: self._count()))
             _attached.setdefault(model, set()).add(adapter_name)
+            self.listeners.start(self._adapter)
             self._wholly(partial(self._begin, state))
         except BaseException:
             self.detach()
@@ -143,6 +167,8 @@ class Controller:
         """
         if self._accumulating is not None and not self._accumulating.sync_gradients:
             return  # accelerate's accumulate(): more micro-batches are to come
+        self._surgeon.holders.look()
+        self._processes.come_to(f"gradients of step {self.step + 1}")
         scaler = scaler if scaler is not None else self._scaler
         self._processes.reduce(self.model, unscaled=unscaled(scaler, self._optimizer))
         penalised = self._penalty == "gradient" and self._policy.penalty is not None
@@ -179,6 +205,7 @@ class Controller:
             if observed is not None:
                 self._listen()
             return
+        self._processes.come_to(f"after step {self._counted}")
         self._wholly(self._take_step, factors=self._looks_at_factors())
 
     def _take_step(self) -> None:
@@ -251,6 +278,7 @@ class Controller:
     def finish(self) -> None:
         """The run is over: take the hooks off and close the ledger with a `finish` event. All processes call it."""
         if self.attached:
+            self._processes.come_to(f"finish after step {self.step}")
             self._wholly(self._end)
             if not self.within_budget and not self._rewound:
                 warnings.warn(
@@ -334,8 +362,18 @@ class Controller:
     def adapter_name(self) -> str:
         return self._adapter.name
 
+    def on_resize(self, callback: OnResize) -> RemovableHandle:
+        """Let `callback` be called with (module name, old, new, ops) for each module that a resize changes, and when
+        that is undone; the handle's `remove` ends it. See `rankflow.listeners.Listeners`."""
+        return self.listeners.add(callback)
+
+    @property
+    def listeners(self) -> Listeners:
+        """Who is told of resizes."""
+        return self._surgeon.listeners
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's factors as they are now, in the optimizer's order."""
+        """The adapter's factors as they are now, in the optimizer's order; after a resize, some are others."""
         return iter(self._adapter.parameters())
 
     def metrics(self) -> dict[str, float]:
@@ -397,6 +435,7 @@ class Controller:
             CheckpointError: damaged, of another format or another policy, or live ranks that are not the checkpoint's.
         """
         state = check_seal(state)
+        self._processes.come_to("load_state_dict")
         try:
             self._wholly(partial(self._go_on, state))
         except BaseException:
@@ -450,6 +489,8 @@ class Controller:
     def reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,
         their state afresh. Not an event of the run: `load_state_dict` is to follow."""
+        self._processes.come_to("reshape")
+        self.listeners.part()
         least = {name: min(layout[name].rank, slot.rank) for name, slot in self.layout.items()}
         wanted = least if self._surgeon.held else layout.ranks  # with room for more, how much is held is not known yet
         ops = {name: ops_to(wanted[name], slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()}
@@ -660,6 +701,15 @@ def check_managed(adapter: Adapter, lifecycle: Lifecycle) -> None:
     adapter.check_trains()
     if lifecycle.resizes:
         adapter.refuse_resizing()
+
+
+def _versions() -> dict[str, str]:
+    found = {"rankflow": rankflow.__version__, **{name: metadata.version(name) for name in ("torch", "peft")}}
+    return {f"version of {name}": version.partition("+")[0] for name, version in found.items()}
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else "given"
 
 
 def _non_finite(observed: Observation) -> str | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,7 +38,7 @@ from rankflow.ledger import Ledger
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, Signal
 from rankflow.processes import Alone, T
-from rankflow.wire import Wire
+from rankflow.wire import Wire, limit
 
 _SUMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})  # over tokens; all others are averages over batches
 _DRIFT = 1e-6  # relative: replicas get the same gradients and have the same bits, but for how their devices add up
@@ -46,16 +46,19 @@ _DRIFT = 1e-6  # relative: replicas get the same gradients and have the same bit
 Key = tuple[str, Signal]
 
 
-def processes_of(model: nn.Module, adapter: Adapter) -> Alone:
-    """Who takes part in training `model`, which may be wrapped.
+def processes_of(model: nn.Module, adapter: Adapter, timeout: float | None = None) -> Alone:
+    """Who takes part in training `model`, which may be wrapped, and waits for the others for `timeout` seconds at most
+    (`rankflow.wire.limit`).
 
     Raises:
         ConfigError: a wrapper owns the adapter's parameters and would undo a resize.
+        DistributedError: the others do not come.
     """
+    limit(timeout)
     if not _grouped() or (dist.get_world_size() == 1 and not adapter.sharded):
         return Alone()
     refuse(model)
-    return Replicas(model, adapter, Wire(), Shards(model, adapter) if adapter.sharded else None)
+    return Replicas(model, adapter, Wire(timeout), Shards(model, adapter) if adapter.sharded else None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -116,9 +119,9 @@ class Replicas(Alone):
         self._loose: list[nn.Parameter] | None = None  # looked for again once parameters were replaced
         self._sharded = sharded(model)
         self._shards = shards
-        if self._sharded:
-            self._start_alike(model)
-        elif self._ddp is None:  # the Trainer wraps later, and keeps the wrapper to itself
+        self._others = False  # whether other parameters train now than when a wrapper may have been made
+        self._model = model
+        if not self._sharded and self._ddp is None:  # the Trainer keeps the wrapper to itself
             self._hook = adapter.model.register_forward_pre_hook(self._find_wrapper)
 
     def _find_wrapper(self, *_: object) -> None:
@@ -126,14 +129,34 @@ class Replicas(Alone):
         if active is not None or torch.is_grad_enabled():
             self._ddp = active
             self._hook.remove()
+            if self._others:
+                self.undone()
+
+    def start(self, settings: Mapping[str, str]) -> None:
+        said = self._wire.gather("settings", dict(settings))
+        for rank, theirs in enumerate(said):
+            differ = [key for key in {**said[0], **theirs} if said[0].get(key) != theirs.get(key)]
+            if differ:
+                named = [
+                    f"{key} is {said[0].get(key, 'not there')} in process 0 and {theirs.get(key, 'not there')} in "
+                    f"process {rank}"
+                    for key in differ[:4]
+                ]
+                more = f", and {len(differ) - 4} more" if len(differ) > 4 else ""
+                raise DistributedError(f"processes do not start alike: {'; '.join(named)}{more}. Give all the same")
+        if self._sharded:
+            self._start_alike(self._model)
+
+    def come_to(self, about: str) -> None:
+        self._wire.about = about
 
     def attempt(self, work: Callable[[], T]) -> T:
         try:
             done = work()
         except Exception as e:
-            self._wire.gather(f"{type(e).__name__}: {e}")
+            self._wire.gather("whether all went well", f"{type(e).__name__}: {e}")
             raise
-        for rank, message in enumerate(self._wire.gather(None)):
+        for rank, message in enumerate(self._wire.gather("whether all went well", None)):
             if message is not None:
                 raise DistributedError(f"process {rank} failed, and all stop with it: {message}")
         return done
@@ -145,7 +168,9 @@ class Replicas(Alone):
         device = next(iter(self._adapter.parameters())).device
         nothing = torch.zeros((), dtype=torch.float64, device=device)
         flat = [mine[key].to(device).double() if key in mine else nothing.expand(shapes[key]) for key in order]
-        summed = self._wire.sum(torch.cat([t.flatten() for t in flat])) if flat else nothing[None][:0]
+        summed = (
+            self._wire.sum("the sum of signals", torch.cat([t.flatten() for t in flat])) if flat else nothing[None][:0]
+        )
         values: dict[Key, Tensor] = {}
         for key, part in zip(order, summed.split([shapes[key].numel() for key in order]), strict=True):
             part = part.reshape(shapes[key]) / self._divisor(key[1])
@@ -155,10 +180,10 @@ class Replicas(Alone):
     def _all_shapes(self, mine: dict[Key, torch.Size]) -> dict[Key, torch.Size]:
         """Of everything that any process has seen. All have mostly seen the same: told apart by a few bytes each."""
         said = hashlib.sha256(repr(sorted((n, s.value, tuple(shape)) for (n, s), shape in mine.items())).encode())
-        if len(set(self._wire.gather(said.digest()))) == 1:
+        if len(set(self._wire.gather("which signals", said.digest()))) == 1:
             return mine
         shapes: dict[Key, torch.Size] = {}
-        for theirs in self._wire.gather(mine):
+        for theirs in self._wire.gather("shapes of signals", mine):
             for key, shape in theirs.items():
                 if shapes.setdefault(key, shape) != shape:
                     raise DistributedError(
@@ -175,7 +200,7 @@ class Replicas(Alone):
     def _start_alike(self, model: nn.Module) -> None:
         """As DistributedDataParallel does when it is made: all begin with the parameters of process 0."""
         for p in _loose(model):
-            self._wire.give(p.data)
+            self._wire.give("parameters to start with", p.data)
 
     def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
         """A parameter without a gradient here counts as having a zero one; no process waits for the device."""
@@ -199,7 +224,7 @@ class Replicas(Alone):
                 p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in self._loose if p.grad is not None]
         if gradients:
-            mean = self._wire.sum(torch.cat([g.flatten() for g in gradients])) / self._wire.size
+            mean = self._wire.sum("the sum of gradients", torch.cat([g.flatten() for g in gradients])) / self._wire.size
             for g, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
                 g.copy_(part.view_as(g))
 
@@ -209,7 +234,7 @@ class Replicas(Alone):
             return
         there = torch.tensor([p.grad is not None for p in everything], device=everything[0].device).double()
         flat = [(p.grad if p.grad is not None else torch.zeros_like(p)).double().flatten() for p in everything]
-        summed = self._wire.sum(torch.cat([there, *flat]))
+        summed = self._wire.sum("the sum of gates' gradients", torch.cat([there, *flat]))
         parts = summed[len(there) :].split([p.numel() for p in everything])
         for p, part, known in zip(everything, parts, summed[: len(there)].tolist(), strict=True):
             p.grad = (part / self._wire.size).reshape(p.shape).to(p.dtype) if known else None
@@ -217,6 +242,7 @@ class Replicas(Alone):
     def gathered(self, optimizer: Optimizer | None, journal: Journal) -> AbstractContextManager[None]:
         if self._shards is None:
             return nullcontext()
+        self._wire.meet("factors that are put together")
         return self._shards.gathered(optimizer, journal, self.attempt)
 
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
@@ -227,9 +253,9 @@ class Replicas(Alone):
                 plan = decide()
                 message = (plan.to_json(), plan.pack())
             except Exception as e:  # the others wait, and have to be told
-                self._wire.broadcast(f"{type(e).__name__}: {e}")
+                self._wire.broadcast("the plan", f"{type(e).__name__}: {e}")
                 raise
-        found = self._wire.broadcast(message)
+        found = self._wire.broadcast("the plan", message)
         if isinstance(found, str):
             raise PlanError(f"process 0 could not decide: {found}")
         return RankPlan.from_json(*found)
@@ -241,13 +267,14 @@ class Replicas(Alone):
 
     def undone(self) -> None:
         self._loose = None
+        self._others = True
         if self._ddp is not None:
             rebuild(self._ddp)
 
     def _same(self, layout: Layout, step: int) -> None:
         """Compare step, layout and how large the factors are."""
         norm = torch.stack([p.detach().double().norm().cpu() for p in self._adapter.parameters()]).norm().item()
-        said = self._wire.gather((step, layout.digest, norm))
+        said = self._wire.gather("ranks and norms", (step, layout.digest, norm))
         for rank, (theirs, digest, size) in enumerate(said):
             if theirs != said[0][0]:
                 raise DistributedError(f"process {rank} is at step {theirs}, process 0 at step {said[0][0]}")
@@ -274,6 +301,8 @@ def rebuild(ddp: DistributedDataParallel) -> None:
     Differs: the constructor would do it too, and forget communication hooks and the options it is not given.
     """
     builtin = _builtin_hook(ddp)
+    kept = [p for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore]
+    ddp._module_parameters = kept  # else the wrapper would hold the old ones
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)

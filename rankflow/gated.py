@@ -130,6 +130,27 @@ def shown(site: Site, factor: Factor) -> Tensor:
     return site.a(gated(*site.holders["A"])) if factor == "A" else site.b(gated(*site.holders["B"]))
 
 
+# -- the same without gates ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def as_used(model: nn.Module) -> Iterator[Tensor]:
+    """`model.parameters()`, factors under a gate as forwards use them without noise."""
+    under = {key: (module, name) for key, module, name in _fitted_parameters(model)}
+    for key, p in model.named_parameters():
+        yield gated(*under[key], still=True) if key in under else p
+
+
+@torch.no_grad()
+def ungate(model: nn.Module) -> None:
+    """Write what gates make of factors into them, and take the gates off; for copies, which no run looks after."""
+    for _, module, name in list(_fitted_parameters(model)):
+        raw = module._parameters[name]
+        assert raw is not None
+        raw.copy_(gated(module, name, still=True))
+        unfit(module, name)
+
+
 # -- saving and merging -----------------------------------------------------------------------------------------------
 
 

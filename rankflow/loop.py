@@ -15,6 +15,7 @@ from rankflow.controller import Controller
 from rankflow.distributed import own_ledger, processes_of, refuse, unwrapped
 from rankflow.fsdp import at_rest
 from rankflow.ledger import Ledger
+from rankflow.listeners import Listeners, OnResize
 from rankflow.optim import OnUnknownState
 from rankflow.penalties import PenaltyMode
 
@@ -34,8 +35,15 @@ def attach(
     on_unknown_state: OnUnknownState = "error",
     penalty: PenaltyMode = "gradient",
     state: dict[str, Any] | None = None,
+    on_resize: OnResize | None = None,
+    timeout: float | None = None,
 ) -> Controller:
     """Manage the ranks of a PEFT LoRA adapter during training.
+
+    A resize replaces Parameters. Take them anew wherever they are used, from `model.parameters()` or
+    `flow.parameters()`: a list that was made once, for clipping, say, soon holds what nobody trains any more (which is
+    noticed, and warned of). What has to keep some is told by `flow.on_resize(callback)`; an average of the weights that
+    follows is `rankflow.averaged_model`.
 
     Args:
         model: a PeftModel, or any model that PEFT has put LoRA layers into. Train through it, not through the model
@@ -52,6 +60,9 @@ def attach(
         state: the `state_dict()` of the controller to go on from, once model and optimizer hold that checkpoint's
             tensors again.
         on_unknown_state: `error` refuses optimizer state that nobody knows how to resize, `reset` starts it afresh.
+        timeout: seconds that a process waits for the others of a distributed run before it gives up; the environment's
+            RANKFLOW_TIMEOUT, or 60, when left out. Longer than one of them may evaluate or save by itself.
+        on_resize: the first callback for `flow.on_resize`, which hears of resizes before the first step, too.
 
     Example::
 
@@ -67,9 +78,14 @@ def attach(
 
     Raises:
         ConfigError, AdapterError, OptimizerError: before anything is changed.
+        DistributedError: processes that train together have different settings, seeds, steps, versions or ranks, or do
+            not all attach; from every later call, they have parted.
     """
     refuse(model)
     at_rest(model)
+    listeners = Listeners()
+    if on_resize is not None:
+        listeners.add(on_resize)
     return Controller(
         unwrapped(model),
         optimizer,
@@ -84,5 +100,6 @@ def attach(
         on_unknown_state=on_unknown_state,
         penalty=penalty,
         state=state,
-        processes=partial(processes_of, model),
+        listeners=listeners,
+        processes=partial(processes_of, model, timeout=timeout),
     )

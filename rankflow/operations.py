@@ -57,11 +57,16 @@ class Operations:
 
     def perform(self, plan: RankPlan, now: Now) -> None:
         """Carry out a plan that the ledger need not know."""
-        before = self._surgeon.version
+        before = self._trained
         with Journal(now.journal) as journal:
             journal.undo(self._processes.undone)
             self._processes.attempt(lambda: self._surgeon.apply(plan, now.step, journal))
-            self._processes.resized(self._surgeon.layout, now.step, replaced=self._surgeon.version != before)
+            self._processes.resized(self._surgeon.layout, now.step, replaced=self._trained != before)
+
+    @property
+    def _trained(self) -> tuple[int, set[str]]:
+        """Tells which parameters have gradients: a wrapper that reduces them waits for all that it knows of."""
+        return self._surgeon.version, {name for name, slot in self._surgeon.layout.items() if slot.trainable}
 
     def settle(self, rooms: Mapping[str, int], now: Now) -> None:
         """Give factors this room, and no more (`Surgeon.settle`)."""

@@ -57,6 +57,13 @@ class Slot:
         """Parameters one unit of rank costs."""
         return self.experts * (self.in_features + self.out_features)
 
+    @property
+    def summary(self) -> str:
+        """What the module is now, without limits."""
+        size = f"{self.experts} x " * (self.experts > 1) + f"{self.out_features} x {self.in_features}"
+        frozen = "" if self.trainable else ", frozen"
+        return f"rank {self.rank}, {self.kind} {size}, scaling {self.scaling:g}{frozen}"
+
     def allows(self, rank: int) -> bool:
         """Whether limits let this module have `rank`. Rank 0, leaving the adapter, is never held to a bucket."""
         if not self.min_rank <= rank <= self.max_rank:

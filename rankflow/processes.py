@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -23,6 +23,12 @@ class Alone:
     """
 
     leads = True  # decides, and keeps the ledger on disk
+
+    def start(self, settings: Mapping[str, str]) -> None:
+        """All train the same model under the same `settings`, which are in force here, by their names."""
+
+    def come_to(self, about: str) -> None:
+        """Say what all calls from here on are about; others are to be at the same, and whoever waits names it."""
 
     def attempt(self, work: Callable[[], T]) -> T:
         """What `work` gives, if it goes well in every process; else its error, or in the others that one had one."""
@@ -50,7 +56,8 @@ class Alone:
         return decide()
 
     def resized(self, layout: Layout, step: int, *, replaced: bool) -> None:
-        """A plan was carried out, and parameters were `replaced`, or not: all have to have come to this layout."""
+        """A plan was carried out, and the parameters that train were `replaced` by others, or not: all have to have
+        come to this layout."""
 
     def undone(self) -> None:
-        """Parameters are again those that were there before; nobody else is waited for."""
+        """Parameters, and which of them train, are again those that were there before; nobody else is waited for."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from rankflow.plan import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
 from rankflow.sites import Entries, Site
 
 ROLES: tuple[Factor, Factor] = ("A", "B")
+Added = tuple[Tensor, Tensor]  # rows of A ``[*experts, n, in]``, gates' values in them, and columns of B
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Staged:
     entries: Entries | None = None  # for a module that comes back
     train: bool | None = None
     fill: Mapping[str, Tensor] | None = None  # what factors that have room for it are to hold, in stored shape
+    added: Sequence[Added] = ()  # directions that are new, in the order in which they came
 
     @property
     def resized(self) -> bool:
@@ -60,10 +62,12 @@ class Stage:
         *,
         carry: bool,
         gate: Tensor | None = None,
+        added: Iterator[Added] | None = None,
     ) -> Staged:
         """Apply `ops` to copies, in order. Without `carry`, optimizer state starts afresh.
 
-        `gate` ``[r]`` is what directions are multiplied by; 1 where it is left out.
+        `gate` ``[r]`` is what directions are multiplied by; 1 where it is left out. Directions that are new start as
+        those that another model got by the same ops, where `added` gives them (`Staged.added`).
 
         Each op's result is rounded to the parameter's dtype, so whatever later ops keep stays bit for bit.
         """
@@ -84,19 +88,19 @@ class Stage:
                 case Refactor():
                     factors.refactor(site.name, op.N, op.M)
                 case Grow():
-                    self._grow(site, factors, op, generator)
+                    self._append(site, factors, *(next(added) if added else self._grown(site, factors, op, generator)))
                 case Open():
                     rest, back = op.apart(factors.A.shape[-2])
                     rows, columns = factors.opened(op.idx, op.to)
                     factors.keep(rest)
-                    self._append(site, factors, rows, columns, op.to)
+                    self._append(site, factors, rows, columns, op.to if gate is not None else 1.0)
                     factors.keep(back)
                 case Drop():
                     factors.keep(())
         if site.roomy:
             fill = {"A": site.raw_a(factors.A), "B": site.raw_b(factors.B)}
             states = self._states(site, factors, old, old) if factors.A.shape[-2] else {}
-            return Staged(Swap(site, old, old, states), train=train, fill=fill)
+            return Staged(Swap(site, old, old, states), train=train, fill=fill, added=factors.added)
         if factors.A.shape[-2] == 0:
             return Staged(Swap(site, old, {}), train=train)
         new = {
@@ -104,7 +108,7 @@ class Stage:
             "A": _parameter(site.raw_a(factors.A), like["A"]),
             "B": _parameter(site.raw_b(factors.B), like["B"]),
         }
-        return Staged(Swap(site, old, new, self._states(site, factors, old, new)), entries, train)
+        return Staged(Swap(site, old, new, self._states(site, factors, old, new)), entries, train, added=factors.added)
 
     def settled(self, site: Site, size: int) -> Staged:
         """The module as it is, with room for `size` directions, which are no fewer than its rank; at 0 it leaves."""
@@ -136,14 +140,14 @@ class Stage:
         ones = torch.ones(a.shape[-2], device=a.device)
         return _Factors(a, b, ones if gate is None else gate.to(a.device), moments)
 
-    def _grow(self, site: Site, factors: _Factors, op: Grow, generator: torch.Generator) -> None:
+    def _grown(self, site: Site, factors: _Factors, op: Grow, generator: torch.Generator) -> Added:
         a, b = factors.A, factors.B
         rows = new_rows(0, a, generator, kind=site.kind)
         if op.init == "grad" and op.sketch is not None:
             rows = rows_from_sketch(op.n, a, op.sketch.to(a.device), kind=site.kind)
         if (short := op.n - rows.shape[-2]) > 0:
             rows = torch.cat([rows, new_rows(short, a, generator, kind=site.kind)], -2)
-        self._append(site, factors, rows, b.new_zeros(*b.shape[:-1], op.n))
+        return rows, b.new_zeros(*b.shape[:-1], op.n)
 
     def _append(self, site: Site, factors: _Factors, rows: Tensor, columns: Tensor, gate: float = 1.0) -> None:
         """Add directions that are new to the optimizer, under a gate: rows of A ``[*e, n, in]``, columns of B
@@ -154,6 +158,7 @@ class Stage:
             "A": Partner(new_b, old_b.mean(-1)),
             "B": Partner(new_a, old_a.mean(-1)),
         }
+        factors.added.append((rows * gate, columns))
         new: dict[Factor, Tensor] = {"A": rows, "B": columns}
         factors.A, factors.B = torch.cat([factors.A, rows], -2), torch.cat([factors.B, columns], -1)
         factors.gate = torch.cat([factors.gate, factors.gate.new_full((rows.shape[-2],), gate)])
@@ -184,6 +189,7 @@ class _Factors:
     B: Tensor  # [*experts, out, r]
     gate: Tensor  # [r], float32
     moments: dict[Factor, Moments]
+    added: list[Added] = field(default_factory=list)
 
     def keep(self, idx: Sequence[int]) -> None:
         at = torch.tensor(idx, dtype=torch.long, device=self.A.device)

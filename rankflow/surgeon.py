@@ -16,8 +16,10 @@ from rankflow.averages import Averages
 from rankflow.errors import ConfigError, PlanError, RankFlowError
 from rankflow.gated import refuse_gates
 from rankflow.gates import Gates
+from rankflow.holders import Holders
 from rankflow.journal import Journal
 from rankflow.linalg import spectrum
+from rankflow.listeners import Listeners
 from rankflow.moments import SeedV
 from rankflow.optim import Carrier, OnUnknownState
 from rankflow.plan import Layout, RankPlan, Share, Train
@@ -25,7 +27,7 @@ from rankflow.ramps import Ramps
 from rankflow.seeds import keyed_generator
 from rankflow.sites import Site
 from rankflow.spectra import Spectrum
-from rankflow.staging import Stage, Staged, check_finite
+from rankflow.staging import Added, Stage, Staged, check_finite
 from rankflow.transitions import best_cut, ops_to
 
 
@@ -41,6 +43,7 @@ class Surgeon:
         warmup: optimizer steps over which the updates of a new direction are ramped up.
         seed_v: second moments of new directions: `siblings` scaled to the direction, their plain `mean`, or `zero`.
         stage_device: where to compute, when it is not to be on the adapter's own device.
+        listeners: who is told of what it does.
 
     Raises:
         OptimizerError: an optimizer that a resize would break.
@@ -56,8 +59,11 @@ class Surgeon:
         warmup: int = 10,
         seed_v: SeedV = "siblings",
         stage_device: torch.device | str | None = None,
+        listeners: Listeners | None = None,
     ):
         self.adapter = adapter
+        self.listeners = listeners if listeners is not None else Listeners()
+        self.holders = Holders()
         self.seed = seed
         self.warmup = warmup
         self.version = 0  # of the parameters: goes up whenever some are replaced
@@ -80,10 +86,17 @@ class Surgeon:
         self._agree(layout)
         self._layout = layout
 
-    def apply(self, plan: RankPlan, step: int = 0, journal: Journal | None = None) -> Layout:
+    def apply(
+        self,
+        plan: RankPlan,
+        step: int = 0,
+        journal: Journal | None = None,
+        added: Mapping[str, Sequence[Added]] | None = None,
+    ) -> Layout:
         """Carry out `plan` and return the layout after it. Whatever is raised, nothing has changed then.
 
-        With a `journal` it is undone, too, should that one be.
+        With a `journal` it is undone, too, should that one be. `added` has the directions that another model got by
+        this plan, by module, where this one is to get the same.
 
         Old parameters of resized modules are replaced by new ones, without gradients; whoever holds old ones holds
         stale ones (`version` tells). Kept directions and their optimizer state stay bit for bit.
@@ -113,6 +126,7 @@ class Surgeon:
                 keyed_generator(self.seed, step, target[name].shared or name),  # what is shared starts alike
                 carry=carry and name not in lost,
                 gate=values.get(name),
+                added=None if added is None else iter(added[name]),
             )
             for name, ops in plan.ops.items()
         ]
@@ -122,6 +136,7 @@ class Surgeon:
             for name, ops in plan.ops.items()
         }
         with Journal(journal) as journal:
+            told = self.listeners.expect(journal)
             self.gates.follow(journal)
             for s in staged:
                 self._commit(journal, s, target[s.swap.site.name].rank)
@@ -132,6 +147,9 @@ class Surgeon:
             self._verify(staged, target)
             journal.attr(self, "_layout", target)
             journal.attr(self, "version", self.version + replaced)
+            self.listeners.tell(told, staged, plan.ops)
+            for follower in self.listeners.followers:
+                follower.follow(plan, step, staged, journal)
         return target
 
     def settle(self, rooms: Mapping[str, int], journal: Journal | None = None) -> bool:
@@ -150,6 +168,7 @@ class Surgeon:
         staged = [self._stage.settled(site, sizes[name]) for name, site in sites.items() if site.size != sizes[name]]
         held = {name: site.rank if name in rooms and sizes[name] else None for name, site in sites.items()}
         with Journal(journal) as journal:
+            told = self.listeners.expect(journal)
             self.gates.follow(journal)
             for s in staged:
                 self._commit(journal, s, 0)
@@ -158,6 +177,9 @@ class Surgeon:
             replaced = self._replace(journal, staged)
             self._verify(staged, self._layout)
             journal.attr(self, "version", self.version + replaced)
+            self.listeners.tell(told, staged, {})
+            for follower in self.listeners.followers:
+                follower.settle(rooms, journal)
         return replaced
 
     def hold(self, ranks: Mapping[str, int], journal: Journal | None = None) -> None:
@@ -171,6 +193,8 @@ class Surgeon:
                 if rank > (site := self.adapter.sites[name]).size:
                     raise PlanError(f"{name}: the checkpoint has rank {rank}, but its factors {site.size} directions")
                 site.hold(journal, rank)
+            for follower in self.listeners.followers:
+                follower.hold(ranks, journal)
             live = {name: site.rank for name, site in self.adapter.sites.items()}
             journal.attr(self, "_layout", self._layout.with_ranks(live))
 
@@ -226,6 +250,7 @@ class Surgeon:
             for s in staged:
                 if s.fill is not None:
                     self.carrier.fill(journal, s.swap)
+            self.holders.watch(journal, [s.swap for s in resized])
         return bool(resized)
 
     def _commit(self, journal: Journal, staged: Staged, rank: int) -> None:

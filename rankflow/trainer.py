@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
@@ -25,6 +26,7 @@ from rankflow.controller import Controller, check_managed
 from rankflow.distributed import own_ledger, processes_of, sharded
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.ledger import Ledger
+from rankflow.listeners import Listeners, OnResize
 from rankflow.resume import FOLDER, checkpoint_of, load_state, match_layout, save_state, saved_layout
 from rankflow.seeds import keyed_generator
 
@@ -41,6 +43,9 @@ class RankFlowCallback(TrainerCallback):
     Total steps come from the Trainer; ranks go through its own log; its checkpoints carry a `rankflow` folder, and
     `resume_from_checkpoint` and `load_best_model_at_end` work across changed ranks.
 
+    A resize replaces Parameters: callbacks and optimizers of your own that keep some are told by `on_resize`, and an
+    average of the weights that follows is `rankflow.averaged_model`. Whoever still holds old ones is warned of.
+
     Args:
         policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
         adapter_name: which adapter of the model.
@@ -55,6 +60,7 @@ class RankFlowCallback(TrainerCallback):
         best: which checkpoints may be the best one. `at_budget`: only those within the lifecycle's final budget, and
             early stopping counts its patience from there (with `save_strategy="best"`, evaluations before that all
             save). `any`: the Trainer's own behaviour.
+        timeout: seconds that a process waits for the others (see `rankflow.attach`).
 
     Raises:
         ConfigError: the policy is wrong, here; or cannot do its job with this model and run, at train().
@@ -73,6 +79,7 @@ class RankFlowCallback(TrainerCallback):
         holdout: float = 0.2,
         on_unknown_state: Literal["error", "reset"] = "error",
         best: Literal["at_budget", "any"] = "at_budget",
+        timeout: float | None = None,
     ):
         if best not in ("at_budget", "any"):
             raise ConfigError(f"best: {best!r} is neither 'at_budget' nor 'any'")
@@ -84,6 +91,7 @@ class RankFlowCallback(TrainerCallback):
         self.seed = seed
         self.ledger = ledger
         self.best = best
+        self.timeout = timeout
         self.flow: Controller | None = None
         self._outer_batches = outer_batches
         self._options = {
@@ -93,8 +101,13 @@ class RankFlowCallback(TrainerCallback):
             "on_unknown_state": on_unknown_state,
         }
         self._over_budget = False  # at the last evaluation
+        self.listeners = Listeners()
         _callbacks.add(self)
         _follow_ranks_when_loading()
+
+    def on_resize(self, callback: OnResize) -> RemovableHandle:
+        """As `Controller.on_resize`, for this and every later train(); also before the first."""
+        return self.listeners.add(callback)
 
     # -- before training ------------------------------------------------------------------------------------------
 
@@ -153,7 +166,8 @@ class RankFlowCallback(TrainerCallback):
             ledger=own_ledger(ledger),
             seed=args.seed if self.seed is None else self.seed,
             state=_state_to_resume(model, state) if state.global_step > 0 else None,
-            processes=functools.partial(processes_of, model),
+            listeners=self.listeners,
+            processes=functools.partial(processes_of, model, timeout=self.timeout),
             **self._options,
         )
         if self.best == "any" and args.load_best_model_at_end:

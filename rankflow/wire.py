@@ -1,62 +1,136 @@
-"""What processes tell one another, and what is said when one of them does not answer."""
+"""What processes tell one another, and what is said when one of them does not answer.
+
+Every call begins with one small message from each, which says what it is about: the step, what is asked for, and how
+long what follows is. Where these differ nobody goes on, so that nobody takes an answer for that to another question.
+"""
 
 from __future__ import annotations
 
 import datetime
+import math
+import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from rankflow.errors import DistributedError
+from rankflow.errors import ConfigError, DistributedError
 
-_TIMEOUT = datetime.timedelta(minutes=5)  # one process may evaluate or save while the others wait
+VARIABLE = "RANKFLOW_TIMEOUT"
+_DEFAULT = 60.0  # seconds
+_HEAD = 256  # bytes of the first message: what it is about, then in the last 8 how long the next is
+
+
+def limit(seconds: float | None) -> float:
+    """How long a process waits for the others: `seconds`, or what the environment says, or a minute.
+
+    Raises:
+        ConfigError: not a positive number of seconds.
+    """
+    given = os.environ.get(VARIABLE, _DEFAULT) if seconds is None else seconds
+    try:
+        found = float(given)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 < found < math.inf:
+        where = VARIABLE if seconds is None else "timeout"
+        raise ConfigError(f"{where}: {given!r} is not a number of seconds to wait for other processes")
+    return found
 
 
 class Wire:
     """Objects go over a gloo group of their own, sums over the group that gradients are reduced in.
 
+    `about` is what its owner is at, for the others to compare and for whoever waits in vain to say.
+
     Raises:
-        DistributedError: from every call: one of them is gone, or silent for too long.
+        DistributedError: from every call: a process is gone, or at something else, or silent for longer than `seconds`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self.about = "attach"
+        self._seconds = limit(seconds)
+        with self._readable("the others to attach an adapter"):
+            self._group: Any = dist.new_group(
+                backend="gloo", timeout=datetime.timedelta(seconds=self._seconds), group_desc="rankflow"
+            )
 
-    def gather(self, message: Any) -> list[Any]:
-        """What each said, in every process."""
-        said: list[Any] = [None] * self.size
-        with _readable():
-            dist.all_gather_object(said, message, group=self._group)
-        return said
+    def gather(self, what: str, message: Any) -> list[Any]:
+        """What each said to the question `what`, in every process."""
+        mine = pickle.dumps(message)
+        lengths = self._meet(what, len(mine))
+        longest = max(lengths)
+        said = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.frombuffer(bytearray(mine.ljust(longest, b"\0")), dtype=torch.uint8)
+        with self._readable(what):
+            dist.all_gather(said, padded, group=self._group)
+        return [pickle.loads(t[:n].numpy().tobytes()) for t, n in zip(said, lengths, strict=True)]
 
-    def broadcast(self, message: Any) -> Any:
+    def broadcast(self, what: str, message: Any) -> Any:
         """What process 0 said."""
-        said = [message]
-        with _readable():
-            dist.broadcast_object_list(said, src=0, group=self._group)
-        return said[0]
+        mine = pickle.dumps(message)
+        length = self._meet(what, len(mine))[0]
+        if self.rank == 0:
+            said = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        else:
+            said = torch.empty(length, dtype=torch.uint8)
+        with self._readable(what):
+            dist.broadcast(said, src=0, group=self._group)
+        return pickle.loads(said.numpy().tobytes())
 
-    def sum(self, t: Tensor) -> Tensor:
+    def sum(self, what: str, t: Tensor) -> Tensor:
         """In place, over processes."""
-        with _readable():
+        self._meet_for(what, t)
+        with self._readable(what):
             dist.all_reduce(t)
         return t
 
-    def give(self, t: Tensor) -> None:
+    def give(self, what: str, t: Tensor) -> None:
         """Process 0's `t`, in place, to all."""
-        with _readable():
+        self._meet_for(what, t)
+        with self._readable(what):
             dist.broadcast(t, src=0)
 
+    def meet(self, what: str) -> None:
+        """Wait for all to come to `what`, which is about to be done by other means."""
+        self._meet(what, 0)
 
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as e:
-        raise DistributedError(
-            f"another process has ended or does not answer; its own output says why ({str(e).splitlines()[0]})"
-        ) from e
+    def _meet_for(self, what: str, t: Tensor) -> None:
+        lengths = self._meet(what, t.numel())
+        if len(set(lengths)) > 1:
+            raise DistributedError(f"{self.about}: {what}: processes have {lengths} numbers, which should be as many")
+
+    def _meet(self, what: str, length: int) -> list[int]:
+        """Everybody is at `what`, with as much to say as is returned."""
+        at = f"{self.about}: {what}"
+        text = at.encode()[: _HEAD - 8].ljust(_HEAD - 8, b"\0")
+        head = torch.frombuffer(bytearray(text + length.to_bytes(8, "little")), dtype=torch.uint8)
+        heads = [torch.empty(_HEAD, dtype=torch.uint8) for _ in range(self.size)]
+        with self._readable(what):
+            dist.all_gather(heads, head, group=self._group)
+        said = [t.numpy().tobytes() for t in heads]
+        places = [each[:-8].rstrip(b"\0").decode(errors="replace") for each in said]
+        if len(set(places)) > 1:
+            listed = "; ".join(f"process {rank} is at {place}" for rank, place in enumerate(places))
+            raise DistributedError(
+                f"processes have parted: {listed}. Each has to make the same calls at the same steps, with as many "
+                "batches"
+            )
+        return [int.from_bytes(each[-8:], "little") for each in said]
+
+    @contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as e:
+            raise DistributedError(
+                f"process {self.rank} waited for {what} ({self.about}), and another process has ended or does not "
+                f"answer within {self._seconds:g} seconds; its own output says why. If it is only busy (evaluating, "
+                f"saving, loading), give it longer: timeout=..., or {VARIABLE} in the environment "
+                f"({str(e).splitlines()[0]})"
+            ) from e

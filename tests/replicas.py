@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import time
 import traceback
 from contextlib import nullcontext
 from functools import partial
@@ -37,7 +38,7 @@ SQUEEZE = {
     "budget": {"mean_rank": 1},
     "params": {"metric": "loss"},
 }
-
+LISA = {"policy": "lisa", "when": {"every": 3}, "params": {"group": "module", "active": 3}}
 
 FSDP = {"fsdp": True}  # in place of options of DistributedDataParallel
 CASES = {
@@ -51,6 +52,9 @@ CASES = {
     "sora": (SORA, {"r": 4}, {}),
     "increlora, base in shards": (INCRELORA, {}, FSDP),
     "sora, base in shards": (SORA, {"r": 4}, FSDP),
+    "lisa": (LISA, {}, {}),
+    "lisa, gradients as views": (LISA, {}, {"gradient_as_bucket_view": True}),
+    "lisa, base in shards": (LISA, {}, FSDP),
     "sora, nothing closed": (SORA | {"params": {"lam": 4.0, "gate_lr": 0.05}}, {"r": 4}, {}),
 }
 OTHERS = ("one_sees_infinity", "one_starts_elsewhere")
@@ -63,7 +67,8 @@ FAILURES = (
     "fsdp1",
     "without_wrapper",
     "one_fails",
-    "one_leaves",
+    *("different_policies", "different_seeds", "different_steps", "different_adapters", "different_ranks"),
+    *("data_in_one", "one_is_ahead", "one_is_silent", "one_leaves", "one_never_attaches"),
 )  # after the last there is nobody to talk to
 
 
@@ -286,6 +291,71 @@ def one_fails(rank: int) -> Any:
         train(ddp, flow, optimizer, token_batches(SIZE * STEPS)[rank::SIZE])
     finally:
         assert before.keys() == dict(net.named_parameters()).keys()
+
+
+def attached(**options: Any) -> tuple[Any, Any, Any]:
+    """The wrapped model, the optimizer and the flow of a process whose `options` may not be those of the other."""
+    net = tiny_llama(dropout=0.0, r=options.pop("r", 2)).train()
+    ddp = wrapped(net)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    policy = options.pop("policy", INCRELORA)
+    return ddp, optimizer, rankflow.attach(ddp, optimizer, policy, **{"total_steps": STEPS, **options})
+
+
+def different_policies(rank: int) -> Any:
+    attached(policy=INCRELORA | {"when": {"start": 3, "every": 3 + rank}})
+
+
+def different_seeds(rank: int) -> Any:
+    attached(seed=rank)
+
+
+def different_steps(rank: int) -> Any:
+    attached(total_steps=STEPS + rank)
+
+
+def different_adapters(rank: int) -> Any:
+    net = tiny_llama(dropout=0.0).train()
+    net.set_adapter(name := ("default", "other")[rank])
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS, adapter_name=name)
+
+
+def different_ranks(rank: int) -> Any:
+    net = tiny_llama(dropout=0.0).train()
+    rankflow.resize(net, {"*up_proj": 2 + rank})
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS)
+
+
+def data_in_one(rank: int) -> Any:
+    attached(batches=token_batches(2) if rank else None)
+
+
+def one_is_ahead(rank: int) -> Any:
+    """The run ends in one process while the other decides."""
+    ddp, optimizer, flow = attached()
+    train(ddp, flow, optimizer, token_batches(SIZE * 2)[rank::SIZE])
+    ddp(**token_batches(1)[0]).loss.backward()
+    flow.finish() if rank else flow.before_step()
+
+
+def one_is_silent(rank: int) -> Any:
+    *_, flow = attached(timeout=1)
+    if rank == 0:
+        began = time.monotonic()
+        try:
+            flow.finish()
+        finally:
+            assert time.monotonic() - began < 4
+    time.sleep(3)
+
+
+def one_never_attaches(rank: int) -> Any:
+    if rank == 0:
+        net = tiny_llama(dropout=0.0).train()
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+        rankflow.attach(net, optimizer, INCRELORA, total_steps=STEPS, timeout=1)
 
 
 def one_leaves(rank: int) -> Any:

@@ -15,6 +15,7 @@ import rankflow
 from rankflow import ConfigError
 from rankflow.divergence import compare
 from rankflow.ledger import Ledger
+from rankflow.wire import limit
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 
@@ -68,12 +69,33 @@ def test_two_processes_do_what_one_does_and_stay_equal(folder: Path, found: list
         ("fsdp1", ["FullyShardedDataParallel keeps parameters of its own"] * 2),
         ("without_wrapper", ["are not those of process 0", "are not those of process 0"]),
         ("one_fails", ["process 1 failed, and all stop with it: MemoryError", "MemoryError: no room"]),
+        ("different_policies", ["phases[0].when.every is 3 in process 0 and 4 in process 1"] * 2),
+        ("different_seeds", ["seed is 0 in process 0 and 1 in process 1"] * 2),
+        ("different_steps", ["total_steps is 12 in process 0 and 13 in process 1"] * 2),
+        ("different_adapters", ["adapter_name is default in process 0 and other in process 1"] * 2),
+        ("different_ranks", ["up_proj is rank 2, linear 48 x 32", "and rank 3, linear 48 x 32"]),
+        ("data_in_one", ["batches is not given in process 0 and given in process 1"] * 2),
+        ("one_is_ahead", ["process 1 is at finish after step 2", "process 0 is at gradients of step 3"]),
+        ("one_is_silent", ["(finish after step 0), and another process has ended or", ""]),
         ("one_leaves", ["another process has ended or does not answer", "left"]),
+        ("one_never_attaches", ["process 0 waited for the others to attach", ""]),
     ],
 )
 def test_what_one_process_does_is_told_in_all(found: list[dict], name: str, says: list[str]):
     for of, wanted in zip(found, says, strict=True):
-        assert wanted in of[name]
+        assert wanted in (of[name] or "")
+
+
+@pytest.mark.parametrize("given", ["soon", 0, -1, float("nan"), float("inf")])
+def test_how_long_others_are_waited_for_is_a_number_of_seconds(given: object, monkeypatch: pytest.MonkeyPatch):
+    for seconds in (None, given):
+        monkeypatch.setenv("RANKFLOW_TIMEOUT", str(given))
+        with pytest.raises(ConfigError, match="RANKFLOW_TIMEOUT" if seconds is None else "timeout"):
+            limit(seconds)  # type: ignore[arg-type]
+    monkeypatch.setenv("RANKFLOW_TIMEOUT", "90")
+    assert (limit(None), limit(5)) == (90, 5)
+    monkeypatch.delenv("RANKFLOW_TIMEOUT")
+    assert limit(None) == 60
 
 
 def test_what_is_no_module_or_keeps_parameters_of_its_own_is_refused_by_name():

@@ -67,6 +67,8 @@ RUNTIME = [
     "studies",
     "averages",
     "sharing",
+    "listeners",
+    "holders",
     "surgeon",
     "ledger",
     "seals",
@@ -74,6 +76,7 @@ RUNTIME = [
     "shards",
     "processes",
     "operations",
+    "ema",
     "recompiles",
     "controller",
 ]

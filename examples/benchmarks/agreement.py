@@ -56,8 +56,9 @@ class Thread(Wire):
 
     def __post_init__(self) -> None:
         self.size = self.hub.size
+        self.about = "a decision"
 
-    def gather(self, message: Any) -> list[Any]:
+    def gather(self, what: str, message: Any) -> list[Any]:
         self.hub.said[self.rank] = data = pickle.dumps(message)
         self.sent += len(data)
         self.hub.barrier.wait()
@@ -66,7 +67,7 @@ class Thread(Wire):
         self.hub.barrier.wait()
         return [pickle.loads(each) for each in said]
 
-    def broadcast(self, message: Any) -> Any:
+    def broadcast(self, what: str, message: Any) -> Any:
         if self.rank == 0:
             self.hub.said[0] = pickle.dumps(message)
             self.sent += len(self.hub.said[0])
@@ -76,7 +77,7 @@ class Thread(Wire):
         self.received += len(data) if self.rank else 0
         return pickle.loads(data)
 
-    def sum(self, t: Tensor) -> Tensor:
+    def sum(self, what: str, t: Tensor) -> Tensor:
         with self.hub.lock:
             self.hub.total = t.clone() if self.hub.total is None else self.hub.total.add_(t)
         self.hub.barrier.wait()

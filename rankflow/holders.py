@@ -1,0 +1,90 @@
+"""Parameters that a resize has replaced, and who still holds them a step later: nothing trains them any more."""
+
+from __future__ import annotations
+
+import gc
+import types
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankflow.journal import Journal
+from rankflow.optim import Swap
+
+Watched = Sequence[tuple[str, "weakref.ref[nn.Parameter]"]]
+_ROLES = {"A", "B", "bias", "magnitude"}
+_SAMPLE = 8  # parameters that holders are looked for of: a list of old ones mostly holds them all
+# Local variables and graphs of a loss that somebody keeps are no lists that are used again.
+_PASSING = (
+    types.FrameType,
+    types.GeneratorType,
+    types.CoroutineType,
+    types.CellType,
+    types.TracebackType,
+    torch.Tensor,
+    torch._C._FunctionBase,
+)
+
+
+class Holders:
+    """Warns, once, of whoever holds parameters that were replaced. Holds none itself, and does nothing on steps after
+    which none were."""
+
+    def __init__(self) -> None:
+        self._watched: Watched = ()
+        self._warned = False
+
+    def watch(self, journal: Journal, swaps: Iterable[Swap]) -> None:
+        """Remember what these have replaced."""
+        old = [
+            (swap.site.name, weakref.ref(p))
+            for swap in swaps
+            for role, p in swap.old.items()
+            if p is not swap.new.get(role)
+        ]
+        journal.attr(self, "_watched", (*self._watched, *old))
+
+    def look(self) -> None:
+        """To be called a step later, when the graph of the step before is gone, and before gradients are clipped."""
+        if not self._watched:
+            return
+        watched, self._watched = self._watched, ()
+        if self._warned or _holder(watched) is None:
+            return
+        gc.collect()  # cycles that nobody holds any more look like holders
+        if (holder := _holder(watched)) is not None:
+            self._warned = True
+            names = list(dict.fromkeys(name for name, ref in watched if ref() is not None))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warnings.warn(
+                f"{holder} still holds parameters of {', '.join(names[:3])}{more} that a resize has replaced: "
+                "clipping, averaging or stepping them does nothing any more. Take them anew each time, from "
+                "model.parameters() or flow.parameters(), or be told by flow.on_resize(callback); let go of what is "
+                "not used again",
+                stacklevel=3,
+            )
+
+
+def _holder(watched: Watched) -> str | None:
+    """What kind of thing holds some of them, if anything but local variables and graphs does."""
+    alive = [p for _, ref in watched if (p := ref()) is not None][:_SAMPLE]
+    p = None  # else the last is held by this very frame
+    if not alive:
+        return None
+    for holder in gc.get_referrers(*alive):
+        if holder is not alive and not isinstance(holder, _PASSING) and not _known(holder):
+            size = f" of {len(holder)}" if isinstance(holder, list | tuple | set | dict) else ""
+            return f"a {type(holder).__name__}{size}"
+    return None
+
+
+def _known(holder: Any) -> bool:
+    """Variables of a script or a notebook, whose loops leave one behind; and what callbacks were handed, which the
+    traceback of a step that failed may keep as well."""
+    if not isinstance(holder, dict):
+        return False
+    return ("__name__" in holder and "__builtins__" in holder) or holder.keys() <= _ROLES
