@@ -21,7 +21,7 @@ def blank_layout(folder: Path, target_modules: Sequence[str] | None, rank: int) 
     Raises:
         ConfigError: the folder's config names no architecture that transformers has, or PEFT finds nothing to adapt.
     """
-    config = load_config(folder, local_files_only=True)
+    config = load_config(folder, what="transformers model", local_files_only=True)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for what it has since renamed
         model = build(config, folder)

@@ -51,5 +51,5 @@ def naming(source: object, *others: object) -> Iterator[None]:
 
 def first_line(e: BaseException) -> str:
     """What a foreign error says, in one line that can be shown."""
-    lines = (line.strip() for line in str(e).splitlines())
-    return next((line for line in lines if line and line.isprintable()), type(e).__name__)[:_LONGEST]
+    line = next(filter(None, (line.strip() for line in str(e).splitlines())), type(e).__name__)[:_LONGEST]
+    return "".join(c if c.isprintable() else "?" for c in line)

@@ -1,9 +1,26 @@
-"""Module names as people read them: by type, in order of layers."""
+"""Names as people read them: modules by type, in order of layers, and strings of strangers without what acts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+
+def shown(text: object, *, lines: bool = False, most: int | None = None) -> str:
+    """A string from a file, or the name of one, as it can be shown: what moves a cursor, colours, turns the direction
+    of writing, hides or breaks the line stands there as an escape. Of more than `most` characters, both ends.
+
+    Args:
+        lines: it has several, as our own texts do.
+    """
+    text = str(text)
+    if most is not None and len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-(most // 2) :]}"
+    if lines:
+        return "\n".join(shown(line) for line in text.split("\n"))
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rankflow.canvas import DARK, LIGHT, Paper, png
 from rankflow.errors import ConfigError
 from rankflow.formats.atomic import atomic_file
+from rankflow.names import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,13 +118,18 @@ def render(page: Page) -> str:
 
     script = part("page.js")
     digest = hashlib.sha256(f"\n{script}".encode()).digest()
-    environment = Environment(loader=BaseLoader(), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=BaseLoader(), autoescape=True, undefined=StrictUndefined, finalize=_shown)
     return environment.from_string(part("page.html")).render(
         page=page,
         style=Markup(part("page.css")),  # our own files, which nothing that was read gets into
         script=Markup(script),
         script_hash=f"sha256-{base64.b64encode(digest).decode()}",
     )
+
+
+def _shown(value: object) -> object:
+    """Strings without what acts, which is more than HTML knows to escape; markup is our own."""
+    return shown(value, lines=True) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 # -- cells ----------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ _MOST_PARTS = 10_000  # layers or experts of a model, each of which is built
 _COUNTS = re.compile(r"(^|_)n(um)?_(\w+_)?(layer|block|expert)s?$|layers$|^depths?$")  # what fields of them are called
 
 
-def load(cls: Any, source: str | Path, **options: Any) -> Any:
-    """`cls.from_pretrained(source, **options)` of one of transformers' auto classes.
+def load(cls: Any, source: str | Path, *, what: str = "", **options: Any) -> Any:
+    """`cls.from_pretrained(source, **options)` of one of transformers' auto classes; `what` it is, for messages.
 
     Raises:
         ConfigError: nothing that it loads, or nothing without code that came with it.
@@ -32,8 +32,8 @@ def load(cls: Any, source: str | Path, **options: Any) -> Any:
         with _no_code(), _no_bars():
             return cls.from_pretrained(str(source), trust_remote_code=False, **options)
     except Exception as e:  # what a foreign reader makes of a stranger's files is its own affair
-        what = cls.__name__.removeprefix("Auto").lower()
-        raise ConfigError(f"{source}: no {what} that transformers loads ({first_line(e)})") from None
+        what = what or f"{cls.__name__.removeprefix('Auto').lower()} that transformers loads"
+        raise ConfigError(f"{source}: no {what} ({first_line(e)})") from None
 
 
 def load_config(source: str | Path, **options: Any) -> Any:

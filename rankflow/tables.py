@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
 from rankflow.difference import relative
-from rankflow.names import arrange
+from rankflow.names import arrange, shown
 
 if TYPE_CHECKING:
     from rankflow.difference import Difference
@@ -24,13 +24,19 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 48  # a table longer than this is summed up by type of module
 _MOST_NAMES = 4
+_LONGEST = 500  # characters of a cell
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
     """A table of numbers, and of text in columns whose heading ends in a colon."""
-    table = Table(
-        title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0
+    table = _Table(
+        title=shown(title, most=_LONGEST),
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
     )
     for column in columns:  # on a narrow terminal names are folded, numbers never cut
         text = column.endswith(":")
@@ -38,6 +44,13 @@ def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
             column.removesuffix(":"), justify="left" if text else "right", no_wrap=not text, overflow="fold"
         )
     return table
+
+
+class _Table(Table):
+    """Each cell is one line, whatever is in it."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(shown(c, most=_LONGEST) if isinstance(c, str) else c for c in cells), **options)
 
 
 def _shares(values: Iterable[float]) -> str:
@@ -65,7 +78,9 @@ def squeeze_table(report: SqueezeReport) -> Table:
         "weight error",
         *([f"{metric} error"] if metric != "weights" else []),
         "parameters",
-        caption="\n".join((f"largest rank {largest}: {bucket}", *carried_along(report.carried), *report.notes)),
+        caption="\n".join(
+            map(shown, (f"largest rank {largest}: {bucket}", *carried_along(report.carried), *report.notes))
+        ),
     )
     modules = {m.name: m for m in report.modules}
     for label, names in _groups(modules):
@@ -179,7 +194,7 @@ def inspection_table(inspection: Inspection) -> Table:
         *(["tokens"] if measured else []),
         *(f"eff. in {metric}" for metric in inspection.metrics),
         *(["intruders"] if inspection.base else []),
-        caption="\n".join(captions),
+        caption="\n".join(map(shown, captions)),
     )
     modules = {m.name: m for m in inspection.modules}
     before = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,21 +13,91 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from rankflow.errors import RankFlowError
+from rankflow.errors import RankFlowError, first_line
+from rankflow.names import shown
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from rankflow.crew import Progress
 
 
+_UsageError: Any = typer.BadParameter.__base__  # click's, or typer's own copy of it
+_TRACEBACK = "RANKFLOW_TRACEBACK"  # set it to see where an error came from
+_LONGEST = 4000  # characters of a message
+_STATUS_INTERRUPTED = 130
+# What damaged or hostile input can make Python and torch raise; anything else is a fault of ours
+_OF_THE_INPUT = (ArithmeticError, EOFError, MemoryError, OSError, RecursionError, RuntimeError, ValueError)
+
+
 class _Group(TyperGroup):
-    """A user's mistake is one message on stderr and status 2, never a traceback."""
+    """Whatever goes wrong is one message on stderr and a status, never a traceback."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _usage_shown():
+            return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
+        words = [*getattr(ctx, "_protected_args", ()), *ctx.args]
         try:
-            return super().invoke(ctx)
-        except (RankFlowError, OSError) as e:
-            typer.echo(f"rankflow: {e}", err=True)
-            raise typer.Exit(2) from None
+            with _usage_shown(), _warnings_shown():
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            say("rankflow: interrupted", err=True)
+            raise typer.Exit(_STATUS_INTERRUPTED) from None
+        except RankFlowError as e:
+            message = str(e)
+            for word in words:  # a name of several lines makes none of them
+                message = message.replace(word, shown(word)) if "\n" in word else message
+            say(f"rankflow: {message}", err=True)
+        except Exception as e:
+            if os.environ.get(_TRACEBACK):
+                raise
+            say(f"rankflow: {_what(e)}, in: rankflow {shown(' '.join(words), most=400)}{_whose(e)}", err=True)
+        raise typer.Exit(2)
+
+
+def _what(e: Exception) -> str:
+    if isinstance(e, MemoryError):
+        return f"not enough memory ({first_line(e)})"
+    if isinstance(e, OSError):
+        return str(e)
+    return f"{type(e).__name__} ({first_line(e)})"
+
+
+def _whose(e: Exception) -> str:
+    if isinstance(e, MemoryError | OSError):
+        return ""
+    fault = "the input is damaged, or rankflow" if isinstance(e, _OF_THE_INPUT) else "rankflow"
+    return f"; {fault} is at fault: please report it, with what {_TRACEBACK}=1 shows"
+
+
+@contextmanager
+def _usage_shown() -> Iterator[None]:
+    """Words that were typed, or that a shell made of the names of files, are shown like all other strings."""
+    try:
+        yield
+    except _UsageError as e:
+        e.message = shown(e.message, lines=True, most=_LONGEST)
+        raise
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Warnings as messages, where they are written to the terminal."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"rankflow: {shown(message, lines=True, most=_LONGEST)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a sentence; the one way in which commands do, with `print_table` and `print_json`."""
+    typer.echo(shown(text, lines=True, most=_LONGEST), err=err)
 
 
 app = typer.Typer(
@@ -39,25 +111,33 @@ app = typer.Typer(
 )
 
 
-def print_table(table: Any) -> None:
+def console(**options: Any) -> Console:
+    """A terminal, or what stands for one, that shows every string of a file as `say` does and takes none for markup."""
     from rich.console import Console
 
-    console = Console(markup=False, emoji=False)  # names are what they are, whatever is in them
-    if not console.is_terminal:
-        console.width = 120  # a file or a pipe has no width of its own
-    console.print(table)
+    class Shown(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(shown(text, lines=True), **options)
+
+    return Shown(markup=False, emoji=False, **options)
+
+
+def print_table(table: Any) -> None:
+    where = console()
+    if not where.is_terminal:
+        where.width = 120  # a file or a pipe has no width of its own
+    where.print(table)
 
 
 @contextmanager
 def bar(what: str) -> Iterator[Progress]:
     """A progress bar on stderr, where that is a terminal."""
-    from rich.console import Console
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    where = console(stderr=True)
+    with Bar(console=where, transient=True, disable=not where.is_terminal) as drawn:
+        task = drawn.add_task(what, total=None)
+        yield lambda done, total: drawn.update(task, completed=done, total=total)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -68,4 +148,4 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))  # which escapes all that is not ASCII

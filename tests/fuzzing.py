@@ -102,7 +102,7 @@ def _base_of(src: Path) -> Path | None:
 
 
 def _by_command(*args: object) -> None:
-    result = CliRunner().invoke(app, [str(a) for a in args])
+    result = CliRunner(env={"RANKFLOW_TRACEBACK": "1"}).invoke(app, [str(a) for a in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     if result.exit_code not in (0, 1, 2) or "Traceback" in result.output:

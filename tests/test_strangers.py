@@ -20,12 +20,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import BertConfig, EncoderDecoderConfig, PreTrainedTokenizerFast, ViTConfig
+from typer.testing import CliRunner, Result
+from whole_files import READERS
 
 import rankflow
 from rankflow import AdapterError, ConfigError, RankFlowError, inspect, patterns, squeeze
 from rankflow.base_model import calibrate_saved
 from rankflow.blank import blank_layout
+from rankflow.cli import app
 from rankflow.limits import Limit, Limits
+from rankflow.names import shown
 from rankflow.pretrained import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +138,7 @@ def test_a_model_that_transformers_knows_is_loaded_by_its_own_code_and_not_by_wh
 
 def test_a_policy_is_checked_against_a_model_without_its_code(home: Path):
     mark = plant(home / "base", "config.json", model_type="evil", auto_map=CODE)
-    with pytest.raises(ConfigError, match="no config that transformers loads"):
+    with pytest.raises(ConfigError, match="no transformers model"):
         blank_layout(home / "base", None, 2)
     assert not mark.exists()
 
@@ -430,3 +434,117 @@ def limited(more: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# -- the terminal -----------------------------------------------------------------------------------------------------
+
+ACTS = "\x1b]0;owned\x07\x1b[31m\u202egnp\u200b.exe\r[bold]b[/bold]<script>alert(1)</script>\x9b2J"
+TAME = "\\x1b]0;owned\\x07\\x1b[31m\\u202egnp\\u200b.exe\\r[bold]b[/bold]<script>alert(1)</script>\\x9b2J"
+
+
+def by_command(*args: object, **options: Any) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args], **options)
+
+
+def is_tame(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def test_nothing_that_acts_reaches_a_terminal_or_a_page(tmp_path: Path):
+    src = write(
+        tmp_path / f"a{ACTS.replace('/', '')}",
+        {f"base_model.model.q.lora_{p}.weight": torch.ones(2, 2) for p in "AB"},
+    )
+    page, report = tmp_path / "x.html", tmp_path / "x.json"
+    for args in (
+        ("inspect", src, "--html", page),
+        ("squeeze", src, "--target-rank", 1, "-o", tmp_path / f"b{ACTS.replace('/', '')}", "--report", report),
+        ("inspect", src / "nothing"),
+        ("check", src, "--for", "vllm"),
+        ("check", src, "--for", ACTS),
+        ("squeeze", src, "--gate", f"{ACTS} '"),
+        ("inspect", f"--{ACTS}"),
+        (ACTS,),
+    ):
+        result = by_command(*args)
+        assert is_tame(result.stdout), args
+        assert is_tame(result.stderr), args
+    assert is_tame(page.read_text())
+    assert "\\u202e" in page.read_text()
+    assert "<script>alert" not in page.read_text()
+    assert json.loads(report.read_text())["source"] == str(src)
+    found = by_command("inspect", src, "--json")
+    assert is_tame(found.stdout)
+    assert json.loads(found.stdout)["source"] == str(src)
+
+
+def test_a_ledger_of_a_stranger_does_nothing_to_a_terminal(tmp_path: Path):
+    files = READERS["ledger"]()
+    events = [json.loads(line) for line in files["rankflow.jsonl"].splitlines()]
+    for event in events:
+        for field in event.keys() & {"reason", "policy", "notes"}:
+            event[field] = [ACTS] if field == "notes" else ACTS
+    path = tmp_path / "rankflow.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    for args in (("report", path, "--html", tmp_path / "x.html"), ("watch", path, "--once")):
+        result = by_command(*args)
+        assert is_tame(result.stdout), args
+        assert is_tame(result.stderr), args
+
+
+def test_strings_are_shown_as_what_they_are():
+    assert shown(ACTS) == TAME
+    assert shown("layers.0.q ▁▂ Größe") == "layers.0.q ▁▂ Größe"
+    assert shown("a\nb") == "a\\nb"
+    assert shown("a\nb\x1b", lines=True) == "a\nb\\x1b"
+    assert shown("\udcff") == "\\udcff"  # of a file name that is not text
+    assert shown("x" * 10 + "y" * 5000 + "z" * 10, most=20) == f"{'x' * 10} ... {'z' * 10}"
+
+
+FAILS = {
+    "memory": (MemoryError(), 2, "not enough memory"),
+    "disk": (OSError(28, "No space left on device"), 2, "No space left on device"),
+    "rights": (PermissionError(13, "Permission denied", "x"), 2, "Permission denied"),
+    "text": (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), 2, "UnicodeDecodeError"),
+    "depth": (RecursionError("deep"), 2, "RecursionError"),
+    "numbers": (OverflowError("int too large"), 2, "OverflowError"),
+    "torch": (RuntimeError("shape '[2]' is invalid\nand more\x1b[31m"), 2, "shape '[2]' is invalid"),
+    "a fault of ours": (AttributeError("no x"), 2, "please report it"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted"),
+}
+
+
+@pytest.mark.parametrize("case", FAILS)
+@pytest.mark.parametrize("command", ["inspect", "check", "diff"])
+def test_whatever_goes_wrong_is_one_line_and_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, command: str
+):
+    import rankflow.difference
+    import rankflow.inspection
+    import rankflow.verdicts
+
+    error, status, said = FAILS[case]
+
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.delenv("RANKFLOW_TRACEBACK", raising=False)
+    for module, name in (
+        (rankflow.inspection, "inspect"),
+        (rankflow.verdicts, "check"),
+        (rankflow.difference, "diff"),
+    ):
+        monkeypatch.setattr(module, name, fail)
+    src = adapter(tmp_path / "a")
+    args = {"inspect": (src,), "check": (src, "--for", "vllm"), "diff": (src, src)}[command]
+    result = by_command(command, *args)
+    assert result.exit_code == status
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert said in result.stderr
+    assert result.stderr.startswith("rankflow: ")
+    assert len(result.stderr.splitlines()) == 1
+    if status == 2:
+        assert command in result.stderr
+        monkeypatch.setenv("RANKFLOW_TRACEBACK", "1")
+        assert by_command(command, *args).exception is error

@@ -9,7 +9,7 @@ import typer
 
 from rankflow import options
 from rankflow.errors import ConfigError
-from rankflow.terminal import app, bar, print_json, print_table, write_json
+from rankflow.terminal import app, bar, print_json, print_table, say, write_json
 
 Adapter = Annotated[
     Path,
@@ -132,11 +132,11 @@ def squeeze(
             print_table(trials_table(done.trials))
         print_table(squeeze_table(done))
         if done.out is not None:
-            typer.echo(f"Wrote {done.out} in {done.seconds:.1f} s.")
+            say(f"Wrote {done.out} in {done.seconds:.1f} s.")
             if done.copied:
-                typer.echo(f"Copied along: {', '.join(done.copied)}.")
+                say(f"Copied along: {', '.join(done.copied)}.")
     if dry_run:
-        typer.echo("Nothing was written (--dry-run).")
+        say("Nothing was written (--dry-run).")
 
 
 @app.command(epilog="Example: [bold]rankflow plan out/checkpoint-500 --energy 0.9 -o plan.yaml[/bold]")
@@ -192,7 +192,7 @@ def plan(
             progress=progress,
         )
     print_table(squeeze_table(found))
-    typer.echo(f"Wrote {write_plan(found, out)}; follow it with: rankflow squeeze {adapter} --plan {out}")
+    say(f"Wrote {write_plan(found, out)}; follow it with: rankflow squeeze {adapter} --plan {out}")
 
 
 @app.command(
@@ -235,7 +235,7 @@ def calibrate(
             progress=progress,
         )
     found.save(out, force=force)
-    typer.echo(f"Wrote {out}: {len(found.measured)} modules, {found.tokens:,} tokens in {found.batches} batches.")
+    say(f"Wrote {out}: {len(found.measured)} modules, {found.tokens:,} tokens in {found.batches} batches.")
 
 
 @app.command(epilog="Example: [bold]rankflow expand out/small tail.safetensors -o out/whole[/bold]")
@@ -250,7 +250,7 @@ def expand(
 
     with bar("expanding") as progress:
         ranks = run(adapter, tail, out, force=force, progress=progress)
-    typer.echo(f"Wrote {out}: {len(ranks)} modules, total rank {sum(ranks.values()):,}.")
+    say(f"Wrote {out}: {len(ranks)} modules, total rank {sum(ranks.values()):,}.")
 
 
 @app.command(epilog="Example: [bold]rankflow canonicalize out/checkpoint-500 -o out/sorted[/bold]")
@@ -260,7 +260,7 @@ def canonicalize(adapter: Adapter, out: Out, base: options.Base = None, force: F
 
     with bar("sorting") as progress:
         done = run(adapter, out, base=base, force=force, progress=progress)
-    typer.echo(f"Wrote {done.out}: {len(done.modules)} modules, same ranks, same DeltaW.")
+    say(f"Wrote {done.out}: {len(done.modules)} modules, same ranks, same DeltaW.")
 
 
 @app.command(epilog="Example: [bold]rankflow pad out/checkpoint-500 --rank 16 -o out/padded[/bold]")
@@ -281,7 +281,7 @@ def pad(
     with bar("padding") as progress:
         done = run(adapter, out, rank=rank, engine=engine, force=force, kind=kind, to=to, base=base, progress=progress)
     print_table(squeeze_table(done))
-    typer.echo(f"Wrote {done.out} in {done.seconds:.1f} s.")
+    say(f"Wrote {done.out} in {done.seconds:.1f} s.")
 
 
 @app.command(epilog="Example: [bold]rankflow diff out/checkpoint-500 out/checkpoint-500-r8[/bold]")

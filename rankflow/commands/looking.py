@@ -9,7 +9,7 @@ import typer
 
 from rankflow import options
 from rankflow.commands.adapters import Adapter
-from rankflow.terminal import app, bar, print_json, print_table
+from rankflow.terminal import app, bar, print_json, print_table, say
 
 
 @app.command(epilog="Example: [bold]rankflow inspect out/checkpoint-500 --plot spectra.png[/bold]")
@@ -60,6 +60,6 @@ def inspect(
     print_table(inspection_table(found))
     print_table(types_table(found))
     if plot is not None:
-        typer.echo(f"Drew {plot}.")
+        say(f"Drew {plot}.")
     if html is not None:
-        typer.echo(f"Wrote {html}.")
+        say(f"Wrote {html}.")

@@ -9,7 +9,7 @@ import typer
 
 from rankflow import options
 from rankflow.errors import ConfigError
-from rankflow.terminal import app, print_json, print_table
+from rankflow.terminal import app, console, print_json, print_table, say
 
 
 @app.command(
@@ -58,7 +58,7 @@ def check(
 
     lifecycle = load_policy(subject)
     if model is None:
-        typer.echo(f"{lifecycle.source} is well formed; give --model to see what it means for one.")
+        say(f"{lifecycle.source} is well formed; give --model to see what it means for one.")
         return
     layout, phases = lifecycle.resolve(total_steps, _layout(model, target_modules, rank))
     print_table(phases_table(phases, layout, f"{lifecycle.source} over {total_steps} steps"))
@@ -141,9 +141,9 @@ def report(
         print_table(gates_table(fold))
     print_table(ranks_table(history))
     if out is not None:
-        typer.echo(f"Drew {out}.")
+        say(f"Drew {out}.")
     if html is not None:
-        typer.echo(f"Wrote {html}.")
+        say(f"Wrote {html}.")
 
 
 @app.command(epilog="Example: [bold]rankflow watch out[/bold], while training writes to out/rankflow.jsonl")
@@ -155,13 +155,11 @@ def watch(
     """Follow a run that goes on elsewhere: ranks by type and layer, budget, last events, time to the next decision."""
     import time
 
-    from rich.console import Console
     from rich.live import Live
 
     from rankflow.watching import find_ledger, follow, view
 
     path = find_ledger(run)
-    console = Console(markup=False, emoji=False)
     if once:
         ledger = next(follow(path, every))
         if ledger is None:
@@ -169,7 +167,7 @@ def watch(
         print_table(view(ledger, time.time()))
         return
     try:
-        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        with Live(console=console(), auto_refresh=False, vertical_overflow="visible") as live:
             for ledger in follow(path, every):
                 live.update(f"waiting for {path}" if ledger is None else view(ledger, time.time()), refresh=True)
     except KeyboardInterrupt:
@@ -191,7 +189,7 @@ def _compare(first: Path, second: Path, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
     else:
-        typer.echo(f"{found.first} and {found.second}: {found}")
+        say(f"{found.first} and {found.second}: {found}")
         if not found.same:
             print_table(comparison_table(found))
     if not found.same:
@@ -214,7 +212,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str |
     else:
         well = [f"{engine} loads it as it is"] if engine else []
         on_base = [f"{base} has all modules that could be looked for"] if base and not found.hint else []
-        typer.echo(f"{found.source}: {'. '.join(filter(None, [*well, *on_base, found.hint]))}")
+        say(f"{found.source}: {'. '.join(filter(None, [*well, *on_base, found.hint]))}")
     if found.problems:
         raise typer.Exit(1)
 
