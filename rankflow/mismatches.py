@@ -249,7 +249,7 @@ FEATURES: Mapping[str, Callable[[SavedAdapter], list[str]]] = {
 # Gone once it is written anew
 _OF_THE_FILE = (
     *(ADALORA, OTHER_TYPES, MIDDLE, "target_modules as an expression"),
-    *(WRAPPED, NO_PREFIX, NAMED_ADAPTER, OTHER_NAMES),
+    *(WRAPPED, NO_PREFIX, NAMED_ADAPTER, OTHER_ADAPTER, OTHER_NAMES),
 )
 _NOT_MERGED = (ALORA, REPLICATED, MEGATRON)  # which act by the tokens, or on another model than the base is
 _SAID = {Fate.REFUSED: "does not load", Fate.SILENT: "leaves out", Fate.UNKNOWN: "may or may not load"}

@@ -87,7 +87,7 @@ def _beside(
 
 def _as_written(adapter: SavedAdapter, fitting: Fitting, found: list[Problem]) -> tuple[list[Problem], str]:
     """(what forbids to write the adapter for the engine beside what was found, what could not be looked at)."""
-    settled = any(problem.fate is Fate.REFUSED and not problem.remedy.startswith(SQUEEZE) for problem in found)
+    settled = any(problem.fate is not Fate.UNKNOWN and not problem.remedy.startswith(SQUEEZE) for problem in found)
     if settled or any("--format" in problem.remedy for problem in found):  # which is the way to another format first
         return [], ""
     try:
