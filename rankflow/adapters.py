@@ -148,11 +148,12 @@ class Adapter:
                     site.tie, site.min_rank = sites[0].name, 1
 
 
-def reshape(adapter: Adapter, target: Mapping[str, int] | Layout) -> Layout:
+def reshape(adapter: Adapter, target: Mapping[str, int] | Layout, journal: Journal | None = None) -> Layout:
     """Bring live modules to the ranks (from a `Layout` also the scalings) of `target`, to have weights loaded.
 
     Modules whose rank differs get fresh factors (A as PEFT draws it, B zero) and lose what they held; an optimizer
-    made before still holds the old ones. Modules that `target` does not name stay.
+    made before still holds the old ones. Modules that `target` does not name stay. With a `journal` it is undone, too,
+    should that one be.
 
     Raises:
         AdapterError: `target` names a module that the adapter does not have, or a rank it cannot have; or the adapter
@@ -169,7 +170,7 @@ def reshape(adapter: Adapter, target: Mapping[str, int] | Layout) -> Layout:
         raise AdapterError("no module would stay in the adapter; PEFT cannot load an adapter without one")
     if any(rank != adapter.sites[name].rank for name, rank in ranks.items()):
         adapter.refuse_resizing()
-    with Journal() as journal:
+    with Journal(journal) as journal:
         for name, want in target.items():
             site, rank = adapter.sites[name], ranks[name]
             scaling = want.scaling if isinstance(want, Slot) else None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -41,6 +41,8 @@ from rankflow.sharing import share_gradients
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study, surroundings
 from rankflow.surgeon import Surgeon
 from rankflow.transitions import first, ops_to
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -434,10 +436,31 @@ class Controller:
         Raises:
             CheckpointError: damaged, of another format or another policy, or live ranks that are not the checkpoint's.
         """
-        state = check_seal(state)
+        self._to(partial(self._go_on, check_seal(state)))
+
+    def go_back(self, layout: Layout, load: Callable[[Journal], T], state: dict[str, Any]) -> T:
+        """Go on from a checkpoint at other ranks: the adapter is reshaped to `layout`, `load` brings its weights, and
+        its `state` is taken over as `load_state_dict` does. Parameters stay in the optimizer, their state afresh.
+
+        Where it raises, nothing has changed; `load` writes through the journal it is given.
+        """
+        loaded: list[T] = []
+
+        def work() -> None:
+            assert self._journal is not None
+            self._reshape(layout)
+            loaded.append(load(self._journal))
+            self._go_on(state)
+
+        check_seal(state)
+        self._to(work)
+        return loaded[0]
+
+    def _to(self, work: Callable[[], object]) -> None:
+        """Go to another state, or go on as before."""
         self._processes.come_to("load_state_dict")
         try:
-            self._wholly(partial(self._go_on, state))
+            self._wholly(work)
         except BaseException:
             self._listen()
             raise
@@ -486,10 +509,8 @@ class Controller:
         self.ledger.restore(state["ledger"], self.step)
         self._listen()
 
-    def reshape(self, layout: Layout) -> None:
-        """Bring the adapter to the ranks of `layout` to have weights loaded, its parameters staying in the optimizer,
-        their state afresh. Not an event of the run: `load_state_dict` is to follow."""
-        self._processes.come_to("reshape")
+    def _reshape(self, layout: Layout) -> None:
+        """Bring the adapter to the ranks of `layout`. Not an event of the run."""
         self.listeners.part()
         least = {name: min(layout[name].rank, slot.rank) for name, slot in self.layout.items()}
         wanted = least if self._surgeon.held else layout.ranks  # with room for more, how much is held is not known yet

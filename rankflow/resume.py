@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,17 @@ from rankflow.controller import Controller
 from rankflow.errors import AdapterError, CheckpointError, naming
 from rankflow.formats.atomic import atomic_folder
 from rankflow.formats.peft import PeftAdapter
+from rankflow.gated import refuse_gates
 from rankflow.inits import changes_base
-from rankflow.plan import Layout
+from rankflow.journal import Journal
+from rankflow.plan import Layout, Slot
 from rankflow.seals import check_seal
 
 FOLDER = "rankflow"
 SUMS = "SHA256SUMS"
+TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint, before it removes older ones
 _TENSOR = "tensor:"
+_TORCH_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 def save_state(controller: Controller, checkpoint: str | os.PathLike[str]) -> Path:
@@ -76,20 +82,79 @@ def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: 
     """Give a live adapter the ranks of a saved one and load its weights, for people who load by hand.
 
     Make the optimizer afterwards: parameters whose rank differs are new tensors. Modules the checkpoint does not have
-    leave the adapter and may come back later.
+    leave the adapter and may come back later. Where it raises, nothing has changed.
 
     Raises:
-        CheckpointError: no adapter there, or one that has modules the model's adapter has not.
+        CheckpointError: no adapter there, or one that is damaged, not finite, or does not fit the model: modules or
+            parameters that are in one of the two alone, or other sizes, as of another base model.
+        AdapterError: the model has no such adapter, or it cannot be resized.
     """
-    layout = match_layout(model, checkpoint, adapter_name)
-    set_peft_model_state_dict(model, load_peft_weights(os.fspath(checkpoint), device="cpu"), adapter_name)
+    folder = adapter_folder(checkpoint, adapter_name)
+    with Journal() as journal:
+        layout = match_layout(model, folder, adapter_name, journal)
+        with arriving(model, adapter_name, folder, journal):
+            set_peft_model_state_dict(model, load_peft_weights(os.fspath(folder), device="cpu"), adapter_name)
     return layout
 
 
-def match_layout(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
+def adapter_folder(checkpoint: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where in a checkpoint PEFT puts an adapter: those not named `default` in a folder of their own."""
+    inside = Path(checkpoint) / adapter_name
+    return inside if inside.is_dir() else Path(checkpoint)
+
+
+def match_layout(
+    model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str, journal: Journal | None = None
+) -> Layout:
     """Reshape a live adapter to the ranks and scalings of a saved one; its weights are then for the caller to load."""
     adapter = Adapter(model, adapter_name)
-    return reshape(adapter, saved_layout(checkpoint, adapter.layout(), adapter.config.init_lora_weights))
+    refuse_gates(adapter.sites.values())
+    saved = saved_layout(checkpoint, adapter.layout(), adapter.config.init_lora_weights)
+    return reshape(adapter, saved, journal)
+
+
+@contextmanager
+def arriving(
+    model: nn.Module, adapter_name: str, source: object, journal: Journal, *, whole: bool = True
+) -> Iterator[None]:
+    """The state dict that `model` loads in the block is looked at before any of it is copied, and put back with
+    `journal`. If `whole`, it has to hold all of the adapter, and nothing else than what there is and is finite.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    ours = {id(p) for p in Adapter(model, adapter_name, shards=True).parameters()} if whole else set()
+
+    def look(state: Mapping[str, Tensor], *_: object) -> None:
+        live: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        if whole:
+            needed = [key for key, t in live.items() if id(t) in ours or f".modules_to_save.{adapter_name}." in key]
+            for key in [*needed, *state]:
+                if problem := _misfit(state.get(key), live.get(key)):
+                    raise CheckpointError(f"{source}: {key} {problem}; nothing was loaded")
+        for key in state:
+            if key in live:
+                journal.tensor(live[key], live[key].detach())
+
+    handle = model._register_load_state_dict_pre_hook(look)
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as e:  # PEFT's and torch's own words for what does not fit
+        if not whole:
+            raise
+        raise CheckpointError(f"{source}: cannot be loaded ({e!s:.300}); nothing was loaded") from e
+    finally:
+        handle.remove()
+
+
+def _misfit(saved: Tensor | None, live: Tensor | None) -> str | None:
+    if saved is None:
+        return "is missing"
+    if live is None:
+        return "has no place in the model"
+    if saved.shape != live.shape:
+        return f"is {list(saved.shape)} there and {list(live.shape)} in the model"
+    return None if saved.isfinite().all() else "has NaN or infinite values"
 
 
 def saved_layout(checkpoint: str | os.PathLike[str], live: Layout, init: Any = True) -> Layout:
@@ -111,7 +176,41 @@ def saved_layout(checkpoint: str | os.PathLike[str], live: Layout, init: Any = T
     saved = adapter.layout
     if missing := [name for name in saved if name not in live]:
         raise CheckpointError(f"{checkpoint}: {missing[0]} is in the checkpoint but not in the model's adapter")
+    for name, slot in saved.items():
+        if _sizes(slot) != _sizes(live[name]):
+            raise CheckpointError(
+                f"{checkpoint}: {name} is {_sizes(slot)} there and {_sizes(live[name])} in the model; it is an adapter "
+                "of another base model"
+            )
     return Layout({name: saved.get(name, replace(slot, rank=0)) for name, slot in live.items()})
+
+
+def _sizes(slot: Slot) -> str:
+    experts = f"{slot.experts} experts of " if slot.experts > 1 else ""
+    return f"{experts}{slot.in_features} to {slot.out_features}"
+
+
+def incomplete(checkpoint: Path, adapter_name: str) -> str | None:
+    """Why the Trainer cannot go on from a checkpoint of ours, as from what a killed process or a full disk leaves; None
+    where it is whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_bytes())
+        if (state := load_state(checkpoint)) is None:
+            return f"it has no {FOLDER} folder with the ranks it had come to"
+        ranks = PeftAdapter(adapter_folder(checkpoint, adapter_name), any_init=True).layout.ranks
+    except FileNotFoundError:
+        return f"it has no {TRAINER_STATE}, which is written last"
+    except (OSError, ValueError) as e:
+        return f"its {TRAINER_STATE} is damaged ({e})"
+    except (AdapterError, CheckpointError) as e:
+        return str(e)
+    for name, slot in Layout.from_json(state["layout"]).items():
+        if name not in state["held"] and (rank := ranks.get(name, 0)) != slot.rank:
+            return (
+                f"its {FOLDER} folder is of another save: {name} has rank {slot.rank} in it and {rank} in the adapter"
+            )
+    cut = [file.name for kind in _TORCH_FILES for file in checkpoint.glob(kind) if not zipfile.is_zipfile(file)]
+    return f"its {cut[0]} is cut short" if cut else None
 
 
 def checkpoint_of(path: str | os.PathLike[str]) -> Path | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,15 +20,27 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rankflow.adapters import Adapter
 from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller, check_managed
 from rankflow.distributed import own_ledger, processes_of, sharded
 from rankflow.errors import CheckpointError, ConfigError
+from rankflow.journal import Journal
 from rankflow.ledger import Ledger
 from rankflow.listeners import Listeners, OnResize
-from rankflow.resume import FOLDER, checkpoint_of, load_state, match_layout, save_state, saved_layout
+from rankflow.resume import (
+    FOLDER,
+    adapter_folder,
+    arriving,
+    checkpoint_of,
+    incomplete,
+    load_state,
+    match_layout,
+    save_state,
+    saved_layout,
+)
 from rankflow.seeds import keyed_generator
 
 T = TypeVar("T")
@@ -102,8 +115,10 @@ class RankFlowCallback(TrainerCallback):
         }
         self._over_budget = False  # at the last evaluation
         self.listeners = Listeners()
+        self._state: TrainerState | None = None  # of the Trainer that trains
         _callbacks.add(self)
         _follow_ranks_when_loading()
+        _keep_a_whole_checkpoint()
 
     def on_resize(self, callback: OnResize) -> RemovableHandle:
         """As `Controller.on_resize`, for this and every later train(); also before the first."""
@@ -156,6 +171,7 @@ class RankFlowCallback(TrainerCallback):
         if self.flow is not None:
             # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
             self.flow.detach()
+        self._state = state
         ledger = self.ledger if self.ledger is not None else Path(str(args.output_dir)) / "rankflow.jsonl"
         self.flow = Controller(
             model,
@@ -194,16 +210,14 @@ class RankFlowCallback(TrainerCallback):
         self._forget_best(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._forget_best(state)
-        if self.flow is None or not state.is_world_process_zero:
-            return
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if not checkpoint.is_dir():
-            warnings.warn(f"{checkpoint} is not there; this checkpoint has no rank state to resume from", stacklevel=2)
-            return
-        save_state(self.flow, checkpoint)
-        if self.best == "at_budget" and self._over_budget:
-            state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))  # written before the best could be taken back
+        self._forget_best(state)  # in the processes that have not saved it
+
+    def save_beside(self, state: TrainerState, file: Path) -> None:
+        """The Trainer is about to write `state`, the last `file` of a checkpoint: the rank state goes before it, and so
+        is there before the Trainer removes older checkpoints, which is before `on_save`."""
+        if state is self._state and self.flow is not None and file.parent.name == _folder_name(state):
+            self._forget_best(state)
+            save_state(self.flow, file.parent)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
         logs = kwargs.get("logs")
@@ -266,34 +280,126 @@ def _follow_ranks_when_loading() -> None:
     @functools.wraps(load)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         checkpoint = checkpoint_of(model_id) if adapter_name in self.peft_config else None
+        _loaded.pop(self, None)
         if checkpoint is None:
-            _loaded.pop(self, None)
-            try:
+            if adapter_name not in self.peft_config or not _callbacks:
                 return load(self, model_id, adapter_name, *args, **kwargs)
+            try:
+                with Journal() as journal, arriving(self, adapter_name, model_id, journal, whole=False):
+                    return load(self, model_id, adapter_name, *args, **kwargs)
             except RuntimeError as e:
-                if adapter_name not in self.peft_config or not _callbacks:
-                    raise
                 raise CheckpointError(
                     f"{model_id}: its adapter does not fit this one, and it has no {FOLDER} folder with the ranks it "
                     f"had come to. {_NO_STATE}"
                 ) from e
-        if (Path(model_id) / adapter_name).is_dir():  # the Trainer offers the root, which is where "default" is
-            model_id = str(Path(model_id) / adapter_name)
+        folder = str(adapter_folder(model_id, adapter_name))  # the Trainer offers the root, which is where "default" is
         flows = [c.flow for c in _callbacks if c.flow is not None and c.flow.attached]
         flow = next((f for f in flows if f.model is self and f.adapter_name == adapter_name), None)
-        if flow is None:
-            match_layout(self, model_id, adapter_name)
+
+        def bring(journal: Journal) -> Any:
+            with arriving(self, adapter_name, folder, journal):
+                return load(self, folder, adapter_name, *args, **kwargs)
+
+        state = load_state(checkpoint)
+        if flow is None or state is None:
+            with Journal() as journal:
+                match_layout(self, folder, adapter_name, journal)
+                result = bring(journal)
         else:  # the best model at the end of training: its parameters stay in the optimizer
             init = self.peft_config[adapter_name].init_lora_weights
-            flow.reshape(saved_layout(model_id, flow.layout, init))
-        result = load(self, model_id, adapter_name, *args, **kwargs)
+            result = flow.go_back(saved_layout(folder, flow.layout, init), bring, state)
         _loaded[self] = checkpoint
-        if flow is not None and (state := load_state(checkpoint)) is not None:
-            flow.load_state_dict(state)
         return result
 
     load_adapter.follows_ranks = True  # type: ignore[attr-defined]
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+
+
+# -- whole checkpoints ------------------------------------------------------------------------------------------------
+
+
+def _keep_a_whole_checkpoint() -> None:
+    """Let rank state be in a checkpoint before its last file is, and let training resume from whole checkpoints only.
+
+    Methods are wrapped on their classes, once: no event comes between a checkpoint's files and the removal of older
+    ones, nor before a checkpoint to resume from is chosen. Trainers without our callback pass through.
+    """
+    if hasattr(Trainer.train, "keeps_whole"):
+        return
+    write, save, train = TrainerState.save_to_json, Trainer._save_checkpoint, Trainer.train
+
+    @functools.wraps(write)
+    def save_to_json(self: TrainerState, json_path: str) -> None:
+        for callback in list(_callbacks):
+            callback.save_beside(self, Path(json_path))
+        write(self, json_path)
+
+    @functools.wraps(save)
+    def _save_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.args.should_save and any(_ours(self)):  # of an earlier run: no longer whole from here on
+            (Path(str(self.args.output_dir)) / _folder_name(self.state) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        return save(self, *args, **kwargs)
+
+    @functools.wraps(train)
+    def guarded(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        callback = next(_ours(self), None)
+        if callback is not None and resume_from_checkpoint:
+            given = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            resume_from_checkpoint = _resumable(given, Path(str(self.args.output_dir)), callback.adapter_name)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
+
+    guarded.keeps_whole = True  # type: ignore[attr-defined]
+    TrainerState.save_to_json = save_to_json  # type: ignore[method-assign]
+    Trainer._save_checkpoint = _save_checkpoint  # type: ignore[method-assign]
+    Trainer.train = guarded  # type: ignore[method-assign]
+
+
+def _ours(trainer: Trainer) -> Iterator[RankFlowCallback]:
+    return (c for c in trainer.callback_handler.callbacks if isinstance(c, RankFlowCallback))
+
+
+def _folder_name(state: TrainerState) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _resumable(given: Path | None, output_dir: Path, adapter_name: str) -> str | bool:
+    """The checkpoint to resume from: the `given` one, else the newest in `output_dir` that is whole; True for the
+    Trainer to say that there is none.
+
+    Raises:
+        CheckpointError: it, or all of them, are not whole.
+    """
+    if given is not None and not given.is_dir():
+        return str(given)
+    problems: dict[Path, str] = {}
+    for checkpoint in [given] if given is not None else _checkpoints(output_dir):
+        problem = incomplete(checkpoint, adapter_name)
+        if problem is None:
+            for passed, why in problems.items():
+                warnings.warn(f"{passed} cannot be resumed from: {why}. Going on from {checkpoint}", stacklevel=3)
+            if not any(file.name.startswith("optimizer") for file in checkpoint.iterdir()):
+                warnings.warn(
+                    f"{checkpoint} was saved without its optimizer (save_only_model): training goes on from its "
+                    "weights, ranks and step, but the optimizer's state, the learning rate schedule and random "
+                    "numbers begin anew",
+                    stacklevel=3,
+                )
+            return str(checkpoint)
+        problems[checkpoint] = problem
+    if not problems:
+        return True
+    others = [c for c in _checkpoints((given or output_dir / "x").parent) if c not in problems]
+    whole = next((c for c in others if incomplete(c, adapter_name) is None), None)
+    found = f" The newest whole one there is {whole}." if whole is not None else ""
+    said = "; ".join(f"{checkpoint} cannot be resumed from: {why}" for checkpoint, why in problems.items())
+    raise CheckpointError(f"{said}.{found} {_NO_STATE}")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in a folder, newest first."""
+    named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [(int(m[1]), path) for path in folder.glob("*") if (m := named.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 _NO_STATE = (

@@ -506,9 +506,45 @@ MUTANTS = [
     Mutant(
         "resume without reshaping",
         "trainer.py",
-        "            match_layout(self, model_id, adapter_name)",
-        "            pass",
+        "                match_layout(self, folder, adapter_name, journal)",
+        "                pass",
         "tests/test_trainer.py",
+    ),
+    Mutant(
+        "write rank state after older checkpoints are gone",
+        "trainer.py",
+        "            callback.save_beside(self, Path(json_path))\n        write(self, json_path)",
+        "            pass\n        write(self, json_path)\n        for callback in _callbacks:\n"
+        "            callback.save_beside(self, Path(json_path))",
+        "tests/test_whole_checkpoints.py",
+    ),
+    Mutant(
+        "resume from whatever is newest",
+        "trainer.py",
+        "        if problem is None:\n            for passed",
+        "        if True:\n            for passed",
+        "tests/test_whole_checkpoints.py",
+    ),
+    Mutant(
+        "take a checkpoint that is written over for a whole one",
+        "trainer.py",
+        ".unlink(missing_ok=True)\n        return save",
+        "\n        return save",
+        "tests/test_whole_checkpoints.py",
+    ),
+    Mutant(
+        "load what is not finite",
+        "resume.py",
+        'return None if saved.isfinite().all() else "has NaN or infinite values"',
+        "return None",
+        "tests/test_whole_checkpoints.py",
+    ),
+    Mutant(
+        "leave ranks those of what could not be loaded",
+        "resume.py",
+        "layout = match_layout(model, folder, adapter_name, journal)",
+        "layout = match_layout(model, folder, adapter_name)",
+        "tests/test_whole_checkpoints.py",
     ),
     Mutant(
         "believe in checkpoints above the budget",
