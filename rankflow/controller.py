@@ -511,7 +511,8 @@ class Controller:
 
     def _reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout`. Not an event of the run."""
-        self.listeners.part()
+        assert self._journal is not None
+        self.listeners.part(self._journal)
         least = {name: min(layout[name].rank, slot.rank) for name, slot in self.layout.items()}
         wanted = least if self._surgeon.held else layout.ranks  # with room for more, how much is held is not known yet
         ops = {name: ops_to(wanted[name], slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()}

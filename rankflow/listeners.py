@@ -77,9 +77,9 @@ class Listeners:
         for follower in self._followers:
             follower.start(adapter)
 
-    def part(self) -> None:
+    def part(self, journal: Journal) -> None:
         """The run is over, and its best checkpoint is about to be loaded: followers stay as they are."""
-        self._parted = True
+        journal.attr(self, "_parted", True)
 
     def expect(self, journal: Journal) -> Journal:
         """What `tell` is to note whom it told in, made before anything is written, so that it is undone last."""
