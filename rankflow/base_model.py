@@ -67,7 +67,7 @@ def calibrate_saved(
     check_metric(metric)
     where = usable(device)
     adapter = PeftAdapter(src)
-    if adapter.folded or adapter.weights.name not in WEIGHTS:
+    if adapter.folded or adapter.weights.name not in WEIGHTS or adapter.unheard or not adapter.weights.is_file():
         raise AdapterError(
             f"{adapter.path}: PEFT does not load it as LoRA; calibrate what `rankflow squeeze` makes of it"
         )

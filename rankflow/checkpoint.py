@@ -273,6 +273,7 @@ def canonicalize(
     out: str | Path,
     *,
     force: bool = False,
+    kind: str | None = None,
     base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SqueezeReport:
@@ -280,6 +281,7 @@ def canonicalize(
     from the front is the best adapter of that rank.
 
     Args:
+        kind: as for `squeeze`.
         base: the base model's folder, for adapters that say less than all in their file.
 
     Raises:
@@ -287,7 +289,7 @@ def canonicalize(
     """
     fitting = fitting_for(None, base=base)
     (found,) = squeeze_each(
-        src, [Target(keep=True)], [out], force=force, canonical=True, fitting=fitting, progress=progress
+        src, [Target(keep=True)], [out], force=force, canonical=True, kind=kind, fitting=fitting, progress=progress
     )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankflow.crew import Crew, Progress
-from rankflow.errors import AdapterError
+from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.adapter import SavedAdapter
 from rankflow.formats.detect import open_adapter
 
@@ -54,7 +55,12 @@ def relative(distance: float, norm: float) -> float:
 
 
 def diff(
-    first: str | Path, second: str | Path, *, base: str | Path | None = None, progress: Progress | None = None
+    first: str | Path,
+    second: str | Path,
+    *,
+    kind: str | Sequence[str] | None = None,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Difference:
     """Distances between two adapters of one base model.
 
@@ -62,12 +68,17 @@ def diff(
     subtracted that is nearly equal, so adapters that agree to rounding are found to.
 
     Args:
+        kind: their format, as for `rankflow.squeeze`, or the first's and the second's; told from the files if left out.
         base: the base model's folder, for adapters that say less than all in their file.
 
     Raises:
+        ConfigError: an unknown format, or more than two.
         AdapterError: one is no LoRA adapter, or they share no module, or a module's shapes differ.
     """
-    ours, theirs = (open_adapter(path, base=base) for path in (first, second))
+    kinds = [kind, kind] if kind is None or isinstance(kind, str) else [*kind]
+    if len(kinds) != 2:
+        raise ConfigError(f"{len(kinds)} formats for two adapters; give one for both, or one for each")
+    ours, theirs = (open_adapter(path, of, base) for path, of in zip((first, second), kinds, strict=True))
     if any(adapter.sketch is not None for adapter in (ours, theirs)):
         raise AdapterError(f"{first} or {second} comes as full matrices; squeeze it first, and compare what is written")
     names = [*ours.layout, *(name for name in theirs.layout if name not in ours.layout)]

@@ -26,6 +26,7 @@ from rankflow.formats.peft_config import check_config
 from rankflow.formats.peft_modules import Entry, read_entries
 from rankflow.formats.strict_json import strict_object
 from rankflow.formats.tensors import Spec, all_finite, check_destination, open_tensors, tensor_writer
+from rankflow.formats.wrappers import renamed
 
 _LARGEST = 1 << 48  # numbers in a tensor
 _CONFIG, _SHAPES = "rankflow_adapter_config", "rankflow_shapes"  # in the metadata of a tail
@@ -97,7 +98,8 @@ def expand(
     check_destination(out, adapter.path, force=force)
     cut, metadata = open_tensors(path)
     config, shapes = _header(path, metadata)
-    kept, file_metadata = open_tensors(adapter.weights)
+    found, file_metadata = adapter.tensors_in_files()
+    kept = renamed(found, adapter.names_in_file, adapter.weights)
     dtypes = {key: t.dtype for key, t in {**cut, **kept}.items()}
     factors = {key for entry in adapter.entries.values() for key in (entry.a_key, entry.b_key)}
     if odd := [*(factors - shapes.keys()), *(shapes.keys() - dtypes.keys())]:

@@ -58,7 +58,7 @@ def check(
         found += refused
         fine = not found and not lacking
         hints = [*([named.hint(max(adapter.layout.ranks.values()))] if fine else []), unseen, *hints]
-    wrong = tuple(_on_base(problem, base) for problem in [*found, *lacking])
+    wrong = tuple(_as_read(problem, kind, base) for problem in [*found, *lacking])
     given = None if base is None else str(base)
     return Verdict(str(adapter.path), engine or "", wrong, ". ".join(filter(None, hints)), given, missing)
 
@@ -100,8 +100,9 @@ def _as_written(adapter: SavedAdapter, fitting: Fitting, found: list[Problem]) -
     return [], ""
 
 
-def _on_base(problem: Problem, base: str | Path | None) -> Problem:
+def _as_read(problem: Problem, kind: str | None, base: str | Path | None) -> Problem:
     """The same with a remedy that reads what was read."""
-    if base is None or not problem.remedy.startswith(SQUEEZE):
+    if not problem.remedy.startswith(SQUEEZE):
         return problem
-    return replace(problem, remedy=f"{problem.remedy} --base {base}")
+    given = [f" {option} {value}" for option, value in (("--from", kind), ("--base", base)) if value is not None]
+    return replace(problem, remedy=problem.remedy + "".join(given))

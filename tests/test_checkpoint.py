@@ -653,7 +653,7 @@ DAMAGE = {
     "NaN": (lambda f: spoil(f, lambda t: t[Q + "A.weight"].view(-1)[3].fill_(torch.nan)), r"layers\.0\.q.*NaN"),
     "infinity": (lambda f: spoil(f, lambda t: t[Q + "B.weight"].view(-1)[3].fill_(-torch.inf)), r"layers\.0\.q.*infin"),
     "ranks differ": (lambda f: spoil(f, lambda t: t.update({Q + "B.weight": torch.ones(12, 5)})), "do not agree"),
-    "sharded": (lambda f: spoil(f, lambda t: t.update({Q + "A.weight": torch.ones(0)})), "sharded"),
+    "sharded": (lambda f: spoil(f, lambda t: t.update({Q + "A.weight": torch.ones(0)})), "is empty"),
     "integers": (lambda f: spoil(f, lambda t: t.update({Q + "A.weight": torch.ones(6, 12).int()})), "floating"),
     "no LoRA": (lambda f: spoil(f, lambda t: [t.pop(k) for k in list(t) if "lora_" in k]), "no lora_A"),
     "strange state": (

@@ -11,8 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from rankflow import AdapterError, ConfigError, inspect, squeeze
+from rankflow.cli import app
+from rankflow.difference import diff
 from rankflow.formats.detect import open_adapter
 from rankflow.page_of import inspection_page, squeeze_page
 from rankflow.tables import inspection_table, squeeze_table
@@ -231,3 +234,35 @@ def test_what_is_carried_along_is_in_every_report_and_counts_by_size(tmp_path: P
     for table in (inspection_table(found), squeeze_table(report)):
         assert "final_layer.linear.diff (48.0 kB)" in str(table.caption)
         assert "2 tensors" in str(table.caption)
+
+
+ASKING = {
+    "squeeze": ["FILE", "--target-rank", 2, "--dry-run"],
+    "plan": ["FILE", "--target-rank", 2, "-o", "plan.yaml"],
+    "inspect": ["FILE"],
+    "check": ["FILE", "--for", "comfyui"],
+    "canonicalize": ["FILE", "-o", "sorted.safetensors"],
+    "pad": ["FILE", "--rank", 8, "-o", "padded.safetensors"],
+    "diff": ["FILE", "FILE"],
+}
+
+
+@pytest.mark.parametrize("command", ASKING)
+def test_every_command_that_asks_for_the_format_takes_it(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.safetensors"
+    save_file(pairs(["stage{i}.mixer"], "", A_B, alpha=False), path, {"format": "pt"})
+    words = [command, *(str(path) if word == "FILE" else str(word) for word in ASKING[command])]
+    asked = CliRunner().invoke(app, words)
+    assert asked.exit_code == 2
+    assert "--from" in asked.stderr
+    done = CliRunner().invoke(app, [*words, "--from", "comfyui"])
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_two_adapters_may_be_of_two_formats(tmp_path: Path):
+    tensors = pairs(["stage{i}.mixer"], "", A_B, alpha=False)
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
+    assert diff(*[tmp_path / "x.safetensors"] * 2, kind=("comfyui", "diffusers")).relative < 1e-12
+    with pytest.raises(ConfigError, match="formats for two"):
+        diff(*[tmp_path / "x.safetensors"] * 2, kind=["comfyui"])

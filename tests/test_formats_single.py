@@ -476,7 +476,7 @@ HOSTILE = {
     "alpha negative": ({"alpha": torch.tensor(-4.0)}, "alpha is -4"),
     "alpha NaN": ({"alpha": torch.tensor(math.nan)}, "alpha is nan"),
     "alpha of two": ({"alpha": torch.ones(2)}, "not a number"),
-    "rank 0": ({"lora_down__weight": torch.ones(0, 16), "lora_up__weight": torch.ones(12, 0)}, "no LoRA factors"),
+    "rank 0": ({"lora_down__weight": torch.ones(0, 16), "lora_up__weight": torch.ones(12, 0)}, "is empty"),
     "ranks apart": ({"lora_down__weight": torch.ones(5, 16)}, "ranks do not agree"),
     "a vector": ({"lora_down__weight": torch.ones(6)}, "no LoRA factors"),
     "up with a kernel": ({"lora_up__weight": torch.ones(12, 6, 3, 3)}, "no LoRA factors"),

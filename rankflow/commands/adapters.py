@@ -254,12 +254,14 @@ def expand(
 
 
 @app.command(epilog="Example: [bold]rankflow canonicalize out/checkpoint-500 -o out/sorted[/bold]")
-def canonicalize(adapter: Adapter, out: Out, base: options.Base = None, force: Force = False) -> None:
+def canonicalize(
+    adapter: Adapter, out: Out, kind: options.From = None, base: options.Base = None, force: Force = False
+) -> None:
     """Sort every module's directions, so that the first k of them are the best adapter of rank k."""
     from rankflow.checkpoint import canonicalize as run
 
     with bar("sorting") as progress:
-        done = run(adapter, out, base=base, force=force, progress=progress)
+        done = run(adapter, out, kind=kind, base=base, force=force, progress=progress)
     say(f"Wrote {done.out}: {len(done.modules)} modules, same ranks, same DeltaW.")
 
 
@@ -288,6 +290,10 @@ def pad(
 def diff(
     first: Adapter,
     second: Adapter,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="FORMAT", help="As in squeeze: of both, or given twice, of one and the other."),
+    ] = None,
     base: options.Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
@@ -296,7 +302,8 @@ def diff(
     from rankflow.tables import difference_table
 
     with bar("comparing") as progress:
-        found = run(first, second, base=base, progress=progress)
+        kinds = kind[0] if kind and len(kind) == 1 else kind or None
+        found = run(first, second, kind=kinds, base=base, progress=progress)
     if as_json:
         print_json(found.to_json())
     else:

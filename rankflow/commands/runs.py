@@ -39,6 +39,7 @@ def check(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
+    kind: options.From = None,
     base: options.Base = None,
 ) -> None:
     """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
@@ -49,8 +50,8 @@ def check(
     """
     from rankflow.formats.detect import looks_like_adapter
 
-    if engine is not None or looks_like_adapter(Path(subject)):
-        _check_adapter(Path(subject), engine, as_json, base)
+    if engine is not None or kind is not None or looks_like_adapter(Path(subject)):
+        _check_adapter(Path(subject), engine, as_json, kind, base)
         return
     from rankflow.config import load_policy
     from rankflow.costs import foretell
@@ -196,7 +197,7 @@ def _compare(first: Path, second: Path, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str | None) -> None:
+def _check_adapter(adapter: Path, engine: str | None, as_json: bool, kind: str | None, base: str | None) -> None:
     """
     Raises:
         typer.Exit: with status 1, if anything would go wrong.
@@ -204,7 +205,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, base: str |
     from rankflow.tables import verdict_table
     from rankflow.verdicts import check as run
 
-    found = run(adapter, engine, base=base)
+    found = run(adapter, engine, kind=kind, base=base)
     if as_json:
         print_json(found.to_json())
     elif found.problems:

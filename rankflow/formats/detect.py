@@ -15,7 +15,7 @@ from rankflow.formats.forms import NEEDS_BASE
 from rankflow.formats.full import KIND as FULL
 from rankflow.formats.full import full_minus_base
 from rankflow.formats.gguf import GgufAdapter
-from rankflow.formats.keys import factor_of
+from rankflow.formats.keys import factor_of, foreign_factors
 from rankflow.formats.kohya import KohyaAdapter
 from rankflow.formats.lycoris import fold_products, refuse_variants
 from rankflow.formats.models import is_model
@@ -136,6 +136,8 @@ def _kind_of(keys: Iterable[str], path: Path) -> str:
     stems = [factor.stem for key in sorted(keys) if (factor := factor_of(key)) is not None]
     if stems and all(_KOHYA.match(stem) for stem in stems):
         return KohyaAdapter.kind
+    if not stems and (whose := foreign_factors(keys)):
+        raise AdapterError(f"{path}: is {whose}")
     if (path.parent / CONFIG).is_file():
         return PeftAdapter.kind
     modules = [stem.removeprefix(PEFT_PREFIX) for stem in stems]

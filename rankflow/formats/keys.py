@@ -33,6 +33,14 @@ _LOW = 4  # a shared dimension more than so many times smaller than both others 
 _MOST_NAMES = 4
 
 
+_FUSE = "and give rankflow that with --from full and --base, or convert the adapter to PEFT's format"
+FOREIGN = {  # how keys end -> whose they are
+    ".lora_a.weight": "an adapter of torchtune, by the names of its own models; give the folder in which it saved "
+    f"adapter_model and adapter_config.json, or merge it into its base model, {_FUSE}",
+    ".lora_a": f"an adapter of mlx-lm, whose factors lie transposed; merge it with mlx_lm.fuse, {_FUSE}",
+}
+
+
 class Factor(NamedTuple):
     """What a key says: the module's part of it, which factor it is, and whether in the style of `to_q_lora.up`."""
 
@@ -68,6 +76,26 @@ def refuse_unknown_factors(extra: Mapping[str, Tensor], path: Path, *, whole: Se
             f"{path}: {names}: by name or shape these are factors of an adapter, in a spelling that is not known; "
             "they would stay at full rank. Call them <module>.lora_A.weight and <module>.lora_B.weight, or remove them"
         )
+
+
+def refuse_empty(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """
+    Raises:
+        AdapterError: a tensor without any entries, as ZeRO-3 leaves them where parameters were not gathered.
+    """
+    for key, t in tensors.items():
+        if 0 in t.shape:
+            raise AdapterError(
+                f"{path}: {key} is empty, of shape {list(t.shape)}: so DeepSpeed's ZeRO-3 leaves tensors where a model "
+                "is saved without gathering it. Save it again with stage3_gather_16bit_weights_on_model_save, or get "
+                "the weights from the checkpoint by its zero_to_fp32.py"
+            )
+
+
+def foreign_factors(keys: Iterable[str]) -> str | None:
+    """Whose factors these are, where another program's way to name them is known and not read."""
+    keys = list(keys)
+    return next((what for end, what in FOREIGN.items() if any(key.endswith(end) for key in keys)), None)
 
 
 def refuse_unused_alphas(extra: Iterable[str], path: Path) -> None:

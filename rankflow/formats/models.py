@@ -43,18 +43,24 @@ def _files(folder: Path) -> list[Path]:
             return [folder / stem]
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            return [folder / name for name in _shards(index)]
+            return sorted(set(indexed(index).values()))
     return []
 
 
-def _shards(index: Path) -> list[str]:
+def indexed(index: Path) -> dict[str, Path]:
+    """Tensor -> its file, by an index of shards, which are all beside it.
+
+    Raises:
+        AdapterError: it is no index, or names what is elsewhere.
+    """
     try:
-        names = set(strict_object(read_text(index))["weight_map"].values())
+        places = dict(strict_object(read_text(index))["weight_map"].items())
+        names = set(places.values())
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         raise AdapterError(f"{index}: not an index of shards; the file is damaged") from None
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise AdapterError(f"{index}: names files that are not beside it; the file is damaged")
-    return sorted(names)
+    return {key: index.parent / name for key, name in places.items()}
 
 
 def weight_of(tensors: Mapping[str, Tensor], module: str) -> Tensor | None:

@@ -21,14 +21,23 @@ from rankflow.errors import AdapterError, naming
 from rankflow.formats.adapter import Put, at_unit_scale, fold
 from rankflow.formats.atomic import Together, atomic_folder
 from rankflow.formats.forms import plain
-from rankflow.formats.keys import refuse_unknown_factors
-from rankflow.formats.peft_config import CONFIG, check_config, load_config, resized_config, target_modules
+from rankflow.formats.keys import FOREIGN, refuse_empty, refuse_unknown_factors
+from rankflow.formats.models import indexed
+from rankflow.formats.peft_config import (
+    CONFIG,
+    as_peft_writes,
+    check_config,
+    read_config,
+    resized_config,
+    target_modules,
+)
 from rankflow.formats.peft_modules import read_entries
 from rankflow.formats.tensors import Spec, all_finite, check_destination, header, open_tensors, tensor_writer
 from rankflow.formats.wrappers import peft_names, renamed, renaming_note, unwrapped_config
 from rankflow.plan import Layout
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+INDEX = ".json"  # of shards, by which names they go
 
 # What people keep beside an adapter and need to use it. Optimizer state and the like belong to the run, not to the
 # adapter, and no longer fit it once ranks have changed.
@@ -45,7 +54,10 @@ COMPANIONS = (
     "*preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
+    "new_embeddings.*",
 )
+_LARGE = ("new_embeddings.safetensors", "new_embeddings.bin")  # of added tokens, which engines load beside the adapter
+_MOST_BYTES = 1 << 26
 
 
 class PeftAdapter:
@@ -76,8 +88,16 @@ class PeftAdapter:
         """
         self.path = Path(src)
         self.folder, self.weights = _locate(self.path)
-        config = load_config(self.folder / CONFIG)
-        raw, self.metadata = open_tensors(self.weights)
+        raw_config = read_config(self.folder / CONFIG)
+        config = as_peft_writes(raw_config)
+        index = indexed(self.weights) if self.weights.suffix == INDEX else {}
+        self.files = sorted(set(index.values())) or [self.weights]
+        self.weights = self.weights.with_name(self.weights.name.removesuffix(".index.json"))
+        raw, self.metadata = self.tensors_in_files()
+        if missing := index.keys() - raw.keys():
+            raise AdapterError(
+                f"{self.weights}: {min(missing)} is in its index and in no shard; the adapter is damaged"
+            )
         self.names_in_file = peft_names(raw, config)
         self._tensors: Mapping[str, Tensor] = renamed(raw, self.names_in_file, self.weights)
         config = unwrapped_config(config)
@@ -85,11 +105,15 @@ class PeftAdapter:
         grown = 2 * sum(max(0, len(new) - len(old)) for old, new in self.names_in_file.items())
         self._container = self.file_bytes - sum(t.nbytes for t in self._tensors.values()) + grown
         self.notes = renaming_note(self.names_in_file)
+        if odd := [field for field, value in config.items() if repr(value) != repr(raw_config[field])]:
+            self.notes.append(f"{', '.join(odd)} in {CONFIG} are read, and written, as PEFT writes them")
         found = plain(config, self._tensors, self.weights, None if base is None else Path(base))
         self.folded, self.origin = found is not None, str(config.get("peft_type"))
         if found is not None:
             config, self._tensors, notes = found
             self.notes = [*notes, *self.notes]
+        else:
+            refuse_empty(self._tensors, self.weights)
         self.config = check_config(config, self.folder / CONFIG, any_init=any_init)
         with naming(self.folder):
             self.entries = read_entries(self._tensors, self.config, self.weights)
@@ -97,16 +121,13 @@ class PeftAdapter:
         self._gains: dict[str, float] = {}  # what is multiplied into B as it is read
         factor_keys = {key for e in self.entries.values() for key in (e.a_key, e.b_key)}
         self.extra_tensors = {key: self._tensors[key].nbytes for key in self._tensors if key not in factor_keys}
-        saved = self.config.get("modules_to_save") or ()
-        refuse_unknown_factors({key: self._tensors[key] for key in self.extra_tensors}, self.weights, whole=saved)
-        self.companions = sorted(
-            {
-                p
-                for pattern in COMPANIONS
-                for p in self.folder.glob(pattern)
-                if p.is_file() and p.stat().st_size < 1 << 26
-            }
-        )
+        extra = {key: self._tensors[key] for key in self.extra_tensors}
+        refuse_empty(extra, self.weights)
+        refuse_unknown_factors(extra, self.weights, whole=self.config.get("modules_to_save") or ())
+        beside = sorted({p for pattern in COMPANIONS for p in self.folder.glob(pattern) if p.is_file()})
+        self.companions = [p for p in beside if p.name in _LARGE or p.stat().st_size < _MOST_BYTES]
+        if left := [p.name for p in beside if p not in self.companions]:
+            self.notes.append(f"left behind, being over {_MOST_BYTES >> 20} MiB: {', '.join(left)}")
         if self.config.get("use_dora"):
             self.notes.append("DoRA: magnitudes are kept as they are, so predicted errors are estimates")
 
@@ -124,8 +145,27 @@ class PeftAdapter:
         return found
 
     @property
+    def unheard(self) -> list[str]:
+        """Keys of the file under which PEFT finds no module and, silently, loads nothing; by a name of the adapter it
+        does."""
+        return [
+            old for old, new in self.names_in_file.items() if new != old and not old.startswith(new.rpartition(".")[0])
+        ]
+
+    @property
     def file_bytes(self) -> int:
-        return self.weights.stat().st_size
+        return sum(file.stat().st_size for file in self.files)
+
+    def tensors_in_files(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All tensors, by the names the files have, and metadata; see `open_tensors`."""
+        tensors: dict[str, Tensor] = {}
+        metadata: dict[str, str] = {}
+        for file in self.files:
+            found, about = open_tensors(file)
+            if twice := found.keys() & tensors.keys():
+                raise AdapterError(f"{file}: {min(twice)} is in another shard too; the adapter is damaged")
+            tensors, metadata = tensors | found, metadata | about
+        return tensors, metadata
 
     @property
     def overhead(self) -> int:
@@ -240,11 +280,12 @@ def _locate(path: Path) -> tuple[Path, Path]:
     if not path.exists():
         raise AdapterError(f"{path}: no such file or folder")
     if path.is_file():
-        if path.suffix not in (".safetensors", ".bin"):
+        if path.suffix not in (".safetensors", ".bin") and not path.name.endswith(".index.json"):
             raise AdapterError(f"{path}: not an adapter; give its folder, or its .safetensors or .bin file")
         folder, weights = path.parent, path
     else:
-        found = [path / name for name in WEIGHTS if (path / name).is_file()]
+        names = [*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)]
+        found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise AdapterError(f"{path}: {_why_no_adapter(path)}")
         folder, weights = path, found[0]
@@ -260,6 +301,10 @@ def _why_no_adapter(folder: Path) -> str:
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
     if inside:
         return f"no adapter itself but holds {', '.join(inside)}; name one of them"
+    if any(folder.glob("adapters.safetensors")) or any(folder.glob("*_adapters.safetensors")):
+        return f"{FOREIGN['.lora_a']}"
+    if any(folder.glob("adapter_[0-9]*.pt")):
+        return f"{FOREIGN['.lora_a.weight']}"
     if (folder / CONFIG).is_file():
         return f"has {CONFIG} but neither {' nor '.join(WEIGHTS)}; the adapter was not saved whole"
     if (folder / "config.json").is_file():

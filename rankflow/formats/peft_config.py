@@ -24,6 +24,12 @@ VARIANTS = {
     "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow",
 }
+_FOREIGN = {
+    "enable_lora": "a MergedLinear of PEFT 0.2, which adapts some of q, k and v in one layer by a grouped convolution; "
+    "load it with that, merge it into its base model, and give rankflow that with --from full and --base",
+    "fine_tune_type": "an adapter of mlx-lm, whose factors lie transposed; merge it with mlx_lm.fuse, and give "
+    "rankflow that with --from full and --base, or convert it to PEFT's format",
+}
 _CONVERSIONS = {
     "None": "this is not the config of a PEFT adapter",
 }
@@ -38,11 +44,39 @@ _NAMES = {
 _MOST_LAYERS = 10_000  # that replication may come to, each of which is made
 
 
+# Whole numbers, which some writers of JSON give a fraction of 0
+_WHOLE = ("r", "init_r", "target_r", "topk", "hybrid_r", "mini_r", "num_vectors", "vector_length", "gralora_k")
+
+
 def load_config(path: Path) -> dict[str, Any]:
+    """The config with its type and its whole numbers as PEFT writes them.
+
+    Raises:
+        AdapterError: it is not a JSON object, or that of another program's adapter.
+    """
+    return as_peft_writes(read_config(path))
+
+
+def as_peft_writes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config with ``"peft_type": "lora"`` in capitals, and ``"r": 4.0`` whole."""
+    new = dict(config)
+    if isinstance(new.get("peft_type"), str):
+        new["peft_type"] = new["peft_type"].upper()
+    new |= {field: _whole(new[field]) for field in _WHOLE if field in new}
+    if isinstance(new.get("rank_pattern"), dict):
+        new["rank_pattern"] = {name: _whole(rank) for name, rank in new["rank_pattern"].items()}
+    return new
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def read_config(path: Path) -> dict[str, Any]:
     """The config as the file has it.
 
     Raises:
-        AdapterError: it is not a JSON object.
+        AdapterError: it is not a JSON object, or that of another program's adapter.
     """
     try:
         config = strict_loads(read_text(path))
@@ -50,6 +84,9 @@ def load_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not JSON ({e}); the file is damaged") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: not a JSON object; the file is damaged")
+    for field, what in _FOREIGN.items():
+        if config.get(field) is not None:
+            raise AdapterError(f"{path}: {field} makes this {what}")
     _check_names(config, path)
     return config
 

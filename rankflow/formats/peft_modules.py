@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.adapter import SavedModule, checked_slot
+from rankflow.formats.keys import foreign_factors
 from rankflow.formats.peft_config import CONFIG, pattern_value, wrapped_parameters
 from rankflow.patterns import natural
 from rankflow.plan import Slot
@@ -101,6 +102,8 @@ def _pairs(tensors: Mapping[str, Tensor], path: Path) -> list[_Pair]:
     for key in tensors:
         found = _FACTOR.match(key)
         if found is None:
+            if whose := foreign_factors([key]):
+                raise AdapterError(f"{path}: {key} makes this {whose}")
             if ".lora_" in key and "lora_magnitude_vector" not in key:
                 raise AdapterError(f"{path}: {key} is not a tensor of plain LoRA or DoRA; this variant is not known")
             continue

@@ -18,7 +18,7 @@ from torch import Tensor
 from rankflow.errors import AdapterError
 from rankflow.formats.adapter import Put, checked_slot, is_scale
 from rankflow.formats.folding import MOST
-from rankflow.formats.keys import Factor, factor_of, refuse_unknown_factors, refuse_unused_alphas
+from rankflow.formats.keys import Factor, factor_of, refuse_empty, refuse_unknown_factors, refuse_unused_alphas
 from rankflow.formats.lycoris import fold_tucker, refuse_variants
 from rankflow.formats.single_writer import Module, check_single, outline, overhead, write_single
 from rankflow.formats.tensors import SAFETENSORS_DTYPES, SafetensorsWriter, Spec, all_finite, suffixed
@@ -48,6 +48,7 @@ class SingleFile:
         self.metadata = dict(metadata)
         self._tensors = tensors
         refuse_variants(tensors, path)
+        refuse_empty(tensors, path)
         self.entries = self._read()
         self.layout = Layout({name: module.slot for name, module in self.entries.items()})
         ours = {k for m in self.entries.values() for k in (m.a_key, m.b_key, m.mid_key, m.alpha_key)}
