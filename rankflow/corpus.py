@@ -35,7 +35,7 @@ def read_rows(path: Path, most: int) -> list[Row]:
                 found = f"columns {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
                 raise ConfigError(f"{path}: row {len(rows) + 1} has {found}, not a text under {TEXT!r}")
             rows.append(row)
-    except (ValueError, csv.Error) as e:
+    except (ValueError, RecursionError, csv.Error) as e:
         raise ConfigError(f"{path}: cannot be read as {path.suffix[1:]} after {len(rows)} rows ({e})") from None
     rows = [row for row in rows if row[TEXT].strip()]
     if not rows:

@@ -103,6 +103,27 @@ MUTANTS = [
         "tests/test_strangers.py -k whatever_goes_wrong",
     ),
     Mutant(
+        "copy along what a link leads to, wherever that is",
+        "formats/links.py",
+        "if not real.is_relative_to(home) and",
+        "if False and",
+        "tests/test_strangers.py -k companions_that_lead_out",
+    ),
+    Mutant(
+        "follow links into the blobs of any repository",
+        "formats/links.py",
+        'parent.parent / "blobs"',
+        "parent.parent.parent",
+        "tests/test_strangers.py -k snapshot_of_the_hub",
+    ),
+    Mutant(
+        "read parts of an archive that share bytes",
+        "formats/tensors.py",
+        "            _check_parts(parts, path.stat().st_size)\n",
+        "",
+        "tests/test_strangers.py -k share_no_bytes",
+    ),
+    Mutant(
         "make of a small file whatever it says",
         "formats/folding.py",
         "if factors.size > MOST:",

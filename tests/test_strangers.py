@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import io
 import json
+import os
 import resource
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +27,12 @@ from typer.testing import CliRunner, Result
 from whole_files import READERS
 
 import rankflow
-from rankflow import AdapterError, ConfigError, RankFlowError, inspect, patterns, squeeze
+from rankflow import AdapterError, ConfigError, RankFlowError, canonicalize, inspect, patterns, squeeze
 from rankflow.base_model import calibrate_saved
 from rankflow.blank import blank_layout
 from rankflow.cli import app
+from rankflow.corpus import read_rows
+from rankflow.formats.models import open_model
 from rankflow.limits import Limit, Limits
 from rankflow.names import shown
 from rankflow.pretrained import load_config
@@ -548,3 +553,155 @@ def test_whatever_goes_wrong_is_one_line_and_a_status(
         assert command in result.stderr
         monkeypatch.setenv("RANKFLOW_TRACEBACK", "1")
         assert by_command(command, *args).exception is error
+
+
+_PRINTS = ("typer.echo", "click.echo", "print", "Console", "sys.stderr.write", "sys.stdout.write")
+
+
+def test_commands_print_in_no_other_way():
+    for path in sorted(Path(rankflow.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in _PRINTS:
+                assert path.name == "terminal.py", f"{path}:{node.lineno}"
+
+
+# -- links ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_x", "vocab.json", "chat_template.jinja"])
+@pytest.mark.parametrize("way", ["absolute", "up", "chain"])
+def test_companions_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str, way: str):
+    src = adapter(tmp_path / "a")
+    secret = tmp_path / "secret"
+    secret.write_text("a private key")
+    if way == "chain":
+        (src / "inner").symlink_to("../secret")
+    (src / name).symlink_to({"absolute": secret, "up": "../secret", "chain": "inner"}[way])
+    for options in ({}, {"to": "peft"}):
+        with pytest.raises(AdapterError, match="leads out of its folder") as error:
+            squeeze(src, tmp_path / "out", target_rank=1, **options)
+        assert str(src / name) in str(error.value)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(AdapterError, match="leads out of its folder"):
+        canonicalize(src, tmp_path / "out")
+
+
+def test_links_within_a_folder_and_within_a_snapshot_of_the_hub_are_followed(tmp_path: Path):
+    inner = adapter(tmp_path / "a")
+    (inner / "README-long.md").write_text("read me")
+    (inner / "README.md").symlink_to("README-long.md")
+    assert squeeze(inner, tmp_path / "out", target_rank=1).copied == ("README.md",)
+    assert not (tmp_path / "out" / "README.md").is_symlink()
+
+    repository = tmp_path / "hub" / "models--some--one"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    adapter(snapshot)
+    (snapshot / "README.md").write_text("read me")
+    (repository / "blobs").mkdir()
+    for i, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(repository / "blobs" / str(i))
+        file.symlink_to(f"../../blobs/{i}")
+    assert squeeze(snapshot, tmp_path / "hubs", target_rank=1).copied == ("README.md",)
+    # not those of another repository, nor of a folder that only looks like one
+    other = tmp_path / "hub" / "models--some--other" / "blobs"
+    other.mkdir(parents=True)
+    (other / "0").write_text("private")
+    (snapshot / "vocab.txt").symlink_to("../../../models--some--other/blobs/0")
+    with pytest.raises(AdapterError, match="leads out"):
+        squeeze(snapshot, tmp_path / "no", target_rank=1)
+    (snapshot / "vocab.txt").unlink()
+    (repository / "blobs").rename(tmp_path / "elsewhere")
+    (repository / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match="leads out"):
+        squeeze(snapshot, tmp_path / "no", target_rank=1)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapters_own_files_are_its_own(tmp_path: Path, name: str):
+    src = adapter(tmp_path / "a")
+    (src / name).rename(tmp_path / "outside")
+    (src / name).symlink_to("../outside")
+    with pytest.raises(AdapterError, match="leads out of its folder"):
+        inspect(src)
+
+
+@pytest.mark.parametrize("way", ["link", "dots", "absolute", "nothing"])
+def test_shards_of_a_model_lie_beside_their_index(tmp_path: Path, way: str):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"q.weight": torch.ones(4, 4)}, tmp_path / "outside.safetensors")
+    name = {"link": "in.safetensors", "dots": "../outside.safetensors", "nothing": "a\0b"}.get(
+        way, str(tmp_path / "outside.safetensors")
+    )
+    if way == "link":
+        (base / name).symlink_to("../outside.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"q.weight": name}}))
+    with pytest.raises(AdapterError, match=r"leads out of its folder|not beside it"):
+        open_model(base)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path):
+    src = adapter(tmp_path / "a")
+    os.mkfifo(src / "README.md")
+    (src / "tokenizer").mkdir()
+    (src / "vocab.txt").symlink_to("vocab.txt")
+    assert squeeze(src, tmp_path / "out", target_rank=1).copied == ()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (src / name).unlink()
+        os.mkfifo(src / name)
+        with pytest.raises(AdapterError):
+            inspect(src)
+        (src / name).unlink()
+        (src / name).mkdir()
+        with pytest.raises(AdapterError):
+            inspect(src)
+        shutil.rmtree(src)
+        adapter(src)
+
+
+# -- archives and lines -----------------------------------------------------------------------------------------------
+
+
+def shared(raw: bytes, count: int) -> bytes:
+    """A zip archive whose directory names one part's bytes many times."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as old:
+        parts = old.infolist()
+        start = old.start_dir
+    entries, at = [], start
+    for part in parts:
+        size = 46 + len(part.filename.encode()) + len(part.extra)
+        entries.append(raw[at : at + size])
+        at += size
+    pickled = next(e for e, p in zip(entries, parts, strict=True) if p.filename.endswith("data.pkl"))
+    stem = next(p.filename for p in parts if p.filename.endswith("data.pkl"))
+    more = []
+    for i in range(count):
+        name = f"{i:03}{stem}".encode()
+        more.append(pickled[:28] + len(name).to_bytes(2, "little") + pickled[30:46] + name + pickled[46 + len(stem) :])
+    directory = b"".join([*entries, *more])
+    total = len(entries) + count
+    end = b"PK\x05\x06" + bytes(4) + total.to_bytes(2, "little") * 2
+    return raw[:start] + directory + end + len(directory).to_bytes(4, "little") + start.to_bytes(4, "little") + bytes(2)
+
+
+def test_parts_of_an_archive_share_no_bytes(tmp_path: Path):
+    src = adapter(tmp_path / "a")
+    tensors = {f"base_model.model.q.lora_{p}.weight": torch.ones(2, 2) for p in "AB"}
+    (src / "adapter_model.safetensors").unlink()
+    packed = io.BytesIO()
+    torch.save(tensors, packed)
+    path = src / "adapter_model.bin"
+    path.write_bytes(shared(packed.getvalue(), 0))
+    inspect(src)
+    path.write_bytes(shared(packed.getvalue(), 500))
+    with pytest.raises(AdapterError, match="share bytes"):
+        inspect(src)
+
+
+def test_lines_of_data_that_are_nested_without_end(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n' + "[" * 200_000 + "\n")
+    with pytest.raises(ConfigError, match="cannot be read as jsonl after 1 rows") as error:
+        read_rows(path, 4)
+    assert str(path) in str(error.value)

@@ -17,6 +17,7 @@ from rankflow.formats.full import full_minus_base
 from rankflow.formats.gguf import GgufAdapter
 from rankflow.formats.keys import factor_of, foreign_factors
 from rankflow.formats.kohya import KohyaAdapter
+from rankflow.formats.links import check_own
 from rankflow.formats.lycoris import fold_products, refuse_variants
 from rankflow.formats.models import is_model
 from rankflow.formats.naming import renamed_key
@@ -111,6 +112,7 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
         inside = [path / name for name in FILES if (path / name).is_file()]
         if not inside or (kind is None and (path / CONFIG).is_file()):
             return PeftAdapter(path, base)
+        check_own(inside[0], path)
         path = inside[0]
     if path.suffix == ".gguf":
         raise AdapterError(f"{path}: GGUF is not read; squeeze the adapter that it was made from")

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError
+from rankflow.formats.links import check_own
 from rankflow.formats.strict_json import read_text, strict_object
 from rankflow.formats.tensors import open_tensors
 from rankflow.formats.wrappers import renamed, unwrapped_names
@@ -40,6 +41,7 @@ def open_model(folder: Path) -> dict[str, Tensor]:
 def _files(folder: Path) -> list[Path]:
     for stem in _STEMS:
         if (folder / stem).is_file():
+            check_own(folder / stem, folder)
             return [folder / stem]
         index = folder / f"{stem}.index.json"
         if index.is_file():
@@ -51,15 +53,17 @@ def indexed(index: Path) -> dict[str, Path]:
     """Tensor -> its file, by an index of shards, which are all beside it.
 
     Raises:
-        AdapterError: it is no index, or names what is elsewhere.
+        AdapterError: it is no index, or names or links to what is elsewhere.
     """
     try:
         places = dict(strict_object(read_text(index))["weight_map"].items())
         names = set(places.values())
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         raise AdapterError(f"{index}: not an index of shards; the file is damaged") from None
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    if not names or any(not isinstance(name, str) or Path(name).name != name or "\0" in name for name in names):
         raise AdapterError(f"{index}: names files that are not beside it; the file is damaged")
+    for file in (index, *(index.parent / name for name in sorted(names))):
+        check_own(file, index.parent)
     return {key: index.parent / name for key, name in places.items()}
 
 

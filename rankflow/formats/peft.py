@@ -22,6 +22,7 @@ from rankflow.formats.adapter import Put, at_unit_scale, fold
 from rankflow.formats.atomic import Together, atomic_folder
 from rankflow.formats.forms import plain
 from rankflow.formats.keys import FOREIGN, refuse_empty, refuse_unknown_factors
+from rankflow.formats.links import check_own
 from rankflow.formats.models import indexed
 from rankflow.formats.peft_config import (
     CONFIG,
@@ -200,6 +201,8 @@ class PeftAdapter:
 
     def check_out(self, out: Path, *, force: bool) -> None:
         check_destination(out, self.path, force=force)
+        for file in self.companions:
+            check_own(file, self.folder)
 
     def weights_in(self, out: Path) -> Path:
         return out / f"adapter_model{self.weights.suffix}"
@@ -269,6 +272,7 @@ def write_adapter_files(folder: Path, config: Mapping[str, Any], companions: Seq
     """All of an adapter but its tensors."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in companions:
+        check_own(file, file.parent)
         shutil.copyfile(file, folder / file.name)
 
 
@@ -289,11 +293,13 @@ def _locate(path: Path) -> tuple[Path, Path]:
         if not found:
             raise AdapterError(f"{path}: {_why_no_adapter(path)}")
         folder, weights = path, found[0]
+        check_own(weights, folder)
     if not (folder / CONFIG).is_file():
         raise AdapterError(
             f"{folder / CONFIG}: no such file; the scaling of an adapter is known from its config alone, "
             f"so put the {CONFIG} it was saved with beside {weights.name}"
         )
+    check_own(folder / CONFIG, folder)
     return folder, weights
 
 

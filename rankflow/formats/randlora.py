@@ -15,6 +15,7 @@ from rankflow.errors import AdapterError
 from rankflow.formats.adapter import Sketch
 from rankflow.formats.dense import Delta, DenseAdapter
 from rankflow.formats.folding import PREFIX, SHARED, Parts, common, number
+from rankflow.formats.links import check_own
 from rankflow.formats.peft_config import CONFIG, load_config
 from rankflow.formats.products import wide
 from rankflow.formats.tensors import open_tensors
@@ -41,6 +42,8 @@ def dense_form(path: Path, base: Path | None, sketch: Sketch) -> DenseAdapter | 
     )
     if not found:
         raise AdapterError(f"{path}: has {CONFIG} but no weights; the adapter was not saved whole")
+    for file in (folder / CONFIG, *(found if found[0] != path else ())):
+        check_own(file, folder)
     path = found[0]
     tensors, _ = open_tensors(path)
     parts = Parts(tensors, [f"randlora_{part}" for part in ("lambda", "gamma", "A", "B")], "RandLoRA", path)

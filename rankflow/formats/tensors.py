@@ -10,7 +10,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -122,13 +122,28 @@ def _foreign(path: Path, archive: bool) -> str | None:
     if archive:
         with zipfile.ZipFile(path) as file:
             parts = file.infolist()
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-                raise ValueError("its parts are compressed, which torch.save never does")
+            _check_parts(parts, path.stat().st_size)
             pickles = [io.BytesIO(file.read(part)) for part in parts if part.filename.endswith("data.pkl")]
             return next((name for found in pickles for name in _named(found) if not _NEEDED.fullmatch(name)), None)
     # Magic number, version and system, then the dict; storages follow
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return next((name for _ in range(4) for name in _named(mapped) if not _NEEDED.fullmatch(name)), None)
+
+
+def _check_parts(parts: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """
+    Raises:
+        ValueError: parts that no `torch.save` wrote: compressed, twice there, or sharing bytes, so that together they
+            are larger than the file.
+    """
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+        raise ValueError("its parts are compressed, which torch.save never does")
+    if len({part.filename for part in parts}) < len(parts):
+        raise ValueError("a part of it is there twice")
+    parts = sorted(parts, key=lambda part: part.header_offset)
+    starts = [*(part.header_offset for part in parts[1:]), size]
+    if any(part.header_offset + part.file_size > start for part, start in zip(parts, starts, strict=True)):
+        raise ValueError("its parts share bytes, which torch.save never writes")
 
 
 def _named(pickled: io.BytesIO | mmap.mmap) -> Iterable[str]:
