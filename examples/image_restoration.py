@@ -134,8 +134,7 @@ def adapt(base: Restorer, arm: Arm, pairs: tuple[Tensor, Tensor], steps: int, ra
     if arm.policy is not None:
         convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=convolutions))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, arm.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), arm.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / steps))
     began = time.process_time()
     flow = None

@@ -1898,6 +1898,20 @@ MUTANTS = [
         "tests/test_replaced.py",
     ),
     Mutant(
+        "let new directions of an average start as others than the model's",
+        "surgeon.py",
+        "added=None if added is None else iter(added[name])",
+        "added=None",
+        "tests/test_ema.py -k algebra",
+    ),
+    Mutant(
+        "average factors under a gate without it",
+        "ema.py",
+        "return as_used(self._model)",
+        "return self._model.parameters()",
+        "tests/test_ema.py -k gate",
+    ),
+    Mutant(
         "warn of old parameters that only a cycle holds",
         "holders.py",
         "        gc.collect()",

@@ -54,6 +54,7 @@ CASES = {
     "sora, base in shards": (SORA, {"r": 4}, FSDP),
     "lisa": (LISA, {}, {}),
     "lisa, gradients as views": (LISA, {}, {"gradient_as_bucket_view": True}),
+    "lisa, wrapper found later": (LISA, {}, {"bare": True}),
     "lisa, base in shards": (LISA, {}, FSDP),
     "sora, nothing closed": (SORA | {"params": {"lam": 4.0, "gate_lr": 0.05}}, {"r": 4}, {}),
 }
@@ -173,9 +174,9 @@ def alone(policy: dict[str, Any], micro: int = 1, **model: Any) -> dict[str, Any
 def run(rank: int, policy: dict[str, Any], model: dict[str, Any], options: dict[str, Any], ledger: str) -> Any:
     """A run whose batches are those of `alone`, dealt out."""
     net, micro = tiny_llama(dropout=0.0, **model).train(), options.get("micro", 1)
-    ddp = wrapped(net, **{key: value for key, value in options.items() if key != "micro"})
+    ddp = wrapped(net, **{key: value for key, value in options.items() if key not in ("micro", "bare")})
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
-    flow = rankflow.attach(ddp, optimizer, policy, total_steps=STEPS, ledger=ledger)
+    flow = rankflow.attach(net if "bare" in options else ddp, optimizer, policy, total_steps=STEPS, ledger=ledger)
     train(ddp, flow, optimizer, token_batches(SIZE * STEPS * micro)[rank::SIZE], micro)
     flow.finish()
     if "hook" in options:

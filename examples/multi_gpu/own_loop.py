@@ -43,15 +43,21 @@ else:
 
 config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=LINEARS, modules_to_save=["classifier"])
 model = get_peft_model(minilm_classifier(), config).to(device)
-trained = [p for p in model.parameters() if p.requires_grad]
+
+
+def trained() -> list[torch.nn.Parameter]:
+    """As they are now: a resize makes new ones."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 if options.shard:
     mesh = init_device_mesh(device.type, (size,))
     for layer in model.base_model.model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh, ignored_params=set(trained))
-    fully_shard(model, mesh=mesh, ignored_params=set(trained))
+        fully_shard(layer, mesh=mesh, ignored_params=set(trained()))
+    fully_shard(model, mesh=mesh, ignored_params=set(trained()))
 wrapped = model if options.shard else DistributedDataParallel(model)
 
-optimizer = torch.optim.AdamW(trained, lr=2e-3)
+optimizer = torch.optim.AdamW(trained(), lr=2e-3)
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)
 train, held_out = reviews()
 sampler = DistributedSampler(train, size, rank, seed=0)
@@ -70,10 +76,9 @@ with flow:
             loss = wrapped(**{k: v.to(device) for k, v in batch.items()}).loss
             loss.backward()
             flow.before_step()  # before clipping: beside shards it reduces the adapter's gradients
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(trained(), 1.0)
             optimizer.step()
             flow.after_step()
-            trained = [p for p in model.parameters() if p.requires_grad]  # a resize makes new ones
             scheduler.step()
             optimizer.zero_grad()
             bar.update()
