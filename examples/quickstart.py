@@ -91,7 +91,7 @@ def main() -> None:
     console.rule("Training: ranks grow, then anneal")
     model, losses = train(options.policy, options.steps, options.out, data, options.seed)
     ledger = Ledger.read(options.out / "trainer" / "rankflow.jsonl")
-    picture = plot_ledger(ledger, options.out / "ranks.png", losses)
+    picture = plot_ledger(ledger, options.out / "ranks.png", losses, force=True)
 
     console.rule("Squeezing the saved adapter")
     adapter = options.out / "adapter"

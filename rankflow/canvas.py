@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankflow.errors import ConfigError
-from rankflow.formats.atomic import atomic_file
+from rankflow.formats.atomic import atomic_file, is_plain
+from rankflow.formats.outputs import Reads, check_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,17 +55,29 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def save(fig: Figure, path: str | Path) -> Path:
+def check_picture(path: Path, reads: Reads | None = None, *, force: bool = False) -> None:
     """
     Raises:
-        ConfigError: the path ends in no format that matplotlib writes.
+        ConfigError: the path ends in no format that matplotlib writes, or cannot be written.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in kinds and not is_plain(path):
+        raise ConfigError(f"{path}: a picture is one of {', '.join(sorted(kinds))}, by the end of its name")
+    check_output(path, reads, force=force)
+
+
+def save(fig: Figure, path: str | Path, reads: Reads | None = None, *, force: bool = False) -> Path:
+    """Write it, whole or not at all; PNG where a device's name tells nothing.
+
+    Raises:
+        ConfigError: see `check_picture`.
     """
     path = Path(path)
-    kinds = fig.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in kinds:
-        raise ConfigError(f"{path}: a picture is one of {', '.join(sorted(kinds))}, by the end of its name")
+    check_picture(path, reads, force=force)
     with atomic_file(path) as partial:
-        _draw(fig, partial)
+        _draw(fig, partial, **({} if partial.suffix else {"format": "png"}))
     return path
 
 

@@ -7,6 +7,7 @@ rankflow.inspect("out/checkpoint-500").modules[0].rank_effective
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,11 @@ from rankflow.devices import usable
 from rankflow.errors import ConfigError, naming
 from rankflow.fitting import Fitting, fitting_for
 from rankflow.formats.adapter import SavedAdapter, Sketch
+from rankflow.formats.atomic import is_plain
 from rankflow.formats.detect import open_adapter
+from rankflow.formats.outputs import Around, Reads, check_apart, check_harmless
 from rankflow.formats.peft import PeftAdapter
+from rankflow.formats.tensors import TENSOR_FILES
 from rankflow.measured import Statistics
 from rankflow.plan import Layout
 from rankflow.rsvd import Backend, check_backend
@@ -171,11 +175,13 @@ def squeeze_each(
     gate: Judge | None = None,
     kind: str | None = None,
     fitting: Fitting | None = None,
+    around: Around | None = None,
     progress: Progress | None = None,
 ) -> list[SqueezeReport]:
     """`squeeze` to several targets, every module decomposed once; one output and one report for each.
 
     With `canonical` modules that keep their rank have their directions sorted too. `fitting`: how outputs are written.
+    `around`: what the caller reads and writes besides, which outputs have to spare.
     With `gate` only the first of `targets`, which are uniform ranks and grow, that it accepts is written, to the one of
     `outs`.
 
@@ -196,7 +202,7 @@ def squeeze_each(
     suffixes = [fitting.suffix if target.keep else target.suffix for target in targets]
     suffixes = suffixes if gate is None else ["accepted"]
     paths = [Path(out) for out in outs] if outs is not None else [adapter.beside(suffix) for suffix in suffixes]
-    if len({path.resolve() for path in paths}) < len(suffixes):
+    if len({os.path.realpath(path) for path in paths}) < len(suffixes):
         raise ConfigError(f"{len(suffixes)} targets need as many different outputs")
     if fitting.pads and any(target.size is not None for target in targets):
         raise ConfigError(
@@ -205,11 +211,24 @@ def squeeze_each(
     tail = None if keep_tail is None else Path(keep_tail)
     if tail is not None:
         _check_tailed(adapter, len(suffixes), metric, gauge, fitting)
+    there = [path for path in (*paths, tail) if path is not None and os.path.lexists(path)]
     if not dry_run:
         for path in paths:
             adapter.check_out(path, force=force)
         if tail is not None:
             check_tail(tail, paths[0], force=force)
+        found = around or Around()
+        measured = None if isinstance(statistics, Statistics) else statistics
+        reads: Reads = {
+            "its own source": adapter.path,
+            "its statistics": measured,
+            "its base": fitting.base,
+            **found.reads,
+        }
+        writes = [*paths, *([] if tail is None else [tail]), *found.writes]
+        for path in writes:
+            check_harmless(path, reads)
+        check_apart(writes)
     layout = adapter.layout
     with naming(adapter.path, statistics):
         yardstick = Yardstick.of(metric, statistics, layout, targets)
@@ -224,7 +243,7 @@ def squeeze_each(
 
     def produce(target: Target, ranks: Mapping[str, int], out: Path | None, tail: Path | None) -> SqueezeReport:
         if out is not None:
-            cutting.write(crew, ranks, out, fitting, tail=tail, force=force)
+            cutting.write(crew, ranks, out, fitting, tail=tail, force=out in there)
         return report(
             layout,
             sized.with_ranks(ranks),
@@ -239,7 +258,7 @@ def squeeze_each(
             dtype=None if wanted is None else str(wanted).removeprefix("torch."),
             dry_run=dry_run,
             file_bytes_before=adapter.file_bytes,
-            file_bytes_after=None if out is None else adapter.weights_in(out).stat().st_size,
+            file_bytes_after=None if out is None or is_plain(out) else adapter.weights_in(out).stat().st_size,
             carried=dict(adapter.extra_tensors),
             copied=() if out is None else tuple(file.name for file in adapter.companions),
             notes=(*adapter.notes, *yardstick.notes, *fitting.notes(ranks)),
@@ -258,7 +277,8 @@ def squeeze_each(
 
     def passes_gate(rank: int) -> bool:
         with tempfile.TemporaryDirectory(prefix="rankflow-") as folder:
-            candidate = Path(folder) / adapter.beside(f"r{rank}").name
+            ending = adapter.beside("").suffix  # and nothing else of a name that a stranger gave
+            candidate = Path(folder) / f"r{rank}{ending if ending in (*TENSOR_FILES, '.gguf') else ''}"
             produce(*uniform[rank], candidate, None)
             return gate(candidate)
 

@@ -122,7 +122,7 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, keep_matrices: bool = False):
         self.path = Path(path) if path is not None else None
         self.keep_matrices = keep_matrices
-        self._source = self.path  # what messages are about
+        self.source = self.path  # what messages are about
         self.events: list[Event] = []
         self._waiting: list[Event] | None = None  # of a `together` block
         if self.path is not None and self.path.is_dir():
@@ -140,7 +140,7 @@ class Ledger:
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such ledger")
         ledger = cls()
-        ledger._source = Path(path)
+        ledger.source = Path(path)
         ledger.events = _effective(_read_lines(Path(path), times=times))
         if not ledger.events:
             raise CheckpointError(f"{path}: the ledger is empty")
@@ -224,7 +224,7 @@ class Ledger:
         return RankPlan.from_json(event["plan"], load_file(self.path.parent / event["matrices"])["flat"])
 
     def _layouts(self) -> list[tuple[int, Layout]]:
-        what = self._source or "the ledger"
+        what = self.source or "the ledger"
         if not self.events or self.events[0]["event"] != "attach":
             raise CheckpointError(f"{what}: does not begin with an attach event; it is not whole")
         try:

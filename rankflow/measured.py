@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rankflow.averages import AVERAGED
 from rankflow.errors import AdapterError, ConfigError
-from rankflow.formats.atomic import atomic_file
-from rankflow.formats.tensors import check_free, open_tensors
+from rankflow.formats.atomic import atomic_file, is_plain
+from rankflow.formats.outputs import Reads, check_output
+from rankflow.formats.tensors import open_tensors
 from rankflow.metrics import Measured, averages_of
 from rankflow.plan import Layout
 from rankflow.policy import Signal
@@ -136,14 +137,14 @@ class Statistics:
             )
 
 
-def check_statistics_file(path: Path, *, force: bool) -> None:
+def check_statistics_file(path: Path, reads: Reads | None = None, *, force: bool) -> None:
     """
     Raises:
         ConfigError: statistics cannot be written there.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" and not is_plain(path):
         raise ConfigError(f"{path}: statistics are a .safetensors file; give it such a name")
-    check_free(path, force=force)
+    check_output(path, reads, force=force)
 
 
 def digest(A: Tensor, B: Tensor) -> str:

@@ -127,6 +127,14 @@ def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Pat
     )
 
 
+_READ = {"plan": "its plan", "calibration": "its statistics or data", "base": "its base", "budget": "its budget"}
+
+
+def read(source: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command reads, by what it is to it: its source, and what options name."""
+    return {**source, **{what: given.get(option) for option, what in _READ.items()}}
+
+
 _GOALS = (
     *("target_rank", "energy", "error", "auto", "max_params", "size", "dynamic_method", "budget", "plan", "ranks"),
     "gate",

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from rankflow.canvas import DARK, LIGHT, Paper, png
 from rankflow.errors import ConfigError
-from rankflow.formats.atomic import atomic_file
+from rankflow.formats.atomic import atomic_file, is_plain
+from rankflow.formats.outputs import Reads, check_output
 from rankflow.names import shown
 
 if TYPE_CHECKING:
@@ -84,26 +85,23 @@ class Page:
     footer: str = ""
 
 
-def check_page_file(path: Path) -> None:
+def check_page_file(path: Path, reads: Reads | None = None, *, force: bool = False) -> None:
     """
     Raises:
         ConfigError: a page cannot be written there.
     """
-    if path.suffix.lower() not in _ENDS:
+    if path.suffix.lower() not in _ENDS and not is_plain(path):
         raise ConfigError(f"{path}: a report is an .html file; give it such a name")
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; choose another name for the report")
-    if not path.resolve().parent.is_dir():
-        raise ConfigError(f"{path.parent}: no such folder to write the report into")
+    check_output(path, reads, force=force, parents=False)
 
 
-def write_page(page: Page, path: Path) -> Path:
-    """Write it, whole or not at all; an earlier report gives way.
+def write_page(page: Page, path: Path, *, force: bool = False) -> Path:
+    """Write it, whole or not at all.
 
     Raises:
         ConfigError: see `check_page_file`.
     """
-    check_page_file(path)
+    check_page_file(path, force=force)
     with atomic_file(path) as partial:
         partial.write_text(render(page), encoding="utf-8", errors="replace")
     return path

@@ -12,14 +12,20 @@ from rankflow.budget import Budget
 from rankflow.config import limits_of, read_yaml, validated
 from rankflow.errors import ConfigError
 from rankflow.formats.atomic import atomic_file
+from rankflow.formats.outputs import check_output
 from rankflow.grammar import BudgetFile, PlanFile
 from rankflow.limits import Limits
 from rankflow.squeezed import SqueezeReport
 
 
-def write_plan(report: SqueezeReport, out: str | os.PathLike[str]) -> Path:
-    """The ranks that a (dry) squeeze came to, one line a module with what it keeps."""
+def write_plan(report: SqueezeReport, out: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """The ranks that a (dry) squeeze came to, one line a module with what it keeps.
+
+    Raises:
+        ConfigError: `out` is there already and `force` was not given, or is of the adapter.
+    """
     path = Path(out)
+    check_output(path, {"the adapter": report.source}, force=force)
     head = {
         "adapter": report.source,
         "target": report.target,

@@ -26,6 +26,7 @@ from torch import Tensor
 from rankflow.controller import Controller
 from rankflow.errors import AdapterError, CheckpointError, ConfigError
 from rankflow.formats.atomic import atomic_file
+from rankflow.formats.outputs import check_output
 from rankflow.formats.peft import PeftAdapter
 from rankflow.formats.strict_json import strict_loads
 from rankflow.formats.tensors import open_tensors
@@ -52,7 +53,7 @@ class QuantizedModule:
         return e[:, None] * a, b
 
 
-def save_quantized(flow: Controller, folder: str | os.PathLike[str]) -> Path:
+def save_quantized(flow: Controller, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write the integers of a quantised adapter into the folder that it was saved to; the path of the file.
 
     ::
@@ -64,7 +65,7 @@ def save_quantized(flow: Controller, folder: str | os.PathLike[str]) -> Path:
     It can be done in mid-run as well, for what was saved at that moment.
 
     Raises:
-        ConfigError: the run's policy quantises nothing.
+        ConfigError: the run's policy quantises nothing; or there are such integers already and `force` was not given.
         CheckpointError: the adapter in `folder` is not what the integers give: trained on since, say.
         AdapterError: there is no adapter in `folder`.
     """
@@ -73,6 +74,7 @@ def save_quantized(flow: Controller, folder: str | os.PathLike[str]) -> Path:
         raise ConfigError("this run has no quantised factors; its last gates were not those of bayesian_lora")
     path = Path(folder) / FILE
     _check(modules, path)
+    check_output(path, {"the adapter": PeftAdapter(path.parent).weights}, force=force)
     tensors: dict[str, Tensor] = {}
     about = {}
     for name, m in modules.items():

@@ -22,25 +22,29 @@ if TYPE_CHECKING:
 _PHASES = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6ab8", "#b8892f")
 
 
-def plot_spectra(inspection: Inspection, path: str | Path) -> Path:
+def plot_spectra(inspection: Inspection, path: str | Path, *, force: bool = False) -> Path:
     """Singular values of every module as heat maps, a panel for each type, with effective ranks and noise edges.
 
     Raises:
-        ConfigError: the path ends in no format that matplotlib writes.
+        ConfigError: the path ends in no format that matplotlib writes, is there already and `force` was not given, or
+            is of what was inspected.
     """
-    return save(spectra_figure(inspection), path)
+    return save(spectra_figure(inspection), path, {"the adapter": inspection.source}, force=force)
 
 
-def plot_ledger(ledger: Ledger, path: str | Path, losses: Sequence[tuple[int, float]] = ()) -> Path:
+def plot_ledger(
+    ledger: Ledger, path: str | Path, losses: Sequence[tuple[int, float]] = (), *, force: bool = False
+) -> Path:
     """Ranks by module over the steps of a run, below the total and the phases it went through.
 
     With `losses`, (step, loss) in order, the loss is drawn over the total, against an axis of its own.
 
     Raises:
-        ConfigError: the path ends in no format that matplotlib writes.
+        ConfigError: the path ends in no format that matplotlib writes, is there already and `force` was not given, or
+            is the ledger's own.
         CheckpointError: the ledger does not begin with an attach.
     """
-    return save(ledger_figure(ledger, losses), path)
+    return save(ledger_figure(ledger, losses), path, {"the ledger": ledger.source}, force=force)
 
 
 def ledger_figure(ledger: Ledger, losses: Sequence[tuple[int, float]] = (), paper: Paper = LIGHT) -> Figure:

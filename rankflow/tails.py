@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch import Tensor
 from rankflow.crew import Crew, Progress
 from rankflow.errors import AdapterError, ConfigError, naming
 from rankflow.formats.adapter import Put
-from rankflow.formats.atomic import Together, atomic_file, atomic_folder
+from rankflow.formats.atomic import Together, atomic_file, atomic_folder, is_plain
+from rankflow.formats.outputs import check_harmless, check_output
 from rankflow.formats.peft import PeftAdapter, write_adapter_files
 from rankflow.formats.peft_config import check_config
 from rankflow.formats.peft_modules import Entry, read_entries
@@ -63,12 +65,13 @@ def check_tail(path: Path, out: Path, *, force: bool) -> None:
     Raises:
         ConfigError: a tail cannot be written there, beside an adapter at `out`, or would replace what is none.
     """
+    if is_plain(path):
+        return
     if path.suffix != ".safetensors":
         raise ConfigError(f"{path}: a tail is a .safetensors file; give it such a name")
-    if path.resolve().is_relative_to(out.resolve()):
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
         raise ConfigError(f"{path}: is in {out}, which is replaced as a whole; put the tail beside it")
-    if path.exists() and not force:
-        raise ConfigError(f"{path}: is there already; choose another name, or replace it with --force")
+    check_output(path, force=force)
     if path.exists() and not _is_tail(path):
         raise ConfigError(f"{path}: is no tail, so --force does not replace it; choose another name")
 
@@ -95,6 +98,7 @@ def expand(
         AdapterError: a file that is damaged, no tail, or the tail of another adapter.
     """
     adapter, path, out = PeftAdapter(src), Path(tail), Path(out)
+    check_harmless(out, {"its tail": path})
     check_destination(out, adapter.path, force=force)
     cut, metadata = open_tensors(path)
     config, shapes = _header(path, metadata)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,8 @@ from typer.core import TyperGroup
 
 from rankflow.errors import RankFlowError, first_line
 from rankflow.names import shown
+
+_left: ContextVar[bool] = ContextVar("whether stdout is left to an output", default=False)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,16 +36,18 @@ _OF_THE_INPUT = (ArithmeticError, EOFError, MemoryError, OSError, RecursionError
 
 
 class _Group(TyperGroup):
-    """Whatever goes wrong is one message on stderr and a status, never a traceback."""
+    """Whatever goes wrong is one message on stderr and a status, never a traceback. What ends a process, but for a
+    kill, lets it take away first what is not finished."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _usage_shown():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
+        _left.set(False)
         words = [*getattr(ctx, "_protected_args", ()), *ctx.args]
         try:
-            with _usage_shown(), _warnings_shown():
+            with _usage_shown(), _warnings_shown(), _ending():
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
             raise
@@ -97,7 +104,30 @@ def _warnings_shown() -> Iterator[None]:
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a sentence; the one way in which commands do, with `print_table` and `print_json`."""
-    typer.echo(shown(text, lines=True, most=_LONGEST), err=err)
+    typer.echo(shown(text, lines=True, most=_LONGEST), err=err or _left.get())
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is within as an exception does, so that everything is cleaned up after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ends = [s for name in ("SIGTERM", "SIGHUP") if (s := getattr(signal, name, None)) is not None]
+    before = {s: found for s in ends if (found := signal.getsignal(s)) not in (signal.SIG_IGN, None)}  # nohup: ignored
+
+    def end(number: int, frame: object) -> None:
+        for s in before:
+            signal.signal(s, signal.SIG_IGN)  # what is under way is the cleaning up
+        raise SystemExit(128 + number)
+
+    for s in before:
+        signal.signal(s, end)
+    try:
+        yield
+    finally:
+        for s, found in before.items():
+            signal.signal(s, found)
 
 
 app = typer.Typer(
@@ -123,10 +153,15 @@ def console(**options: Any) -> Console:
 
 
 def print_table(table: Any) -> None:
-    where = console()
+    where = console(stderr=_left.get())
     if not where.is_terminal:
         where.width = 120  # a file or a pipe has no width of its own
     where.print(table)
+
+
+def leave_stdout(*outputs: Path | None) -> None:
+    """Where one of a command's outputs goes to stdout, what is said goes to stderr, so that the two do not mix."""
+    _left.set(any(str(out) in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") for out in outputs))
 
 
 @contextmanager
@@ -140,9 +175,15 @@ def bar(what: str) -> Iterator[Progress]:
         yield lambda done, total: drawn.update(task, completed=done, total=total)
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, *, force: bool = False) -> None:
+    """
+    Raises:
+        ConfigError: `path` is there already, and `force` was not given.
+    """
     from rankflow.formats.atomic import atomic_file
+    from rankflow.formats.outputs import check_output
 
+    check_output(path, force=force)
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -221,7 +221,7 @@ def test_integers_beside_an_adapter_on_a_full_disk(tmp_path: Path, there: bool):
         disk, failed = Full(at), False
         with ticking(disk):
             try:
-                save_quantized(flow, src)  # type: ignore[arg-type]
+                save_quantized(flow, src, force=there)  # type: ignore[arg-type]
             except OSError as e:
                 failed = e.errno == errno.ENOSPC
         if disk.calls <= at:

@@ -134,7 +134,8 @@ def test_the_command_writes_a_report_whole_or_not_at_all(tmp_path: Path, monkeyp
     assert f"Wrote {out}" in run("inspect", src, "--html", out).stdout.replace("\n", "")
     first = out.read_text()
     assert "<title>src</title>" in first
-    run("squeeze", src, "--target-rank", 2, "--html", out)
+    assert "is there already" in refused("squeeze", src, "--target-rank", 2, "--html", out)
+    run("squeeze", src, "--target-rank", 2, "--html", out, "--force")
     assert "<title>src-r2</title>" in out.read_text()
     assert "is an .html file" in refused("inspect", src, "--html", tmp_path / "x.txt")
     assert "no such folder" in refused("inspect", src, "--html", tmp_path / "nowhere" / "x.html")
@@ -143,7 +144,7 @@ def test_the_command_writes_a_report_whole_or_not_at_all(tmp_path: Path, monkeyp
     assert "is of one adapter" in refused("squeeze", src, "--ranks", "1,3", "--html", out)
     before = out.read_text()
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
-    assert "No space left" in refused("inspect", src, "--html", out)
+    assert "No space left" in refused("inspect", src, "--html", out, "--force")
     assert out.read_text() == before
     assert {p.name for p in tmp_path.iterdir()} == {"src", "src-r2", "report.html", "folder.html"}
 

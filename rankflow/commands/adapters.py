@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from rankflow import options
 from rankflow.errors import ConfigError
-from rankflow.terminal import app, bar, print_json, print_table, say, write_json
+from rankflow.terminal import app, bar, leave_stdout, print_json, print_table, say, write_json
 
 Adapter = Annotated[
     Path,
@@ -20,6 +21,7 @@ Adapter = Annotated[
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that is there already.")]
+ForceAll = Annotated[bool, typer.Option("--force", help="Replace outputs that are there already.")]
 
 
 @app.command(epilog="Example: [bold]rankflow squeeze out/checkpoint-500 --target-rank 8[/bold]")
@@ -70,24 +72,29 @@ def squeeze(
     kind: options.From = None,
     to: options.Format = None,
     engine: options.For = None,
-    force: Force = False,
+    force: ForceAll = False,
 ) -> None:
     """Write a smaller adapter: the best of its rank, in its own format. Needs no base model; the source is only read.
 
     Give exactly one target: --target-rank, --ranks, --energy, --error, --auto, --dynamic-method, --max-params, --size,
     --budget or --plan; or --gate. With --for or --format it may be left out, and ranks stay as they are.
     """
-    if report is not None and not report.parent.is_dir():
-        raise ConfigError(f"{report.parent}: no such folder to write the report into")
+    from rankflow.formats.outputs import Around, check_apart, check_harmless, check_output
+
+    leave_stdout(out, report, html, keep_tail)
+    reads = options.read({"its own source": adapter}, ctx.params)
+    if report is not None:
+        check_output(report, reads, force=force or dry_run, parents=False)
     if html is not None:
         from rankflow.page import check_page_file
 
-        check_page_file(html)
+        check_page_file(html, reads, force=force or dry_run)
         if ranks is not None:
             raise ConfigError(f"{html}: a report is of one adapter; leave --html out, or give one rank")
     from rankflow.checkpoint import squeeze_each
     from rankflow.fitting import fitting_for
-    from rankflow.formats.tensors import check_free, suffixed
+    from rankflow.formats.atomic import is_plain
+    from rankflow.formats.tensors import suffixed
     from rankflow.tables import squeeze_table, trials_table
     from rankflow.trials import command_gate
 
@@ -97,8 +104,14 @@ def squeeze(
     outs = None
     if out is not None:
         outs = [out] if ranks is None else [suffixed(out, target.suffix) for target in targets]
-        for path in outs if base is not None else ():  # before any data are run through the model
-            check_free(path, force=force)
+    besides = [path for path in (report, html) if path is not None]
+    writes = [*besides, *(outs or ()), *([] if keep_tail is None else [keep_tail])]
+    for path in writes:  # before any data are run through the model
+        check_harmless(path, reads)
+        if path not in besides and not dry_run and base is not None:
+            check_output(path, force=force, folder=path.is_dir())
+    check_apart(writes)
+    there = {path for path in besides if os.path.lexists(path)}
     with bar("calibrating") as progress:
         statistics = options.statistics(ctx.params, progress)
     with bar("squeezing" if gate is None else "trying ranks") as progress:
@@ -117,16 +130,18 @@ def squeeze(
             gate=accept,
             kind=kind,
             fitting=fitting,
+            around=Around(reads, besides),
             progress=progress,
         )
-    if report is not None:
+    written = [path for path in besides if not dry_run or is_plain(path)]
+    if report in written:
         found = [done.to_json() for done in reports]
-        write_json(report, found if ranks is not None else found[0])
-    if html is not None:
+        write_json(report, found if ranks is not None else found[0], force=report in there)
+    if html in written:
         from rankflow.page import write_page
         from rankflow.page_of import squeeze_page
 
-        write_page(squeeze_page(reports[0]), html)
+        write_page(squeeze_page(reports[0]), html, force=html in there)
     for done in reports:
         if done.trials:
             print_table(trials_table(done.trials))
@@ -136,7 +151,8 @@ def squeeze(
             if done.copied:
                 say(f"Copied along: {', '.join(done.copied)}.")
     if dry_run:
-        say("Nothing was written (--dry-run).")
+        left = [str(path) for path in besides if path not in written]
+        say(f"Nothing was written{', nor ' + ' and '.join(left) if left else ''} (--dry-run).")
 
 
 @app.command(epilog="Example: [bold]rankflow plan out/checkpoint-500 --energy 0.9 -o plan.yaml[/bold]")
@@ -166,15 +182,16 @@ def plan(
     force: Annotated[bool, typer.Option("--force", help="Replace a plan that is there already.")] = False,
 ) -> None:
     """Write down the ranks a squeeze would come to, to be read and edited; `squeeze --plan` does exactly that."""
-    if not out.resolve().parent.is_dir():
-        raise ConfigError(f"{out.parent}: no such folder to write the plan into")
+    from rankflow.formats.outputs import check_output
+
+    leave_stdout(out)
+    check_output(out, options.read({"its own source": adapter}, ctx.params), force=force, parents=False)
+    there = os.path.lexists(out)
     from rankflow.checkpoint import squeeze_each
     from rankflow.fitting import fitting_for
-    from rankflow.formats.tensors import check_free
     from rankflow.planning import write_plan
     from rankflow.tables import squeeze_table
 
-    check_free(out, force=force)
     targets = options.targets(ctx.params)
     with bar("calibrating") as progress:
         statistics = options.statistics(ctx.params, progress)
@@ -192,7 +209,7 @@ def plan(
             progress=progress,
         )
     print_table(squeeze_table(found))
-    say(f"Wrote {write_plan(found, out)}; follow it with: rankflow squeeze {adapter} --plan {out}")
+    say(f"Wrote {write_plan(found, out, force=there)}; follow it with: rankflow squeeze {adapter} --plan {out}")
 
 
 @app.command(
@@ -221,7 +238,9 @@ def calibrate(
     from rankflow.base_model import calibrate_saved
     from rankflow.measured import check_statistics_file
 
-    check_statistics_file(out, force=force)
+    leave_stdout(out)
+    check_statistics_file(out, {"its own source": adapter, "its base": base, "its data": data}, force=force)
+    there = os.path.lexists(out)
     with bar("calibrating") as progress:
         found = calibrate_saved(
             adapter,
@@ -234,7 +253,7 @@ def calibrate(
             device=device,
             progress=progress,
         )
-    found.save(out, force=force)
+    found.save(out, force=there)
     say(f"Wrote {out}: {len(found.measured)} modules, {found.tokens:,} tokens in {found.batches} batches.")
 
 

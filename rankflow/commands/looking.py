@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rankflow import options
-from rankflow.commands.adapters import Adapter
-from rankflow.terminal import app, bar, print_json, print_table, say
+from rankflow.commands.adapters import Adapter, ForceAll
+from rankflow.terminal import app, bar, leave_stdout, print_json, print_table, say
 
 
 @app.command(epilog="Example: [bold]rankflow inspect out/checkpoint-500 --plot spectra.png[/bold]")
 def inspect(
+    ctx: typer.Context,
     adapter: Adapter,
     calibration: Annotated[
         Path | None,
@@ -31,13 +33,25 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the spectra, e.g. spectra.png.")] = None,
     html: options.Html = None,
+    force: ForceAll = False,
 ) -> None:
     """Show every module's spectrum and every type's mean: effective and stable rank, how many directions are above the
     noise, and the energy that 1, 2, 4, 8 and 16 hold."""
+    from rankflow.formats.outputs import check_apart
+
+    leave_stdout(plot, html)
+    reads = options.read({"its own source": adapter}, ctx.params)
     if html is not None:
         from rankflow.page import check_page_file
 
-        check_page_file(html)
+        check_page_file(html, reads, force=force)
+    if plot is not None:
+        from rankflow.canvas import check_picture
+
+        check_picture(plot, reads, force=force)
+    writes = [path for path in (plot, html) if path is not None]
+    check_apart(writes)
+    there = {path for path in writes if os.path.lexists(path)}
     from rankflow.inspection import inspect as run
     from rankflow.tables import inspection_table, types_table
 
@@ -48,12 +62,12 @@ def inspect(
     if plot is not None:
         from rankflow.report import plot_spectra
 
-        plot_spectra(found, plot)
+        plot_spectra(found, plot, force=plot in there)
     if html is not None:
         from rankflow.page import write_page
         from rankflow.page_of import inspection_page
 
-        write_page(inspection_page(found), html)
+        write_page(inspection_page(found), html, force=html in there)
     if as_json:
         print_json(found.to_json())
         return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rankflow import options
+from rankflow.commands.adapters import ForceAll
 from rankflow.errors import ConfigError
-from rankflow.terminal import app, console, print_json, print_table, say
+from rankflow.terminal import app, console, leave_stdout, print_json, print_table, say
 
 
 @app.command(
@@ -98,6 +100,7 @@ def report(
         Path | None,
         typer.Option(metavar="OTHER", help="Another run: say whether both decided the same."),
     ] = None,
+    force: ForceAll = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Show what a run did: events, what gates came to, and the rank of every module, as tables and as a picture.
@@ -113,25 +116,34 @@ def report(
             raise ConfigError("--against compares decisions and draws nothing; leave out -o and --html")
         _compare(ledger, find_ledger(against) if against.is_dir() else against, as_json)
         return
+    from rankflow.formats.outputs import check_apart
+
+    if out is None and html is None and not as_json:
+        out = ledger.with_suffix(".png")
+    leave_stdout(out, html)
     if html is not None:
         from rankflow.page import check_page_file
 
-        check_page_file(html)
+        check_page_file(html, {"the ledger": ledger}, force=force)
+    if out is not None:
+        from rankflow.canvas import check_picture
+
+        check_picture(out, {"the ledger": ledger}, force=force)
+    check_apart([path for path in (out, html) if path is not None])
+    there = {path for path in (out, html) if path is not None and os.path.lexists(path)}
     from rankflow.ledger import Ledger
     from rankflow.report import plot_ledger
     from rankflow.tables import events_table, gates_table, ranks_table
 
     read = Ledger.read(ledger)
     history = read.history()
-    if out is None and html is None and not as_json:
-        out = ledger.with_suffix(".png")
     if out is not None:
-        plot_ledger(read, out)
+        plot_ledger(read, out, force=out in there)
     if html is not None:
         from rankflow.page import write_page
         from rankflow.page_of import run_page
 
-        write_page(run_page(read, str(ledger)), html)
+        write_page(run_page(read, str(ledger)), html, force=html in there)
     if as_json:
         from rankflow.ran import ran
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rankflow.errors import BaseNeeded, ConfigError
 from rankflow.formats.adapter import BASE_COPY, Put, SavedAdapter, Sketch, at_unit_scale, fold
-from rankflow.formats.atomic import atomic_file
+from rankflow.formats.atomic import atomic_file, is_plain
 from rankflow.formats.convert import check_sayable, lost_fields
 from rankflow.formats.gguf_names import Names
+from rankflow.formats.outputs import check_output
 from rankflow.formats.peft import PeftAdapter
-from rankflow.formats.tensors import check_free
 from rankflow.plan import Layout
 
 _SUFFIX = ".gguf"
@@ -92,12 +92,12 @@ class GgufAdapter:
         return found.with_name(f"{found.name}{_SUFFIX}")
 
     def check_out(self, out: Path, *, force: bool) -> None:
-        if out.suffix != _SUFFIX:
+        if out.suffix != _SUFFIX and not is_plain(out):
             raise ConfigError(f"{out}: GGUF is one file; give it a name like {out.name or 'small'}{_SUFFIX}")
         if out.is_dir():
             raise ConfigError(f"{out}: is a folder, and GGUF is one file; choose another name")
-        check_free(out, force=force)
-        if out.exists() and not _is_gguf(out):
+        check_output(out, {"its own source": self.path}, force=force)
+        if out.is_file() and not is_plain(out) and not _is_gguf(out):
             raise ConfigError(f"{out}: is not GGUF, so --force does not replace it; choose another name")
 
     def weights_in(self, out: Path) -> Path:

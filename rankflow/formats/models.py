@@ -13,7 +13,7 @@ from rankflow.formats.strict_json import read_text, strict_object
 from rankflow.formats.tensors import open_tensors
 from rankflow.formats.wrappers import renamed, unwrapped_names
 
-_STEMS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 
 
 def is_model(path: Path) -> bool:
@@ -30,7 +30,7 @@ def open_model(folder: Path) -> dict[str, Tensor]:
     """
     files = _files(folder)
     if not files:
-        raise ConfigError(f"{folder}: no model; a folder with one of {', '.join(_STEMS)}, or its index, is needed")
+        raise ConfigError(f"{folder}: no model; a folder with one of {', '.join(MODEL_FILES)}, or its index, is needed")
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = open_tensors(file)[0]
@@ -39,7 +39,7 @@ def open_model(folder: Path) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    for stem in _STEMS:
+    for stem in MODEL_FILES:
         if (folder / stem).is_file():
             check_own(folder / stem, folder)
             return [folder / stem]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.adapter import Put, SavedModule
-from rankflow.formats.atomic import atomic_file
+from rankflow.formats.atomic import atomic_file, is_plain
 from rankflow.formats.keys import factor_of
 from rankflow.formats.tensors import (
     SafetensorsWriter,
@@ -74,7 +74,7 @@ def check_single(out: Path, src: Path, *, force: bool) -> None:
         ConfigError: an adapter in one file cannot be written there, or would replace what is none.
     """
     check_file(out, src, force=force)
-    if not out.exists():
+    if not out.is_file() or is_plain(out):
         return
     try:
         adapter = any(map(factor_of, open_tensors(out)[0]))

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError, first_line
+from rankflow.formats.atomic import is_plain
+from rankflow.formats.outputs import check_output
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -239,22 +241,13 @@ def tensor_writer(
     return (SafetensorsWriter if path.suffix == ".safetensors" else TorchWriter)(path, specs, metadata)
 
 
-def check_free(out: Path, *, force: bool) -> None:
-    """Raise ConfigError where something is there already and `force` was not given."""
-    if out.exists() and not force:
-        raise ConfigError(f"{out}: is there already; choose another name with -o, or replace it with --force")
-
-
 def check_destination(out: Path, src: Path, *, force: bool) -> None:
-    """Refuse, before any work, to write where something would be lost.
+    """Refuse, before any work, to write an adapter's folder where something would be lost.
 
     Raises:
-        ConfigError: `out` is or holds the source, is there already and `force` was not given, or is a folder that is
-            not an adapter (which not even `force` replaces).
+        ConfigError: as `check_output`; or a folder that is not an adapter, which not even `force` replaces.
     """
-    if src.resolve().is_relative_to(out.resolve()):
-        raise ConfigError(f"{out}: the output would replace its own source; choose another name with -o")
-    check_free(out, force=force)
+    check_output(out, {"its own source": src}, force=force, folder=True)
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / "adapter_config.json").is_file()):
@@ -267,13 +260,11 @@ def check_file(out: Path, src: Path, *, force: bool) -> None:
     Raises:
         ConfigError: also if the name does not end as such a file's.
     """
-    if out.suffix not in TENSOR_FILES:
+    if out.suffix not in TENSOR_FILES and not is_plain(out):
         raise ConfigError(f"{out}: this format is one file; give it a name like {out.name or 'small'}.safetensors")
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder, and this format is one file; choose another name")
-    if out.resolve() == src.resolve():
-        raise ConfigError(f"{out}: the output would replace its own source; choose another name with -o")
-    check_free(out, force=force)
+    check_output(out, {"its own source": src}, force=force)
 
 
 def suffixed(path: Path, suffix: str) -> Path:
