@@ -222,7 +222,7 @@ def squeeze_each(
         reads: Reads = {
             "its own source": adapter.path,
             "its statistics": measured,
-            "its base": fitting.base,
+            "its base": fitting.base or getattr(adapter, "config", {}).get("base_model_name_or_path"),
             **found.reads,
         }
         writes = [*paths, *([] if tail is None else [tail]), *found.writes]

@@ -88,9 +88,9 @@ def squeeze(
     if html is not None:
         from rankflow.page import check_page_file
 
-        check_page_file(html, reads, force=force or dry_run)
         if ranks is not None:
             raise ConfigError(f"{html}: a report is of one adapter; leave --html out, or give one rank")
+        check_page_file(html, reads, force=force or dry_run)
     from rankflow.checkpoint import squeeze_each
     from rankflow.fitting import fitting_for
     from rankflow.formats.atomic import is_plain
