@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from rankflow.errors import ConfigError
 
 _STDERR = 2
+_SCRIPT = r"[^\w./:=@%+,{}-]"  # in what is more than a path or an option
 Judge = Callable[[Path], bool]  # whether the adapter at that path is good enough
 
 
@@ -77,7 +79,8 @@ def command_gate(command: str) -> Judge:
     last. Status 0 is good. What it prints goes to stderr.
 
     Raises:
-        ConfigError: no command. From the gate itself: one that cannot be run.
+        ConfigError: no command. From the gate itself: one that cannot be run, or a script that the path would be
+            part of, with what a shell acts on in its name.
     """
     try:
         words = shlex.split(command)
@@ -90,9 +93,25 @@ def command_gate(command: str) -> Judge:
 
     def gate(candidate: Path) -> bool:
         try:
-            arguments = [word.replace("{}", str(candidate)) for word in words]
+            arguments = [_filled(word, candidate) for word in words]
             return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=_STDERR, check=False).returncode == 0
         except OSError as e:
             raise ConfigError(f"--gate: {words[0]} cannot be run ({e.strerror})") from None
 
     return gate
+
+
+def _filled(word: str, candidate: Path) -> str:
+    """A word of the command with the candidate's path. Within a script (`sh -c "... {}"`) the path is read as part of
+    it, so there it has to be one that no shell makes anything else of.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    path = str(candidate)
+    if "{}" in word and re.search(_SCRIPT, word) and shlex.quote(path) != path:
+        raise ConfigError(
+            f"--gate: {word!r} is a script, and {path!r} in it would not be read as a path; hand it over as a word of "
+            "its own, e.g. sh -c 'evaluate \"$1\"' sh {}"
+        )
+    return word.replace("{}", path)

@@ -124,6 +124,13 @@ MUTANTS = [
         "tests/test_strangers.py -k share_no_bytes",
     ),
     Mutant(
+        "make a stranger's name part of a script",
+        "trials.py",
+        "re.search(_SCRIPT, word) and shlex.quote(path) != path",
+        "not path",
+        "tests/test_strangers.py -k word_to_a_gate",
+    ),
+    Mutant(
         "make of a small file whatever it says",
         "formats/folding.py",
         "if factors.size > MOST:",

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from rankflow.formats.models import open_model
 from rankflow.limits import Limit, Limits
 from rankflow.names import shown
 from rankflow.pretrained import load_config
+from rankflow.trials import command_gate
 
 ROOT = Path(__file__).parents[1]
 
@@ -705,3 +707,33 @@ def test_lines_of_data_that_are_nested_without_end(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot be read as jsonl after 1 rows") as error:
         read_rows(path, 4)
     assert str(path) in str(error.value)
+
+
+# -- a gate -----------------------------------------------------------------------------------------------------------
+
+NAMES = ["a b", "a;touch RAN", "$(touch RAN)", "`touch RAN`", "a'b", 'a"b', "a|touch RAN", "*", "~", "a\nb", "ä"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_word_to_a_gate_and_never_part_of_a_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.chdir(tmp_path)
+    candidate = adapter(tmp_path / name)
+    look = "import sys, pathlib; sys.exit(not pathlib.Path(sys.argv[-1], 'adapter_config.json').is_file())"
+    for command in (
+        f'{sys.executable} -c "{look}"',
+        f'{sys.executable} -c "{look}" {{}}',
+        "test -f {}/adapter_config.json",
+        """sh -c 'test -f "$1/adapter_config.json"' sh {}""",
+    ):
+        assert command_gate(command)(candidate), command
+    for command in ("sh -c 'echo {}'", "sh -c \"test -f '{}'\"", "sh -c 'ls;{}'", "sh -c 'test -d \"{}\"'"):
+        with pytest.raises(ConfigError, match="is a script"):
+            command_gate(command)(candidate)
+    assert not list(tmp_path.glob("RAN*"))
+
+
+def test_a_path_that_no_shell_makes_anything_of_may_stand_in_a_script(tmp_path: Path):
+    assert command_gate("sh -c 'test -d {}'")(adapter(tmp_path / "a-1.r2_x"))
+    assert not command_gate("sh -c 'test -f {}'")(tmp_path / "a-1.r2_x")

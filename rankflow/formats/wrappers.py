@@ -99,8 +99,8 @@ def unwrapped_config(config: Mapping[str, Any]) -> dict[str, Any]:
         value = new.get(field)
         if isinstance(value, str):
             new[field] = unwrapped(value)
-        elif isinstance(value, list):
-            new[field] = list(dict.fromkeys(unwrapped(v) if isinstance(v, str) else v for v in value))
+        elif isinstance(value, list) and all(isinstance(name, str) for name in value):
+            new[field] = list(dict.fromkeys(map(unwrapped, value)))
         elif isinstance(value, dict):
             new[field] = {unwrapped(name): v for name, v in value.items()}
     return new
