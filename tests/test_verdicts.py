@@ -13,6 +13,7 @@ import torch
 from gguf import GGUFReader
 from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file, save_file
+from test_cli import run
 from torch import Tensor
 
 from rankflow import ConfigError, RankFlowError, check, squeeze
@@ -171,6 +172,18 @@ def test_tensors_lie_under_names_that_every_engine_of_peft_files_finds(tmp_path:
             squeeze(src, tmp_path / f"{engine}{n}", keep=True, engine=engine)
             keys = load_file(tmp_path / f"{engine}{n}" / "adapter_model.safetensors")
             assert set(keys) == {f"{name}.lora_{ab}.weight" for name in wanted for ab in "AB"}
+
+
+def test_what_is_said_to_be_an_adapter_is_read_as_one_though_a_whole_model_lies_beside_it(tmp_path: Path):
+    src = tmp_path / "src"
+    src.mkdir()
+    save_file({"down_blocks.0.weight": torch.ones(4, 4)}, src / "diffusion_pytorch_model.safetensors")
+    save_file(diffusers(UNET), src / "pytorch_lora_weights.safetensors")
+    assert check(src, "diffusers", kind="diffusers").problems == ()
+    assert squeeze(src, tmp_path / "out.safetensors", target_rank=2, kind="diffusers").ranks == {UNET: 2}
+    assert "loads it as it is" in run("check", src, "--for", "diffusers", "--from", "diffusers").stdout
+    with pytest.raises(ConfigError, match="a whole model and no adapter"):
+        check(src, "diffusers")
 
 
 # -- settings -------------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def check(
     """
     from rankflow.formats.detect import looks_like_adapter
 
-    if engine is not None or kind is not None or looks_like_adapter(Path(subject)):
+    given = (engine, kind, base)
+    if any(option is not None for option in given) or looks_like_adapter(Path(subject)):
         _check_adapter(Path(subject), engine, as_json, kind, base)
         return
     from rankflow.config import load_policy
