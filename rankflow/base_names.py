@@ -130,7 +130,7 @@ def _told(
     parts: Mapping[str, _Part], places: Sequence[tuple[str, str]], heard: Collection[str], *, alone: bool, file: bool
 ) -> bool:
     """Whether it is certain that the base does not have what it was not found to have."""
-    if alone and heard and not heard & {component for component, _ in places}:
+    if alone and heard and not any(component in heard for component, _ in places):
         return False  # it is another component that the base is
     there = [parts.get(component) or parts.get(_ALONE) for component, _ in places]
     if not any(there):
@@ -193,7 +193,8 @@ def _transforms(model: Any) -> list[Any]:
     """How transformers renames tensors as it loads them, and PEFT those of an adapter; from transformers 5 on. PEFT
     does not put a level in front, or take one off (run with 0.21.2: CLIP's `text_model`)."""
     try:
-        from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
     except ImportError:
         return []
     return [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
