@@ -226,6 +226,37 @@ def _diffusers() -> Files:
     return {"pytorch_lora_weights.safetensors": save(_pairs(_UNET, "unet.{0}.lora_{1}.weight"), meta)}
 
 
+def _wrapped() -> Files:
+    """As a compiled model under DDP saves it, without PEFT's prefix and with its adapter's name."""
+    return _peft(_pairs(_LINEAR, "module._orig_mod.{0}.lora_{1}.default.weight"), r=float(RANK), peft_type="lora")
+
+
+def _sharded() -> Files:
+    tensors = _pairs(_LINEAR, _PEFT)
+    shards = {f"adapter_model-0000{i + 1}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+    index = {key: name for name, part in shards.items() for key in part}
+    return {
+        "adapter_model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": index}).encode(),
+        "adapter_config.json": _config(),
+        **{name: save(part, {"format": "pt"}) for name, part in shards.items()},
+    }
+
+
+def _checkpoints_names() -> Files:
+    """BFL's control LoRA: names of FLUX's own checkpoint, biases of B, norms as they are."""
+    tensors = _pairs({"double_blocks.0.img_attn.qkv": (8, 12), "img_in": (8, 8)}, "{0}.lora_{1}.weight")
+    whole = {
+        "double_blocks.0.img_attn.qkv.lora_B.bias": _drawn(9, 12),
+        "single_blocks.0.norm.key_norm.scale": _drawn(8, 4),
+    }
+    return {"x.safetensors": save(tensors | whole)}
+
+
+def _xlabs() -> Files:
+    shapes = {"double_blocks.0.processor.qkv_lora1": (8, 12), "single_blocks.0.processor.proj_lora": (8, 8)}
+    return {"x.safetensors": save(_pairs(shapes, "{0}.{1}.weight@"))}
+
+
 def _gguf() -> Files:
     """What GGUF is made of: the adapter of a model of the llama family, and that model's config."""
     shapes = {f"model.layers.{i}.{name}": (8, 8) for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")}
@@ -360,6 +391,10 @@ READERS: dict[str, Callable[[], Files]] = {
     "locon": _locon,
     "comfyui": _comfyui,
     "diffusers": _diffusers,
+    "wrapped": _wrapped,
+    "sharded": _sharded,
+    "checkpoint's names": _checkpoints_names,
+    "xlabs": _xlabs,
     "gguf": _gguf,
     "tail": _tail,
     "statistics": _statistics,
