@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rankflow.in_memory import squeeze_model
     from rankflow.inspection import inspect
     from rankflow.ledger import Ledger
-    from rankflow.loop import attach
+    from rankflow.loop import attach, detach
     from rankflow.measured import Statistics
     from rankflow.plan import Layout, RankPlan, Slot
     from rankflow.policy import Observation, Policy, Signal, Study
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 # Loaded on first use: torch and transformers take seconds, `rankflow --help` should not.
 _HOME = {
     "attach": "loop",
+    "detach": "loop",
     "averaged_model": "ema",
     "RankFlowCallback": "trainer",
     "restore": "resume",
@@ -107,6 +108,7 @@ __all__ = [
     "calibrate",
     "canonicalize",
     "check",
+    "detach",
     "diff",
     "expand",
     "inspect",

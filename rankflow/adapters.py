@@ -39,6 +39,7 @@ class Adapter:
         self.name = adapter_name
         self._shards = shards
         root, self.config = _find(model, adapter_name)
+        self.root = root
         self.sites: dict[str, Site] = {}
         for name, layer, kind in _adapted(root, adapter_name, shards):
             inner = kind == "attention" and not isinstance(layer, MultiheadAttention)
@@ -197,6 +198,15 @@ def _fresh(site: Site, slot: Slot, rank: int) -> tuple[nn.Parameter, nn.Paramete
         nn.Parameter(site.raw_a(a).to(site.A).contiguous(), site.A.requires_grad),
         nn.Parameter(site.raw_b(b).to(site.B).contiguous(), site.B.requires_grad),
     )
+
+
+def root_of(model: nn.Module, adapter_name: str) -> nn.Module:
+    """The module that the adapter is in: the same one from whichever module around it.
+
+    Raises:
+        AdapterError: no such adapter.
+    """
+    return _find(model, adapter_name)[0]
 
 
 # -- finding and refusing ---------------------------------------------------------------------------------------------

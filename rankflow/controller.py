@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 import rankflow
 from rankflow.adapters import Adapter
+from rankflow.attachments import Attachment, make_way
 from rankflow.averages import AVERAGED, sources
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.heldout import HeldOut
@@ -45,8 +46,6 @@ from rankflow.transitions import first, ops_to
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-_attached: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 class Controller:
@@ -80,11 +79,8 @@ class Controller:
         listeners: Listeners | None = None,
         processes: Callable[[Adapter], Alone] = lambda adapter: Alone(),
     ):
-        if adapter_name in _attached.get(model, ()):
-            raise ConfigError(
-                f"adapter {adapter_name!r} of this model already has a controller; .finish() or .detach() it first"
-            )
         self._adapter = Adapter(model, adapter_name, shards=True)
+        make_way(self._adapter)
         check_managed(self._adapter, lifecycle)
         self._processes = processes(self._adapter)
         self._processes.start(
@@ -145,13 +141,13 @@ class Controller:
         self._pending: Observation | None = None
         self._journal: Journal | None = None  # of the call in progress, which happens wholly or not at all
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
-        self._hooks: list[Any] = []
+        self._attachment = Attachment(self, self._adapter, self._surgeon, self._probes, self._processes)
         self._ended = False  # its `finish` is in the ledger
         try:
-            ramps = self._surgeon.ramps
-            self._hooks.append(self._optimizer.register_step_pre_hook(lambda *_: ramps.before_step()))
-            self._hooks.append(self._optimizer.register_step_post_hook(lambda *_: self._count()))
-            _attached.setdefault(model, set()).add(adapter_name)
+            hooks = self._attachment.hooks
+            hooks.append(self._optimizer.register_step_pre_hook(_while_there(self._ramp)))
+            hooks.append(self._optimizer.register_step_post_hook(_while_there(self._count)))
+            self._attachment.put_on()
             self.listeners.start(self._adapter)
             self._wholly(partial(self._begin, state))
         except BaseException:
@@ -235,7 +231,7 @@ class Controller:
                 journal.undo(self._probes.disarm)
                 self._surgeon.averages.remember(journal)
                 journal.keep(self._operations, "frozen")
-                journal.keep(self, "step", "_pending", "_phase", "_state", "_hooks")
+                journal.keep(self, "step", "_pending", "_phase", "_state")
                 journal.attr(self, "_journal", journal)
                 work()
             self.ledger.write(journal, self._processes.attempt)
@@ -306,20 +302,7 @@ class Controller:
         Factors in shards keep the room that `mode: mask` has given them, and gates go without being folded: whoever
         gives a run up may be alone with it, and waits for nobody. `finish`, which all processes call, does both.
         """
-        try:
-            if not self._adapter.sharded:
-                self._gates.fold()
-                if self._surgeon.held and self._surgeon.settle({}):
-                    self._processes.undone()
-            elif self._gates:
-                self._gates.remove()
-                warnings.warn("the run was given up, and its gates are not in the factors", stacklevel=2)
-        finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
-            self._probes.disarm()
-            _attached.get(self.model, set()).discard(self._adapter.name)
+        self._attachment.take_off()
 
     @property
     def stored(self) -> dict[str, dict[str, Tensor]]:
@@ -330,7 +313,7 @@ class Controller:
     @property
     def attached(self) -> bool:
         """False once `finish` or `detach` was called."""
-        return bool(self._hooks) and not self._ended
+        return bool(self._attachment.hooks) and not self._ended
 
     def __enter__(self) -> Controller:
         return self
@@ -530,6 +513,9 @@ class Controller:
     def _now(self) -> Now:
         return Now(self.step, self.phase.name, self._journal)
 
+    def _ramp(self) -> None:
+        self._surgeon.ramps.before_step()
+
     def _count(self) -> None:
         self._surgeon.ramps.after_step()
         self._gates.step()
@@ -723,6 +709,17 @@ def check_managed(adapter: Adapter, lifecycle: Lifecycle) -> None:
     adapter.check_trains()
     if lifecycle.resizes:
         adapter.refuse_resizing()
+
+
+def _while_there(method: Callable[[], None]) -> Callable[..., None]:
+    """A hook that does not keep its run alive."""
+    weakly = weakref.WeakMethod(method)
+
+    def hook(*_: object) -> None:
+        if (bound := weakly()) is not None:
+            bound()
+
+    return hook
 
 
 def _versions() -> dict[str, str]:

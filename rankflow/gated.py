@@ -121,7 +121,8 @@ def refuse_gates(sites: Iterable[Site]) -> None:
     for site in sites:
         if site.present and any(name in module.__dict__.get(_FITTED, ()) for module, name in site.holders.values()):
             raise AdapterError(
-                f"{site.name} is under the gate of a run that is not over; call its flow.finish() (or detach()) first"
+                f"{site.name} is under the gate of a run that is not over; call its flow.finish() or "
+                "flow.detach() first, or rankflow.detach(model) if you do not have it any more"
             )
 
 

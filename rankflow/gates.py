@@ -225,6 +225,14 @@ class Gates:
         elif self._noisy:
             self._draw(None)
 
+    def fall_silent(self) -> None:
+        """Nobody trains them any more: forwards see them as they are, without noise, and are not noted."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            self._draw(None)
+        self._drawn = []
+
     def _merged(self) -> bool:
         """Whether the base weights hold the adapter: taking it out again needs the very factors that went in."""
         return any(getattr(site.layer, "merged", False) for site in self._adapter.sites.values() if site.present)

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankflow.adapters import root_of
+from rankflow.attachments import found
 from rankflow.config import PolicyLike, load_policy
 from rankflow.controller import Controller
 from rankflow.distributed import own_ledger, processes_of, refuse, unwrapped
@@ -18,6 +20,20 @@ from rankflow.ledger import Ledger
 from rankflow.listeners import Listeners, OnResize
 from rankflow.optim import OnUnknownState
 from rankflow.penalties import PenaltyMode
+
+
+def detach(model: nn.Module, adapter_name: str = "default") -> None:
+    """Take a run off a model of which you do not have the flow any more, as after an interrupt in a notebook.
+
+    It does what the flow's own `detach()` does: hooks come off, ranks stay as they are, and gates become part of the
+    factors, which changes nothing of what the model computes. Nothing happens where there is no run.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+    """
+    there = found(root_of(unwrapped(model), adapter_name), adapter_name)
+    if there is not None:
+        there.take_off()
 
 
 def attach(
@@ -75,6 +91,10 @@ def attach(
             flow.after_step()
             optimizer.zero_grad()
         flow.finish()
+
+    A flow that is dropped without `finish()` or `detach()` takes no further step: ranks stay, and a policy's gates stay
+    in the forward pass, without noise and untrained. When the model is attached to again they become part of the
+    factors, with a warning; `rankflow.detach(model)` does the same at once.
 
     Raises:
         ConfigError, AdapterError, OptimizerError: before anything is changed.

@@ -171,6 +171,10 @@ class RankFlowCallback(TrainerCallback):
         if self.flow is not None:
             # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
             self.flow.detach()
+        for other in list(_callbacks):  # of a Trainer that was interrupted: this one trains now
+            flow = other.flow
+            if flow is not None and flow.attached and (flow.model, flow.adapter_name) == (model, self.adapter_name):
+                flow.detach()
         self._state = state
         ledger = self.ledger if self.ledger is not None else Path(str(args.output_dir)) / "rankflow.jsonl"
         self.flow = Controller(

@@ -2269,6 +2269,27 @@ MUTANTS = [
         "tests/test_journal.py",
     ),
     Mutant(
+        "keep a dropped run alive by its hooks",
+        "controller.py",
+        "        if (bound := weakly()) is not None:\n            bound()",
+        "        method()",
+        "tests/test_attachments.py",
+    ),
+    Mutant(
+        "leave the noise of a run that is gone",
+        "attachments.py",
+        "        self._surgeon.gates.fall_silent()\n",
+        "",
+        "tests/test_attachments.py",
+    ),
+    Mutant(
+        "take the run of somebody off without asking",
+        "attachments.py",
+        "    if (run := there.run()) is not None:\n        raise",
+        "    if (run := None) is not None:\n        raise",
+        "tests/test_attachments.py",
+    ),
+    Mutant(
         "lost: forget an inner journal",
         "journal.py",
         "[] if outer is None else outer._undo",

@@ -78,6 +78,7 @@ RUNTIME = [
     "operations",
     "ema",
     "recompiles",
+    "attachments",
     "controller",
 ]
 EDGES = [
