@@ -737,6 +737,23 @@ def test_folders_that_are_something_else(plain: Path, tmp_path: Path):
         squeeze(plain / "adapter_config.json", target_rank=2)
 
 
+def test_a_saved_attention_is_one_module_of_two_parts(tmp_path: Path):
+    saved(tmp_path / "src", LoraConfig(r=4, target_modules=["attn", "head"]))
+    layout = PeftAdapter(tmp_path / "src").layout
+    assert {name: (slot.kind, slot.tie) for name, slot in layout.items()} == {
+        "attn": ("attention", "attn"),
+        "attn.out_proj": ("attention", "attn"),
+        "head": ("linear", None),
+    }
+
+
+def test_a_folder_of_adapters_asks_which(tmp_path: Path):
+    for name in ("second", "first"):
+        saved(tmp_path / name, LoraConfig(r=2, target_modules=["head"]))
+    with pytest.raises(AdapterError, match="holds first, second; name one of them"):
+        squeeze(tmp_path, tmp_path / "out", target_rank=1)
+
+
 def test_grouped_convolutions_are_refused_by_name(tmp_path: Path):
     with pytest.warns(UserWarning, match="groups > 1"):
         model = get_peft_model(base(), LoraConfig(r=4, target_modules=["grouped", "conv2"]))

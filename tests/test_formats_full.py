@@ -208,4 +208,6 @@ def test_randlora_is_looked_at_through_its_leading_directions(tmp_path: Path, ba
         assert 1 - m.energy_kept == pytest.approx(left / float(wanted.square().sum()), rel=1e-3)
         best = float(torch.linalg.svdvals(wanted)[3:].square().sum())
         assert left <= best * 1.05
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert sorted(config["target_modules"]) == sorted(m.name for m in report.modules)

@@ -27,7 +27,7 @@ from rankflow.json_schemas import schemas
 from rankflow.ledger import Ledger
 from rankflow.page import render, write_page
 from rankflow.page_of import inspection_page, run_page, squeeze_page
-from rankflow.plan import Layout, Slot
+from rankflow.plan import Grow, Keep, Layout, RankPlan, Slot
 from rankflow.ran import Ran, ran
 from rankflow.squeezed import SqueezeReport
 
@@ -163,6 +163,19 @@ def test_a_run_is_reported_where_and_as_asked(tmp_path: Path):
     assert [e["event"] for e in told["events"]] == [e["event"] for e in ledger.events]
     assert [e["reason"] for e in told["events"] if e["event"] == "skip"] == ["loss is not finite"]
     assert {p.name for p in tmp_path.iterdir()} == {"run.jsonl", "run.html"}
+
+
+def test_a_runs_page_counts_growth_and_cuts_alike():
+    layout = Layout({name: Slot(4, 8, 8, 1.0) for name in ("layers.0.q", "layers.0.v")})
+    ledger = Ledger()
+    ledger.append("attach", 0, layout=layout.to_json())
+    for step, op in enumerate((Keep((0, 1)), Keep((0,)), Grow(3)), 1):
+        ledger.append("resize", step, RankPlan({"layers.0.q": (op,)}, "x"))
+    rows = next(s.rows for s in run_page(ledger, "x.jsonl").sections if [c.name for c in s.columns][-1:] == ["changes"])
+    assert [[cell.text for cell in row[1:]] for row in rows] == [
+        ["4", "4", "1", "4", "3"],
+        ["4", "4", "4", "4", "0"],
+    ]
 
 
 def test_published_schemas_are_those_of_the_code():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import TARGETS, deltas, loaded, saved
 from test_targets import run
@@ -100,6 +101,21 @@ def test_an_adapter_is_no_distance_from_itself_in_another_basis(tmp_path):
     assert diff(src, tmp_path / "sorted").relative < 1e-6  # its float32 files
     assert json.loads(run("diff", src, tmp_path / "sorted", "--json"))["distance"] > 0
     assert "over |dW|" in run("diff", src, tmp_path / "sorted")
+
+
+def test_a_tail_that_claims_more_than_there_can_be_is_none(tmp_path):
+    src, tail = saved(tmp_path / "src", LoraConfig(r=4, target_modules=TARGETS)), tmp_path / "tail.safetensors"
+    squeeze(src, tmp_path / "small", target_rank=2, keep_tail=tail)
+    with safe_open(tail, "pt") as file:
+        metadata = dict(file.metadata())
+    shapes = json.loads(metadata["rankflow_shapes"])
+    for shape, refused in (([1 << 24, 1 << 24], False), ([1 << 24, (1 << 24) + 1], True), ([1 << 50, 1], True)):
+        metadata["rankflow_shapes"] = json.dumps({**shapes, next(iter(shapes)): shape})
+        save_file(load_file(tail), tmp_path / "claims.safetensors", metadata)
+        with pytest.raises(AdapterError) as e:
+            expand(tmp_path / "small", tmp_path / "claims.safetensors", tmp_path / "x")
+        assert ("is not a tail that" in str(e.value)) == refused
+    assert not (tmp_path / "x").exists()
 
 
 def test_mistakes_are_said_and_nothing_is_written(tmp_path):
