@@ -100,12 +100,13 @@ def reachable(layout: Layout, budget: Budget) -> tuple[int, int]:
     return sum(low * cost for (low, _), cost in spans), sum(high * cost for (_, high), cost in spans)
 
 
-def check_reachable(layout: Layout, budget: Budget) -> None:
-    """Raise ConfigError if limits keep every total above or below the (resolved) budget."""
+def check_reachable(layout: Layout, budget: Budget, what: str = "") -> None:
+    """Raise ConfigError if limits keep every total above or below the (resolved) budget, which is `what`."""
     least, most = reachable(layout, budget)
     if not least <= budget.amount <= most:
         raise ConfigError(
-            f"budget is {budget} but limits allow only {budget.unit(least)} to {budget.unit(most)}; change either"
+            f"{what or f'budget is {budget}'} but limits allow only {budget.unit(least)} to {budget.unit(most)}; "
+            "change either"
         )
 
 

@@ -188,10 +188,42 @@ def _parse(data: Any, source: str) -> Lifecycle:
             if isinstance(phase, dict) and phase.get("until") is None:
                 errors[f"phases[{i}].until"] = ["is missing; only the last phase may leave it out"]
     model: TypeAdapter[Any] = TypeAdapter(grammar.lifecycle_model()) if several else grammar.single_model()
+    errors |= _beside_unknown_policies(model, data, several)
     spec = validated(model, data, source, errors)
     phases = spec.phases if several else [spec]
     policies = tuple((phase.policy, _build(phase), getattr(phase, "until", None)) for phase in phases)
     return Lifecycle(policies, limits_of(spec, data), spec.mode, source)
+
+
+def _beside_unknown_policies(model: TypeAdapter[Any], data: dict[str, Any], several: bool) -> dict[str, list[str]]:
+    """What is wrong in a file besides policies that there are not, which hide all else that stands beside them.
+
+    Each is taken for the one that was probably meant; where none comes near, nobody knows what its `params` may be.
+    """
+    phases = data["phases"] if several else [data]
+    if not isinstance(phases, list):
+        return {}
+    meant = [_meant(phase) if isinstance(phase, dict) else phase for phase in phases]
+    if all(new is old for new, old in zip(meant, phases, strict=True)):
+        return {}
+    found: dict[str, list[str]] = {}
+    try:
+        model.validate_python({**data, "phases": meant} if several else meant[0])
+    except ValidationError as e:
+        for error in e.errors(include_url=False):
+            place, message = _explain(error, data)
+            found.setdefault(place, []).append(message)
+    return found
+
+
+def _meant(phase: dict[Any, Any]) -> dict[Any, Any]:
+    """`phase`, if its policy is one; else as if one had been named."""
+    name, known = phase.get("policy"), grammar.policy_names()
+    if isinstance(name, str) and name in known:
+        return phase
+    if close := difflib.get_close_matches(str(name)[:100], known, 1):
+        return {**phase, "policy": close[0]}
+    return {**{key: value for key, value in phase.items() if key != "params"}, "policy": "hold"}
 
 
 def _build(phase: grammar.PhaseSpec) -> Policy:
@@ -218,7 +250,8 @@ def validated(
     except ValidationError as e:
         for error in e.errors(include_url=False):
             place, message = _explain(error, data)
-            found.setdefault(place, []).append(message)
+            if message not in found.setdefault(place, []):
+                found[place].append(message)
     if found:
         raise ConfigError("\n".join(f"{source}: {place}: {', or '.join(lines)}" for place, lines in found.items()))
     return spec

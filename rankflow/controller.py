@@ -23,7 +23,9 @@ from rankflow.adapters import Adapter
 from rankflow.attachments import Attachment, make_way
 from rankflow.averages import AVERAGED, sources
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
+from rankflow.hearing import Hearing
 from rankflow.heldout import HeldOut
+from rankflow.idleness import idle_phases
 from rankflow.journal import Journal
 from rankflow.ledger import Ledger
 from rankflow.listeners import Listeners, OnResize
@@ -34,12 +36,15 @@ from rankflow.plan import Layout, RankPlan, Share
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
 from rankflow.probes import FACTORS, Probes
 from rankflow.processes import Alone
+from rankflow.pruning import direction_sizes
 from rankflow.recompiles import Recompiles
 from rankflow.rooms import check_rooms, lasting, rooms
 from rankflow.seals import check_lifecycle, check_seal, seal
 from rankflow.shards import check_shards
 from rankflow.sharing import share_gradients
+from rankflow.sparing import spare_last
 from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study, surroundings
+from rankflow.summary import Summary, ranks_by_type
 from rankflow.surgeon import Surgeon
 from rankflow.transitions import first, ops_to
 
@@ -118,6 +123,7 @@ class Controller:
         self._gates = self._surgeon.gates
         self._gates.average_gradients = self._processes.average_gradients
         self._probes = Probes(self._adapter, gates=self._gates, seed=seed)
+        self._hearing = Hearing(self._adapter)
         self._held_out = HeldOut(outer_batches, seed) if outer_batches is not None else None
         state = check_seal(state) if state is not None else None
         self._first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
@@ -132,6 +138,8 @@ class Controller:
             check_rooms(self._phases, layout, self._surgeon.carrier)
             layout = lasting(self._adapter, layout)
         if state is None:
+            if self._processes.leads and (idle := idle_phases(layout, self._phases)):
+                warnings.warn("\n".join(idle), stacklevel=3)
             self._surgeon.layout = layout
 
         self.step = 0
@@ -140,6 +148,7 @@ class Controller:
         self._state: State = {}
         self._pending: Observation | None = None
         self._journal: Journal | None = None  # of the call in progress, which happens wholly or not at all
+        self._spared = False  # whether a plan had to be kept from taking out all that trains; said once
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
         self._attachment = Attachment(self, self._adapter, self._surgeon, self._probes, self._processes)
         self._ended = False  # its `finish` is in the ledger
@@ -177,6 +186,10 @@ class Controller:
             self._observe(scaler, penalised)
 
     def _observe(self, scaler: Any, penalised: bool) -> None:
+        upcoming = self._counted + 1
+        when = self._phases[self._phase_of(upcoming)].policy.when
+        early = not self._hearing.reached and len(when.events) > 0  # before gates close, behind which all is 0
+        self._hearing.listen(closely=early or when.due(upcoming) or self._probes.armed)
         if self._probes.armed and not self._adapter.enabled:
             self._probes.disarm()
         if self._probes.armed or self._gates:
@@ -190,7 +203,8 @@ class Controller:
 
     def _collect(self, scale: float) -> Observation:
         """What the probes of all processes heard."""
-        return self._processes.average(self._processes.attempt(lambda: self._probes.collect(scale)))
+        heard = self._processes.average(self._processes.attempt(lambda: self._probes.collect(scale)))
+        return self._hearing.with_silence(heard)
 
     def after_step(self) -> None:
         """The optimizer has stepped and gradients are done with: decide and resize when due.
@@ -273,11 +287,14 @@ class Controller:
         """The policy's penalty as a term of the loss, for controllers made with `penalty="in_loss"`; else 0."""
         return penalty_term(self._policy, self._adapter) if self._penalty == "in_loss" else torch.zeros(())
 
-    def finish(self) -> None:
-        """The run is over: take the hooks off and close the ledger with a `finish` event. All processes call it."""
+    def finish(self) -> Summary:
+        """The run is over: take the hooks off and close the ledger with a `finish` event; what came of it, which is
+        logged too. All processes call it."""
         if self.attached:
             self._processes.come_to(f"finish after step {self.step}")
             self._wholly(self._end)
+            if self._processes.leads:
+                logger.info(self.summary())
             if not self.within_budget and not self._rewound:
                 warnings.warn(
                     f"the run ends at total rank {self.layout.total_rank}, above its final budget: "
@@ -285,6 +302,7 @@ class Controller:
                     stacklevel=2,
                 )
         self.detach()
+        return self.summary()
 
     def _end(self) -> None:
         self._operations.thaw(self._now)
@@ -295,6 +313,23 @@ class Controller:
         self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
         assert self._journal is not None
         self._journal.attr(self, "_ended", True)
+
+    def summary(self) -> Summary:
+        """What has come of the run so far."""
+        due = {(p.name, step) for p in self._phases for step in (*_openings(p), *p.policy.when.events)}
+        taken = {(e["policy"], e["step"]) for e in self.ledger.events if e["event"] in ("skip", "resize")}
+        return Summary(
+            policy=" -> ".join(phase.name for phase in self._phases),
+            steps=self.step,
+            total_steps=self.total_steps,
+            decisions=len(due & taken),
+            resizes=sum(bool(e["event"] == "resize" and e["ranks"]) for e in self.ledger.events),
+            before=self._first_layout.total_rank,
+            after=self.layout.total_rank,
+            modules=len(self.layout),
+            ranks={kind: (min(ranks), max(ranks)) for kind, ranks in ranks_by_type(self.layout).items()},
+            ledger=None if self.ledger.path is None else str(self.ledger.path),
+        )
 
     def detach(self) -> None:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are.
@@ -364,9 +399,7 @@ class Controller:
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: total and mean rank, parameters, resizes, and the mean rank of each kind of module."""
         layout = self.layout
-        kinds: dict[str, list[int]] = {}
-        for name, slot in layout.items():
-            kinds.setdefault(name.rpartition(".")[2], []).append(slot.rank)
+        kinds = ranks_by_type(layout)
         return {
             "rankflow/total_rank": layout.total_rank,
             "rankflow/mean_rank": layout.total_rank / len(layout),
@@ -405,6 +438,7 @@ class Controller:
             "averages": self._surgeon.averages.state_dict(),
             "held": self._surgeon.held,
             "frozen": sorted(self._operations.frozen),
+            "hearing": self._hearing.state_dict(),
             "policy": dict(self._state),
             "gates": self._gates.state_dict(),
             "held_out": self._held_out.position if self._held_out is not None else None,
@@ -483,6 +517,7 @@ class Controller:
         for name, slot in layout.items():
             self._adapter.sites[name].recall(journal, slot.scaling)
         self._operations.freeze(set(state.get("frozen", ())), self._now)
+        self._hearing.load_state_dict(state.get("hearing", {}), journal)
         self._surgeon.version = int(state["version"])
         self._surgeon.ramps.load_state_dict(state["ramps"], journal)
         self._gates.load_state_dict(state["gates"], self._policy.gate, self.step, journal)
@@ -636,6 +671,7 @@ class Controller:
         if not self._adapter.enabled:
             self._skip("the adapter is disabled", warn=True)
             return
+        observed = observed.but_unheard(self._hearing.unheard(self.layout))
         plan = self._change(lambda: self._policy.decide(self._state, observed, self.layout, self.step))
         if not plan:
             self._skip(plan.reason or "nothing to change")
@@ -644,13 +680,30 @@ class Controller:
         """Carry out the plan that the policy gives when asked; an empty one changes nothing."""
         began = time.perf_counter()
         try:
-            plan = self._processes.agree(ask, self.layout, self.step)
+            plan = self._processes.agree(lambda: self._sparing(ask()), self.layout, self.step)
             if plan:
                 self._operations.apply(plan, self._now, began)
         except PlanError as e:
             raise PlanError(f"{e} (step {self.step}, policy {self.phase.name})") from e
         if plan:
             self._state = self._policy.decided(self._state, plan, self.layout, self.step)
+        return plan
+
+    def _sparing(self, plan: RankPlan) -> RankPlan:
+        """`plan`, but never one that takes everything that trains out of the adapter."""
+
+        def sizes(name: str) -> Tensor:
+            site = self._adapter.sites[name]
+            return direction_sizes(site.a().detach(), site.b().detach(), site.scaling)[: site.rank]
+
+        plan, spared = spare_last(plan, self.layout, self._hearing.reached, sizes)
+        if spared is not None and not self._spared:
+            self._spared = True
+            warnings.warn(
+                f"step {self.step}: {self.phase.name} would take every module that trains out of the adapter; {spared} "
+                "stays, with as few directions as limits allow. Give limits a min of 1, or let the policy take less",
+                stacklevel=5,
+            )
         return plan
 
     @property
@@ -729,6 +782,11 @@ def _versions() -> dict[str, str]:
 
 def _given(value: object) -> str:
     return "not given" if value is None else "given"
+
+
+def _openings(phase: Phase) -> list[int]:
+    """The step that a phase begins with, if it decides there, from a study of the data."""
+    return [phase.begin] if any(study.when == "start" for study in phase.policy.studies) else []
 
 
 def _non_finite(observed: Observation) -> str | None:

@@ -292,10 +292,21 @@ class Gates:
                     g = torch.where(g.isfinite(), g, 0.0)  # a step that the factors survive must not lose the gates
                     p.grad = g if p.grad is None else p.grad + g
         self.average_gradients(everything)
+        self._fill_silence()
         self._gradient = {n: t["value"].grad for n, t in self._theta.items() if _graded(t.get("value"))}  # type: ignore[misc]
         if reached:
             self._add_penalty(everything)
         self._settle()
+
+    def _fill_silence(self) -> None:
+        """Modules that train and that no gradient reached have one of zeros, where others have one: what shrinks and
+        penalises gates holds for them too, and nothing holds against it. Frozen ones are no part of training."""
+        if not any(_graded(p) for theta in self._theta.values() for p in theta.values()):
+            return
+        for name, theta in self._theta.items():
+            if self._adapter.sites[name].trainable and not any(_graded(p) for p in theta.values()):
+                for p in theta.values():
+                    p.grad = torch.zeros_like(p)
 
     def _add_penalty(self, everything: Sequence[nn.Parameter]) -> None:
         assert self.gate is not None
@@ -304,7 +315,7 @@ class Gates:
         if term is None or not term.requires_grad:
             return
         for p, g in zip(everything, torch.autograd.grad(term, everything, allow_unused=True), strict=True):
-            if g is not None and p.grad is not None:  # modules that no gradient reached are not in training
+            if g is not None and p.grad is not None:  # those of frozen modules have none
                 p.grad = p.grad + g
 
     def step(self) -> None:

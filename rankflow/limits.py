@@ -188,3 +188,14 @@ def units(layout: Layout) -> list[Unit]:
     for name, slot in layout.items():
         groups.setdefault((slot.tie is not None, slot.tie or name), []).append(name)
     return [Unit(tuple(names), tuple(layout[name] for name in names)) for names in groups.values()]
+
+
+def allowed_ranks(layout: Layout, count: Mapping[str, int]) -> dict[str, int]:
+    """The smallest ranks that limits allow and that are no less than `count`, or else the greatest they allow."""
+    ranks: dict[str, int] = {}
+    for unit in units(layout):
+        low, high = unit.span
+        asked = max(count.get(name, 0) for name in unit.names)
+        rank = next(unit.ranks(asked, high), high) if asked > 0 else low
+        ranks |= dict.fromkeys(unit.names, rank)
+    return {name: ranks[name] for name in layout}

@@ -24,6 +24,7 @@ class Lowering(Policy):
     """The total goes along `shape` from what it was when the phase began to the budget, where there is one."""
 
     grows: ClassVar[bool] = False
+    meets_budget: ClassVar[bool] = True
 
     shape: Shape = "cubic"
 

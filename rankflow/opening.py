@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rankflow.budget import Budget, allocate, check_reachable
+from rankflow.budget import Budget, allocate
 from rankflow.errors import ConfigError, PlanError
 from rankflow.margins import allocation_margin
 from rankflow.plan import Grow, Layout, Op, RankPlan, Refactor, Slot
@@ -31,6 +31,7 @@ class Opening(Policy):
     when: When = field(default_factory=lambda: When(stop=0))  # never due
 
     first_only: ClassVar[bool] = True
+    meets_budget: ClassVar[bool] = True
     unit_rows: ClassVar[bool] = False  # rows of A that `directions` gives have norm 1, not a fresh LoRA's 1/sqrt(3)
 
     def gains(self, obs: Observation, layout: Layout, budget: Budget) -> Mapping[str, Sequence[float]]:
@@ -45,7 +46,7 @@ class Opening(Policy):
     def check(self, layout: Layout) -> None:
         if self.when.events:
             raise ConfigError("it gives out ranks once, before the first step, so leave `when` out")
-        check_reachable(layout, self._total(layout))
+        self.held_total(layout)
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
         for name, record in obs.items():
@@ -59,7 +60,7 @@ class Opening(Policy):
                     "init_lora_weights), hand attach(state=...) the run's state to go on with one of this policy's, or "
                     "use increlora to grow this one and squeeze to shrink it"
                 )
-        budget = self._total(layout)
+        budget = self.held_total(layout)
         gains = self.gains(obs, layout, budget)
         idle = [name for name in layout if not any(gains[name])]
         if len(idle) == len(layout):
@@ -72,9 +73,6 @@ class Opening(Policy):
         reason += f"; {spent} of {budget}" + (f"; {len(idle)} modules are worth nothing" if idle else "")
         margin = allocation_margin(gains, ranks, layout, budget)
         return RankPlan(ops, reason, state="reset", margin=margin)  # there is none yet, and so nothing to ramp up
-
-    def _total(self, layout: Layout) -> Budget:
-        return self.budget if self.budget is not None else Budget("total_rank", layout.total_rank)
 
     def _ops(self, slot: Slot, rank: int, sketch: Tensor | None) -> Sequence[Op]:
         if rank == 0 or sketch is None:

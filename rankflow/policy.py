@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from rankflow.budget import Budget, even
+from rankflow.budget import Budget, check_reachable, even
 from rankflow.errors import ConfigError, RankFlowError
 from rankflow.gate import Gate
-from rankflow.limits import Limits
+from rankflow.limits import Limits, allowed_ranks
 from rankflow.plan import Layout, RankPlan
 from rankflow.schedule import StepLike, When, resolve_step
 
@@ -65,11 +65,23 @@ Lazy = Tensor | Callable[[], Tensor]
 
 
 class Observation(Mapping[str, Mapping[Signal, Tensor]]):
-    """Module -> signal -> tensor for one optimizer step (or one `Study`). Callables are computed when first read."""
+    """Module -> signal -> tensor for one optimizer step (or one `Study`). Callables are computed when first read.
 
-    def __init__(self, step: int, values: Mapping[str, Mapping[Signal, Lazy]] | None = None, study: str | None = None):
+    `unheard` are modules in the adapter that train and that no gradient has reached in the whole run, where others had
+    one: by it they have no importance, unlike those that are frozen, of which nothing is known. On a step that missed a
+    module that trains, signals that are made of gradients are 0.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        values: Mapping[str, Mapping[Signal, Lazy]] | None = None,
+        study: str | None = None,
+        unheard: frozenset[str] = frozenset(),
+    ):
         self.step = step
         self.study = study
+        self.unheard = unheard
         self._values = {name: _Record(name, signals) for name, signals in (values or {}).items()}
 
     def __getitem__(self, name: str) -> Mapping[Signal, Tensor]:
@@ -87,7 +99,7 @@ class Observation(Mapping[str, Mapping[Signal, Tensor]]):
         for name, record in self._values.items():
             values[name] = {s: partial(record.__getitem__, s) for s in record if s in wanted}
             values[name] |= {s: value for s, value in more.get(name, {}).items() if s in wanted}
-        return Observation(self.step, values, self.study)
+        return Observation(self.step, values, self.study, self.unheard)
 
     def measured(self) -> dict[tuple[str, Signal], Tensor]:
         """What was taken from passes over data, by (module, signal); not what is computed when read."""
@@ -100,7 +112,12 @@ class Observation(Mapping[str, Mapping[Signal, Tensor]]):
         merged: dict[str, dict[Signal, Lazy]] = {n: dict(record.given) for n, record in self._values.items()}
         for (name, signal), value in values.items():
             merged.setdefault(name, {})[signal] = value
-        return Observation(self.step, merged, self.study)
+        return Observation(self.step, merged, self.study, self.unheard)
+
+    def but_unheard(self, unheard: frozenset[str]) -> Observation:
+        """The same, and which modules no gradient reaches."""
+        values: dict[str, Mapping[Signal, Lazy]] = {name: record.given for name, record in self._values.items()}
+        return Observation(self.step, values, self.study, unheard)
 
     def gather(self, signal: Signal) -> dict[str, Tensor]:
         """One signal of every module that has it."""
@@ -173,6 +190,8 @@ class Policy:
     source: ClassVar[str] = ""  # the paper or rule, one line, for `rankflow policies`
     grows: ClassVar[bool] = True  # whether any module may come to a rank above the one it has
     resizes: ClassVar[bool] = True  # whether it may change factors; else it freezes some at most
+    lowers: ClassVar[bool] = True  # whether any may come to one below
+    meets_budget: ClassVar[bool] = False  # whether it comes to its budget and stays there; else that is but a bound
     first_only: ClassVar[bool] = False  # decides before the first step, so no phase may come before it
 
     @property
@@ -205,8 +224,31 @@ class Policy:
         package, _, module = type(self).__module__.rpartition(".")
         return module if package == "rankflow.policies" else type(self).__name__
 
+    @property
+    def beyond_ranks(self) -> bool:
+        """Whether decisions change something even where every rank stays: other directions for the old ones, say."""
+        return False
+
+    def stuck(self, layout: Layout) -> str | None:
+        """Why no decision can change anything, where these settings themselves see to that; what budget and limits do
+        is known without it (`rankflow.idleness`)."""
+        return None
+
     def check(self, layout: Layout) -> None:
         """Raise ConfigError if the budget cannot be met from `layout` with this cadence and these limits."""
+
+    def held_total(self, layout: Layout) -> Budget:
+        """For policies that move rank about: the budget, or what there is.
+
+        Raises:
+            ConfigError: limits keep every total above or below it.
+        """
+        if self.budget is not None:
+            check_reachable(layout, self.budget)
+            return self.budget
+        budget = Budget("total_rank", layout.total_rank)
+        check_reachable(layout, budget, f"{self.name} keeps what the adapter has, {budget},")
+        return budget
 
     def require_events(self) -> None:
         """Raise ConfigError if the phase has no step on which to decide."""
@@ -317,6 +359,8 @@ class Lifecycle:
                 policy.check(expected)
                 if policy.budget is not None:  # which module will have what is not known yet; how much there is, is
                     expected = expected.with_ranks(even(expected, policy.budget))
+                elif policy.lowers:  # by how much is not known; it brings ranks within limits
+                    expected = expected.with_ranks(allowed_ranks(expected, expected.ranks))
             except ConfigError as e:
                 raise ConfigError(f"phases[{i}] ({name}): {e}") from None
             phases.append(Phase(policy, name, begin, end))

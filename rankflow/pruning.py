@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from rankflow.budget import Budget, allocate, round_scores
-from rankflow.limits import units
+from rankflow.limits import allowed_ranks
 from rankflow.margins import allocation_margin
 from rankflow.plan import Layout, Op, RankPlan
 from rankflow.transitions import Shrink, first, ops_to
@@ -19,6 +19,7 @@ def prune(
     layout: Layout,
     budget: Budget | None = None,
     wanted: Mapping[str, Tensor] | None = None,
+    unheard: Collection[str] = (),
 ) -> dict[str, Sequence[Op]]:
     """Ops that take directions out, none where nothing changes.
 
@@ -27,18 +28,17 @@ def prune(
             themselves; of equal ones the lower direction stays.
         budget: (resolved) what may be left; the directions of lowest score go first, over all modules.
         wanted: ``[r]`` bool; the others go whatever the budget. A module of which none is wanted leaves the adapter
-            where limits allow rank 0, else it keeps its best, and so does the best module of all if every one would
-            leave. Limits, buckets and ties can keep more than are wanted.
+            where limits allow rank 0, else it keeps its best. Limits, buckets and ties can keep more than are wanted.
+            All may leave: see `rankflow.sparing`.
+        unheard: modules that no gradient reaches, whose directions are worth nothing whatever their score.
 
     Raises:
         ConfigError: limits demand more than the budget. PlanError: a score is not finite.
     """
-    values = {name: _rounded(name, t) for name, t in scores.items()}
+    values = {name: [0.0] * len(t) if name in unheard else _rounded(name, t) for name, t in scores.items()}
     order = {name: _order(of, None if wanted is None else wanted[name].tolist()) for name, of in values.items()}
     count = {name: len(of) if wanted is None else int(wanted[name].sum()) for name, of in values.items()}
-    ranks = _allowed(layout, count)
-    if not any(ranks.values()) and values:
-        ranks |= _allowed(layout, {max(values, key=lambda name: max(values[name])): 1})
+    ranks = allowed_ranks(layout, count)
     if budget is not None and budget.spent(layout.with_ranks(ranks)) > budget.amount:
         gains = {name: sorted((values[name][i] for i in order[name][: ranks[name]]), reverse=True) for name in values}
         ranks = allocate(gains, layout, budget)
@@ -73,17 +73,6 @@ def _order(values: list[float], wanted: list[bool] | None) -> list[int]:
 
 def _rounded(name: str, t: Tensor) -> list[float]:
     return list(round_scores({f"{name}[{i}]": s for i, s in enumerate(t.double().tolist())}).values())
-
-
-def _allowed(layout: Layout, count: Mapping[str, int]) -> dict[str, int]:
-    """The smallest ranks that limits allow and that are no less than `count`, or else the greatest they allow."""
-    ranks: dict[str, int] = {}
-    for unit in units(layout):
-        low, high = unit.span
-        asked = max(count.get(name, 0) for name in unit.names)
-        rank = next(unit.ranks(asked, high), high) if asked > 0 else low
-        ranks |= dict.fromkeys(unit.names, rank)
-    return {name: ranks[name] for name in layout}
 
 
 def all_finite(values: Mapping[str, Tensor]) -> str | None:

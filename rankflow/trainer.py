@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import WARNING, get_verbosity
 
 from rankflow.adapters import Adapter
 from rankflow.config import PolicyLike, load_policy
@@ -238,7 +240,9 @@ class RankFlowCallback(TrainerCallback):
             best, model = Path(state.best_model_checkpoint), kwargs["model"]
             if _loaded.get(model) != best and (best / self.adapter_name).is_dir():
                 model.load_adapter(str(best), self.adapter_name, is_trainable=True)
-        self.flow.finish()
+        summary = self.flow.finish()
+        if state.is_world_process_zero and not _quiet():
+            print(summary)
 
     # -- best model -----------------------------------------------------------------------------------------------
 
@@ -262,6 +266,11 @@ class RankFlowCallback(TrainerCallback):
                 f"at {budgets[-1].kind} {budgets[-1].amount:g}",
                 stacklevel=3,
             )
+
+
+def _quiet() -> bool:
+    """Whether transformers was told to be (`log_level`), or `logging` shows what we have to say already."""
+    return get_verbosity() > WARNING or logging.getLogger("rankflow").isEnabledFor(logging.INFO)
 
 
 # -- loading across changed ranks -------------------------------------------------------------------------------------

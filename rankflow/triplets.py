@@ -119,9 +119,13 @@ def measured(scores: Mapping[str, Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in scores.values()) and any(bool(t.any()) for t in scores.values())
 
 
-def unseen_last(scores: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Those of all modules that are there. One that was not seen, being frozen or not reached by a backward pass, has
-    nothing to be judged by: it goes last, its directions above the best of all others."""
+def frozen_last(scores: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Those of all modules that are there. One that is frozen has nothing to be judged by: it goes last, its directions
+    above the best of all others. One that trains, and that no gradient has reached, is worth nothing."""
     top = 2 * max((float(t.max()) for t in scores.values()), default=0.0)
-    present = {name: slot.rank for name, slot in layout.items() if slot.rank > 0}
-    return {n: scores.get(n, torch.full((rank,), top, dtype=torch.float64)) for n, rank in present.items()}
+    found = {}
+    for name, slot in layout.items():
+        if slot.rank > 0:
+            blank = torch.full((slot.rank,), 0.0 if slot.trainable else top, dtype=torch.float64)
+            found[name] = scores.get(name, blank) if slot.trainable else blank
+    return found

@@ -12,7 +12,9 @@ from torch import Tensor
 from rankflow.gate import Gate
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, Open, RankPlan, Refactor, Slot
 from rankflow.policy import Observation, Phase, Policy, Signal, State, Study
+from rankflow.pruning import direction_sizes
 from rankflow.seeds import keyed_generator
+from rankflow.sparing import spare_last
 from rankflow.statistics import Running
 
 AVERAGED = {Signal.MEAN_ZZ, Signal.MEAN_DD, Signal.MEASURED}
@@ -129,6 +131,9 @@ class World:
                 values[name] = {s: v for s, v in all_of_it.items() if s in wanted}
         return Observation(step, values, study)
 
+    def sizes(self, name: str) -> Tensor:
+        return direction_sizes(*self.factors[name], self.layout[name].scaling)
+
     def apply(self, plan: RankPlan) -> None:
         after = plan.apply_to(self.layout)
         for name, ops in plan.ops.items():
@@ -224,7 +229,7 @@ def run(world: World, policy: Policy, steps: range, *, through_disk: bool = Fals
     for step, obs, asked in occasions(world, policy, steps):
         state = policy.observe(state, obs, step) if obs else state
         if asked:
-            plan = policy.decide(state, obs, world.layout, step)
+            plan, _ = spare_last(policy.decide(state, obs, world.layout, step), world.layout, world.layout, world.sizes)
             world.apply(plan)
             state = policy.decided(state, plan, world.layout, step)
             plans.append(plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from loops import Run, tiny_llama, token_batches
@@ -127,8 +129,9 @@ def test_elalora_moves_the_weakest_directions_to_the_strongest_module():
 
 
 @pytest.mark.parametrize("policy", [AdaLora, ElaLora])
-def test_a_module_that_was_not_seen_neither_loses_nor_gains(policy):
+def test_a_frozen_module_neither_loses_nor_gains(policy):
     before = layout({"seen": 4, "frozen": 4, "other": 4}, min_rank=1)
+    before = Layout({n: replace(slot, trainable=n != "frozen") for n, slot in before.items()})
     settings = {"move": 1} if policy is ElaLora else {}
     made = policy(budget=Budget("total_rank", 8), when=When(1, 1, 2), **settings)
     obs = Observation(1, {"seen": record(4, 1), "other": record(4, 2, 0.1)})
@@ -169,3 +172,16 @@ def test_bad_settings_are_refused():
         AdaLora(when=When(1, 1, 5, 9)).check(layout({"a": 2}))
     with pytest.raises(ConfigError, match="adalora only lowers ranks"):
         AdaLora(budget=Budget("total_rank", 9), when=When(1, 1, 5, 9)).check(layout({"a": 2}))
+
+
+@pytest.mark.parametrize("policy", [AdaLora, ElaLora])
+def test_a_module_that_trains_without_a_gradient_goes_first(policy):
+    before = layout({"seen": 4, "unheard": 4, "other": 4}, min_rank=1)
+    settings = {"move": 3} if policy is ElaLora else {}
+    budget = Budget("total_rank", 12 if policy is ElaLora else 9)
+    made = policy(budget=budget, when=When(1, 1, 2), **settings)
+    zeros = {s: torch.zeros_like(t) if "grad" in s.value else t for s, t in record(4, 3).items()}
+    obs = Observation(1, {"seen": record(4, 1), "unheard": zeros, "other": record(4, 2, 0.1)})
+    after = made.decide(made.observe(made.init(before), obs, 1), obs, before, 1).apply_to(before)
+    assert after["unheard"].rank == 1
+    assert after.total_rank == budget.amount

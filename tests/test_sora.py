@@ -175,7 +175,9 @@ def test_gates_close_modules_leave_and_what_is_saved_is_plain_lora(tmp_path):
         "when": {"start": 4, "every": 4},
         "params": {"lam": 12.0, "remove_after": 1},
     }
-    run = Run(policy, 20, model=tiny_llama(r=4)).until(16)
+    run = Run(policy, 20, model=tiny_llama(r=4))
+    with pytest.warns(UserWarning, match="every module that trains"):
+        run.until(16)
     ranks = list(run.flow.layout.ranks.values())
     assert 0 < sum(ranks) < 40
     probe = token_batches(1, seed=4)[0]
@@ -197,7 +199,9 @@ def test_gates_close_modules_leave_and_what_is_saved_is_plain_lora(tmp_path):
 
 def test_when_all_gates_close_one_direction_stays_and_the_run_goes_on():
     policy = Sora(lam=1e4, remove_after=0, when=When(2, 2))
-    run = Run(policy, 6).until(6)
+    run = Run(policy, 6)
+    with pytest.warns(UserWarning, match="every module that trains"):
+        run.until(6)
     assert run.flow.layout.total_rank == 1
     run.flow.finish()
 

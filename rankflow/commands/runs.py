@@ -45,7 +45,8 @@ def check(
     base: options.Base = None,
 ) -> None:
     """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
-    the run takes in memory and in messages between processes. Models may be of any size: only their config is read.
+    the run takes in memory and in messages between processes. Models may be of any size: only their config is read. The
+    status is 1 if there is a phase in which no decision can change anything.
 
     Or what an engine would get wrong with an adapter as it is, and which of its modules a base model does not have; the
     status is 1 if there is anything.
@@ -58,6 +59,7 @@ def check(
         return
     from rankflow.config import load_policy
     from rankflow.costs import foretell
+    from rankflow.idleness import idle_phases
     from rankflow.policy_tables import costs_table, limits_table, phases_table
 
     lifecycle = load_policy(subject)
@@ -68,6 +70,9 @@ def check(
     print_table(phases_table(phases, layout, f"{lifecycle.source} over {total_steps} steps"))
     print_table(limits_table(layout))
     print_table(costs_table(foretell(layout, phases)))
+    if idle := idle_phases(layout, phases):
+        typer.echo("\n".join(idle))
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: [bold]rankflow policies increlora[/bold]")

@@ -10,7 +10,7 @@ from rankflow.lowering import Lowering
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, State
 from rankflow.pruning import prune, pruning_margin
-from rankflow.triplets import Triplets, measured, triplet_scores, unseen_last
+from rankflow.triplets import Triplets, frozen_last, measured, triplet_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class AdaLora(Triplets, Lowering):
             return RankPlan(reason="all scores are zero, or none was finite; nothing is removed")
         allowed = self.target(state, step)
         assert allowed is not None, "check refuses adalora without a budget"
-        among = unseen_last(scores, layout)
+        among = frozen_last(scores, layout)
         ops = prune(among, layout, allowed)
-        reason = f"{len(ops)} of {len(layout)} modules give up directions of least score, to {allowed}"
+        left = allowed.unit(allowed.spent(RankPlan(ops).apply_to(layout)))
+        reason = f"{len(ops)} of {len(layout)} modules give up directions of least score, to {left}"
         return RankPlan(ops, reason, margin=pruning_margin(among, ops, layout, allowed))

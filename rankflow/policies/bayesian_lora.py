@@ -239,6 +239,7 @@ class BayesianLora(Policy):
         float, Field(gt=0, le=1, description="share of the phase after which gates stay as they are; 1: never")
     ] = 0.75
 
+    grows: ClassVar[bool] = False
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.GATE_OPEN, Signal.GATE_SCORE})
     source: ClassVar[str] = "B-LoRA, arXiv 2406.13046 (reconstruction)"
 
@@ -258,14 +259,27 @@ class BayesianLora(Policy):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        steps = self.when.at(self.fix_at) - self.when.at(0)
-        way = self.gate_init - THRESHOLD
+        steps, way = self._trained, self.gate_init - THRESHOLD
         if self.gate_lr * steps >= way:
             return ()
         return (
             f"bayesian_lora: Adam moves a logit by about gate_lr {self.gate_lr:g} a step, so in the {steps} steps that "
             f"gates are trained none gets from {self.gate_init:g} to {THRESHOLD:.3f}, where it closes; gate_lr "
             f"{2 * way / max(steps, 1):.2g} would leave time for that",
+        )
+
+    @property
+    def _trained(self) -> int:
+        """Steps on which gates are trained."""
+        return self.when.at(self.fix_at) - self.when.at(0)
+
+    def stuck(self, layout: Layout) -> str | None:
+        way = self.gate_init - THRESHOLD
+        if self.budget is not None or self.gate_lr * self._trained >= way:
+            return None
+        return (
+            f"in {self._trained} steps gates come about {self.gate_lr * self._trained:.2g} of the {way:.3g} that takes "
+            "them from gate_init to where they close; raise gate_lr"
         )
 
     def check(self, layout: Layout) -> None:
@@ -278,7 +292,7 @@ class BayesianLora(Policy):
         if (bad := all_finite(scores)) is not None:
             return RankPlan(reason=f"{bad}: gates are not finite; nothing is removed")
         budget = self.budget if step == self.when.events[-1] else None
-        ops = prune(scores, layout, budget, is_open)
+        ops = prune(scores, layout, budget, is_open, obs.unheard)
         shut = [name for name, on in is_open.items() if not bool(on.any())]
         kept = [name for name in shut if not any(isinstance(op, Drop) for op in ops.get(name, ()))]
         left = sum(int(on.sum()) for on in is_open.values())

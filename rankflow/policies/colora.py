@@ -64,6 +64,7 @@ class CoLora(Policy):
     batches: Annotated[PositiveInt, Field(description="batches that contributions are averaged over")] = 8
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.PATH_SCORE})
+    meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "CoLoRA, arXiv 2408.01099 (reconstruction)"
 
     @property
@@ -112,9 +113,10 @@ class CoLora(Policy):
             for name, rank in ranks.items()
         }
         changed = sum(rank != layout[name].rank for name, rank in ranks.items())
+        spent = budget.unit(budget.spent(layout.with_ranks(ranks)))
         why = f"{best} contributes most" if top > 0 else "no module contributes anything, so ranks are even"
         margin = allocation_margin(gains, ranks, layout, budget)
-        return RankPlan(ops, f"{changed} of {len(layout)} modules change, for {budget}; {why}", margin=margin)
+        return RankPlan(ops, f"{changed} of {len(layout)} modules change, for {spent}; {why}", margin=margin)
 
 
 def _full_rank(slot: Slot) -> float:

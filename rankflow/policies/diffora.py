@@ -130,6 +130,15 @@ class Diffora(Policy):
         if self.budget is not None:
             check_reachable(layout, self.budget)
 
+    def stuck(self, layout: Layout) -> str | None:
+        open_to_all = (
+            self._seats(members) == len(members) or all(unit.span[0] > 0 for unit in members)
+            for members in self._competitions(layout)
+        )
+        if self.budget is None and not self.restart and all(open_to_all):
+            return "every module stays: limits with min: 0, and a ratio that leaves some out, let modules leave"
+        return None
+
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
         values = {name: float(m) for name, m in obs.gather(Signal.GATE).items()}
         sizes = {
@@ -150,10 +159,12 @@ class Diffora(Policy):
                 ops[name] = [Drop(), Grow(ranks[name]), Share(shared[name])]
             else:
                 ops[name] = self._ops(name, slot, ranks[name], sizes)
+        stay = sum(ranks[name] > 0 for name in chosen)
         together = f"; {len(shared)} share {len(set(shared.values()))} pairs of factors" if shared else ""
-        return RankPlan(ops, f"{len(chosen)} of {len(layout)} modules stay ({self.keep}){together}; {spread}")
+        return RankPlan(ops, f"{stay} of {len(layout)} modules stay ({self.keep}){together}; {spread}")
 
     def _scores(self, values: Mapping[str, float], obs: Observation, layout: Layout) -> dict[str, float]:
+        values = {name: m * (name not in obs.unheard) for name, m in values.items()}
         if self.compare == "gate":
             return round_scores(values)
         norms = {
@@ -164,18 +175,25 @@ class Diffora(Policy):
 
     def _choose(self, scores: Mapping[str, float], layout: Layout) -> set[str]:
         """Modules that stay; of equal scores the earlier. Tied ones are one choice, those that may not leave stay."""
+        chosen: set[str] = set()
+        for members in self._competitions(layout):
+            means = [sum(scores[name] for name in unit.names) / len(unit.names) for unit in members]
+            order = sorted(range(len(members)), key=lambda i: (-means[i], i))
+            for place, i in enumerate(order):
+                if place < self._seats(members) or members[i].span[0] > 0:
+                    chosen |= set(members[i].names)
+        return chosen
+
+    def _competitions(self, layout: Layout) -> list[list[Unit]]:
+        """What is chosen among: the modules of each layer, or all."""
         groups: dict[str, list[Unit]] = {}
         for unit in units(layout):
             if unit.rank > 0:
                 groups.setdefault(layer_of(unit.names[0]) if self.keep == "per_layer" else "", []).append(unit)
-        chosen: set[str] = set()
-        for members in groups.values():
-            means = [sum(scores[name] for name in unit.names) / len(unit.names) for unit in members]
-            order = sorted(range(len(members)), key=lambda i: (-means[i], i))
-            for place, i in enumerate(order):
-                if place < math.ceil(self.ratio * len(members)) or members[i].span[0] > 0:
-                    chosen |= set(members[i].names)
-        return chosen
+        return list(groups.values())
+
+    def _seats(self, members: Sequence[Unit]) -> int:
+        return math.ceil(self.ratio * len(members))
 
     def _shared(self, chosen: set[str], layout: Layout) -> dict[str, str]:
         """The group of each module that was not chosen and has company."""

@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field, PositiveInt
 
-from rankflow.budget import Budget, check_reachable, grow_by_score, reachable
+from rankflow.budget import Budget, grow_by_score, reachable
 from rankflow.margins import closest, growth_margin
 from rankflow.plan import Layout, RankPlan
 from rankflow.policy import Observation, State
 from rankflow.pruning import best, prune, pruning_margin
 from rankflow.transitions import ops_to
-from rankflow.triplets import Orth, Triplets, measured, triplet_scores, unseen_last
+from rankflow.triplets import Orth, Triplets, frozen_last, measured, triplet_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,12 @@ class ElaLora(Triplets):
     move: Annotated[PositiveInt, Field(description="directions that change modules at each event")] = 4
     orth: Orth = 0.1
 
+    meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "ElaLoRA, arXiv 2504.00254"
 
     def check(self, layout: Layout) -> None:
         self.require_events()
-        if self.budget is not None:
-            check_reachable(layout, self.budget)
+        self.held_total(layout)
 
     def init(self, layout: Layout) -> State:
         """`total`: the rank to be kept where there is no budget; then I and U of every entry."""
@@ -53,7 +53,7 @@ class ElaLora(Triplets):
         if not measured(seen):
             return RankPlan(reason="all scores are zero, or none was finite; nothing moves")
         budget = self.budget or Budget("total_rank", int(state["total"]))
-        scores = unseen_last(seen, layout)
+        scores = frozen_last(seen, layout)
         cheapest = min(budget.cost(slot) for slot in layout.values())
         least, _ = reachable(layout, budget)
         room = Budget(budget.kind, max(1, least, int(budget.amount) - self.move * cheapest))
@@ -65,4 +65,7 @@ class ElaLora(Triplets):
         ops = {n: ops_to(ranks[n], slot.rank, best(n, scores)) for n, slot in layout.items()}
         moved = sum(max(0, ranks[name] - slot.rank) for name, slot in layout.items())
         margin = closest((pruning_margin(scores, lost, layout, room), growth_margin(means, grown, pruned)))
-        return RankPlan(ops, f"{moved} directions move to the modules of highest score, at {budget}", margin=margin)
+        after = budget.unit(budget.spent(layout.with_ranks(ranks)))
+        if not moved:
+            return RankPlan(ops, f"no module gains a direction, at {after}", margin=margin)
+        return RankPlan(ops, f"{moved} directions move to the modules of highest score, at {after}", margin=margin)

@@ -57,6 +57,10 @@ class Eva(Opening):
     def studies(self) -> tuple[Study, ...]:
         return (Study("inputs", self.needs, self.batches, components=self.components),)
 
+    @property
+    def beyond_ranks(self) -> bool:
+        return self.init_a == "inputs"
+
     def gains(self, obs: Observation, layout: Layout, budget: Budget) -> Mapping[str, Sequence[float]]:
         found = {name: _explained(record) for name, record in obs.items() if Signal.INPUTS in record}
         return {name: [*found.get(name, ()), *[0.0] * most][:most] for name, most in self._most(layout, budget).items()}

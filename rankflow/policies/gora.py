@@ -58,6 +58,10 @@ class Gora(Opening):
         signals = self.needs if self.init_a == "grad" else self.needs - {Signal.SKETCH}
         return (Study("gradients", signals, self.batches, rows=self.rows, components=self.components),)
 
+    @property
+    def beyond_ranks(self) -> bool:
+        return self.init_a == "grad"
+
     def gains(self, obs: Observation, layout: Layout, budget: Budget) -> Mapping[str, Sequence[float]]:
         scores = obs.gather(Signal.WEIGHT_SCORE)
         weights = {name: float(score) / self._size(layout[name]) for name, score in scores.items()}

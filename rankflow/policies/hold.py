@@ -19,6 +19,7 @@ class Hold(Policy):
 
     grows: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
+    lowers: ClassVar[bool] = False
     source: ClassVar[str] = "plain LoRA, arXiv 2106.09685"
 
     def check(self, layout: Layout) -> None:

@@ -88,6 +88,8 @@ class IncreLora(Policy):
     orth: Orth = 0.0
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH})
+    lowers: ClassVar[bool] = False
+    meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "IncreLoRA, arXiv 2308.12043"
 
     @property

@@ -48,6 +48,7 @@ class Lisa(Policy):
 
     grows: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
+    lowers: ClassVar[bool] = False
     source: ClassVar[str] = "LISA, arXiv 2403.17919, on LoRA modules"
 
     def check(self, layout: Layout) -> None:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankflow.budget import Budget, allocate, check_reachable, rounded
+from rankflow.budget import Budget, allocate, rounded
 from rankflow.errors import ConfigError
 from rankflow.growth import gradient_directions
 from rankflow.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Slot
@@ -43,8 +43,8 @@ class RigL(Policy):
 
     A module at rank 0 has no gradient to show. It competes, for one random direction, with the strength of its best
     candidate when it was last measured. One that was never measured comes back only to meet a budget or its minimum.
-    A module that is frozen, or that backward did not reach, neither loses nor gains. Layers that have no sketch (DoRA,
-    attention, experts) are refused when the run starts.
+    A module that is frozen neither loses nor gains; one that trains, and that no gradient has reached yet, loses first.
+    Layers that have no sketch (DoRA, attention, experts) are refused when the run starts.
 
     Differs:
     - directions instead of weights, and one competition over all modules, where RigL moves weights within a layer;
@@ -59,18 +59,27 @@ class RigL(Policy):
     ] = "linear"
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.SKETCH})
+    meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "RigL, arXiv 1911.11134, on LoRA directions"
 
     def check(self, layout: Layout) -> None:
         self.require_events()
-        if (budget := self.budget) is None:
-            return
+        budget = self.held_total(layout)
         if budget.spent(layout) > budget.amount:
             raise ConfigError(
                 f"rigl moves directions and gives none up, but the adapter has {budget.unit(budget.spent(layout))} and "
                 f"its budget is {budget}; raise the budget, or put a policy that shrinks before it"
             )
-        check_reachable(layout, budget)
+
+    @property
+    def beyond_ranks(self) -> bool:
+        return True  # a module's own new directions may take the places of its weakest
+
+    def stuck(self, layout: Layout) -> str | None:
+        full = self.budget is None or self.budget.spent(layout) >= self.budget.amount
+        if full and round(self.rate * layout.total_rank) == 0:
+            return f"rate {self.rate:g} of {layout.total_rank} directions is less than one; raise it"
+        return None
 
     def init(self, layout: Layout) -> State:
         """`total`: the rank to be held without a budget; then strengths of candidates ``[k]`` by module, float64."""
@@ -91,7 +100,9 @@ class RigL(Policy):
                     return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing moves")
         moving = [name for name, slot in layout.items() if slot.trainable and Signal.SKETCH in obs.get(name, {})]
         sizes = {
-            name: direction_sizes(obs[name][Signal.A], obs[name][Signal.B], slot.scaling).tolist()
+            name: (
+                direction_sizes(obs[name][Signal.A], obs[name][Signal.B], slot.scaling) * (name not in obs.unheard)
+            ).tolist()
             for name, slot in layout.items()
             if slot.rank > 0
         }

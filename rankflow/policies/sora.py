@@ -120,6 +120,7 @@ class Sora(Lowering):
     ] = 10
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.GATE, Signal.GATE_OPEN})
+    meets_budget: ClassVar[bool] = False
     source: ClassVar[str] = "SoRA, arXiv 2311.11696"
 
     @property
@@ -154,9 +155,7 @@ class Sora(Lowering):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        begin, end = self.when.at(0), self.when.at(1)
-        ends = [*(at for at, _ in self.lams[1:]), end + 1]
-        mass = sum(lam * max(0, until - max(at, begin + 1)) for (at, lam), until in zip(self.lams, ends, strict=True))
+        begin, end, mass = self.when.at(0), self.when.at(1), self._mass
         if self.gate_init != "ones" or self.budget is not None or mass == 0:
             return ()
         if self.threshold == "lr_scaled" and self.gate_lr is None:
@@ -164,10 +163,30 @@ class Sora(Lowering):
                 f"sora: in these {end - begin} steps shrinkage closes a gate of 1 only at a mean learning rate of "
                 f"{1 / mass:.2g} or more; below it, set gate_lr or raise lam",
             )
-        taken = mass * (self.gate_lr or 1.0) if self.threshold == "lr_scaled" else mass
-        if taken >= 1:
+        taken = self._taken
+        if taken is None or taken >= 1:
             return ()
         return (f"sora: {end - begin} steps of shrinkage take {taken:.2g} off a gate of 1, too little to close it",)
+
+    @property
+    def _mass(self) -> float:
+        """The sum of lam over the steps of the phase."""
+        begin, end = self.when.at(0), self.when.at(1)
+        ends = [*(at for at, _ in self.lams[1:]), end + 1]
+        return sum(lam * max(0, until - max(at, begin + 1)) for (at, lam), until in zip(self.lams, ends, strict=True))
+
+    @property
+    def _taken(self) -> float | None:
+        """What shrinkage takes off a gate in the phase; None where that is up to the factors' learning rate."""
+        if self.threshold == "absolute":
+            return self._mass
+        return None if self.gate_lr is None and self._mass > 0 else self._mass * (self.gate_lr or 1.0)
+
+    def stuck(self, layout: Layout) -> str | None:
+        taken = self._taken
+        if self.budget is not None or self.gate_init != "ones" or self.l1 > 0 or taken is None or taken >= 1:
+            return None
+        return f"shrinkage takes {taken:.2g} off a gate of 1 in all, too little to close it; raise lam or gate_lr"
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
@@ -185,7 +204,7 @@ class Sora(Lowering):
         if (bad := all_finite(sizes)) is not None:
             return RankPlan(reason=f"{bad}: factors or gates are not finite; nothing is removed")
         allowed = self.target(state, step)
-        ops = prune(sizes, layout, allowed, obs.gather(Signal.GATE_OPEN))
+        ops = prune(sizes, layout, allowed, obs.gather(Signal.GATE_OPEN), obs.unheard)
         shut = sum(int((g == 0).sum()) for g in values.values())
         count = sum(len(g) for g in values.values())
         limit = f", within {allowed}" if allowed is not None else ""

@@ -114,33 +114,41 @@ class Squeeze(Lowering):
             for signal in (Signal.A, Signal.B):
                 if not bool(obs[name][signal].isfinite().all()):
                     return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing is squeezed")
+        silent = set(present) & obs.unheard if averages_of(self.metric) else set()
         metrics, unmeasured = metric_of_each(
             self.metric,
             obs,
-            {name: layout[name].rank for name in present},
+            {name: layout[name].rank for name in present if name not in silent},
             shared=target is not None and self.allocate == "global",
         )
+        metrics |= dict.fromkeys(silent, "weights")
         spectra = {
             name: spectrum_in(metrics[name], obs[name][Signal.A], obs[name][Signal.B], layout[name].scaling, obs[name])
             for name in present
         }
-        ranks = self._by_energy(spectra, layout, step) if target is None else self._by_budget(spectra, layout, target)
+        gains = {n: [0.0] * len(s.gains) if n in silent else s.gains.tolist() for n, s in spectra.items()}
+        ranks = self._by_energy(spectra, layout, step) if target is None else self._by_budget(gains, layout, target)
         ops: dict[str, Sequence[Op]] = {}
         for name, rank in ranks.items():
             shrink = best_cut(partial(spectra.__getitem__, name), metrics.get(name, "weights"), self.gauge)
             if change := ops_to(rank, layout[name].rank, shrink):
                 ops[name] = change
-        reason = [f"{len(ops)} of {len(layout)} modules change, for {target or f'energy {self._share(step):.4g}'}"]
-        if total := math.fsum(float(s.gains.sum()) for s in spectra.values()):
-            lost = math.fsum(spectra[name].error(ranks[name]) ** 2 for name in ops if name in spectra)
+        left = f"energy {self._share(step):.4g}"
+        if target is not None:
+            left = target.unit(target.spent(layout.with_ranks(ranks)))
+        reason = [f"{len(ops)} of {len(layout)} modules change, for {left}"]
+        if total := math.fsum(map(math.fsum, gains.values())):
+            lost = math.fsum(spectra[n].error(ranks[n]) ** 2 for n in ops if n in spectra and n not in silent)
             reason.append(f"{1 - lost / total:.3%} of the energy stays")
+        if silent:
+            reason.append(f"{len(silent)} modules that no gradient reaches count for nothing")
         if unmeasured:
-            fallen = sum(metric == "weights" for metric in metrics.values())
+            fallen = sum(metric == "weights" for name, metric in metrics.items() if name not in silent)
             reason.append(f"{fallen} modules by weights, as {unmeasured[0]} was not measured enough")
         rewarm = self.rewarm if self.optimizer == "reset" else 0
         margin = None
         if target is not None and self.allocate == "global":
-            margin = allocation_margin({name: s.gains.tolist() for name, s in spectra.items()}, ranks, layout, target)
+            margin = allocation_margin(gains, ranks, layout, target)
         return RankPlan(ops, "; ".join(reason), state=self.optimizer, rewarm=rewarm, margin=margin)
 
     def _share(self, step: int) -> float:
@@ -151,10 +159,10 @@ class Squeeze(Lowering):
         kept = curve(self.shape, 1.0, self.energy, before) if before > 0 else 1.0
         return curve(self.shape, 1.0, self.energy, self.when.progress(step)) / kept
 
-    def _by_budget(self, spectra: Mapping[str, Spectrum], layout: Layout, target: Budget) -> dict[str, int]:
+    def _by_budget(self, gains: Mapping[str, Sequence[float]], layout: Layout, target: Budget) -> dict[str, int]:
         if self.allocate == "uniform":
-            return allocate({name: [0.0] * len(s.gains) for name, s in spectra.items()}, layout, target)
-        return allocate({name: s.gains.tolist() for name, s in spectra.items()}, layout, target)
+            gains = {name: [0.0] * len(of) for name, of in gains.items()}
+        return allocate(gains, layout, target)
 
     def _by_energy(self, spectra: Mapping[str, Spectrum], layout: Layout, step: int) -> dict[str, int]:
         """The smallest allowed ranks that keep the share due at `step`; what has no energy yet is left to learn."""
