@@ -332,3 +332,31 @@ def test_nothing_but_listed_files_is_ever_imported():
     complaint({"policy": "../../evil"})
     assert not {m for m in set(sys.modules) - before if "antigravity" in m or "evil" in m}
     assert config.schema is grammar.schema
+
+
+@pytest.mark.parametrize(
+    ("file", "places"),
+    [
+        (
+            {"policy": "incralora", "params": {"grow_byy": 2}, "when": {"start": "300%"}, "budgett": {}},
+            {"policy", "params.grow_byy", "when.start", "budgett"},
+        ),
+        (
+            {"policy": "none of them", "params": {"x": 1}, "limits": {"*": {"min": -1}}},
+            {"policy", "limits['*'].min"},
+        ),
+        ({"policy": ["sora"], "mode": "msk"}, {"policy", "mode"}),
+        (
+            {"phases": [{"policy": "squeze", "until": "5%", "budget": {"mean_rank": 0}}, {"policy": "hold", "a": 1}]},
+            {"phases[0].policy", "phases[0].budget.mean_rank", "phases[1].a"},
+        ),
+        (
+            {"phases": [{"until": 3, "wehn": {}}, {"policy": "lissa", "params": {"activ": 1}}], "tie": 3},
+            {"phases[0].policy", "phases[0].wehn", "phases[1].policy", "phases[1].params.activ", "tie"},
+        ),
+    ],
+)
+def test_a_policy_that_there_is_not_hides_no_other_mistake(file, places):
+    with pytest.raises(ConfigError) as e:
+        load_policy(file)
+    assert {line.split(": ")[1] for line in str(e.value).splitlines()} == places
