@@ -11,7 +11,7 @@ from rankflow.engines import Fate, engine_named
 from rankflow.errors import AdapterError, BaseNeeded, ConfigError
 from rankflow.fitting import Fitting
 from rankflow.formats.adapter import SavedAdapter
-from rankflow.formats.detect import open_adapter
+from rankflow.formats.detect import open_adapter, uses_base
 from rankflow.formats.full import KIND as FULL
 from rankflow.mismatches import ELSEWHERE, SQUEEZE, Problem, problems, source_of
 
@@ -58,7 +58,8 @@ def check(
         found += refused
         fine = not found and not lacking
         hints = [*([named.hint(max(adapter.layout.ranks.values()))] if fine else []), unseen, *hints]
-    wrong = tuple(_as_read(problem, kind, base) for problem in [*found, *lacking])
+    wanted = base if uses_base(adapter.path) or engine == "llamacpp" else None  # a squeeze takes no base for nothing
+    wrong = tuple(_as_read(problem, kind, wanted) for problem in [*found, *lacking])
     given = None if base is None else str(base)
     return Verdict(str(adapter.path), engine or "", wrong, ". ".join(filter(None, hints)), given, missing)
 

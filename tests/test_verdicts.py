@@ -174,6 +174,14 @@ def test_tensors_lie_under_names_that_every_engine_of_peft_files_finds(tmp_path:
             assert set(keys) == {f"{name}.lora_{ab}.weight" for name in wanted for ab in "AB"}
 
 
+def test_the_remedy_can_be_run_as_it_stands(tmp_path: Path):
+    """With a base that was given for its names, which a squeeze does not need, or does."""
+    for engine, out in (("vllm", "out"), ("llamacpp", "out.gguf")):
+        src = SOURCES["an adapter's name"](tmp_path / engine)
+        (problem,) = check(src, engine, base=base(tmp_path / "base")).problems
+        run(*problem.remedy.split()[1:], "-o", tmp_path / out)
+
+
 def test_what_is_said_to_be_an_adapter_is_read_as_one_though_a_whole_model_lies_beside_it(tmp_path: Path):
     src = tmp_path / "src"
     src.mkdir()
