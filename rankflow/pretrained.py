@@ -6,6 +6,7 @@ for nested parts of a model too, to which no argument of ours gets. So nothing h
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, dynamic_module_utils
 from transformers.utils import logging as bars
 
 from rankflow.errors import ConfigError, first_line
+from rankflow.names import shown
 
 _MOST_PARTS = 10_000  # layers or experts of a model, each of which is built
 _COUNTS = re.compile(r"(^|_)n(um)?_(\w+_)?(layer|block|expert)s?$|layers$|^depths?$")  # what fields of them are called
@@ -29,7 +31,7 @@ def load(cls: Any, source: str | Path, *, what: str = "", **options: Any) -> Any
         ConfigError: nothing that it loads, or nothing without code that came with it.
     """
     try:
-        with _no_code(), _no_bars():
+        with _no_code(), _no_bars(), _tame_logs():
             return cls.from_pretrained(str(source), trust_remote_code=False, **options)
     except Exception as e:  # what a foreign reader makes of a stranger's files is its own affair
         what = what or f"{cls.__name__.removeprefix('Auto').lower()} that transformers loads"
@@ -57,7 +59,7 @@ def build(config: Any, source: str | Path) -> PreTrainedModel:
     if getattr(config, "use_pretrained_backbone", False):
         config.use_pretrained_backbone = False  # which would be downloaded
     try:
-        with _no_code():
+        with _no_code(), _tame_logs():
             if cls is None:
                 return transformers.AutoModel.from_config(config, trust_remote_code=False)
             return cls(config)
@@ -104,6 +106,24 @@ def _no_code() -> Iterator[None]:
         yield
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def _tame_logs() -> Iterator[None]:
+    """What transformers logs of a model is shown as every string of a file is."""
+
+    def tame(record: logging.LogRecord) -> bool:
+        record.msg, record.args = shown(record.getMessage(), lines=True), ()
+        return True
+
+    handlers = list(logging.getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(tame)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(tame)
 
 
 @contextmanager

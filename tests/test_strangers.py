@@ -701,6 +701,23 @@ def test_parts_of_an_archive_share_no_bytes(tmp_path: Path):
         inspect(src)
 
 
+def test_a_pickle_whose_keys_take_for_ever_to_look_up_is_not_loaded(tmp_path: Path):
+    src = adapter(tmp_path / "a")
+    (src / "adapter_model.safetensors").unlink()
+    doubled = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(1, 60))
+    pickled = b"\x80\x02}q\x00K\x01K\x02\x86q\x01" + doubled + b"h\x00h\x3cK\x05s."
+    packed = io.BytesIO()
+    torch.save({"q": torch.ones(1)}, packed)
+    with (
+        zipfile.ZipFile(packed) as old,
+        zipfile.ZipFile(src / "adapter_model.bin", "w", zipfile.ZIP_STORED) as new,
+    ):
+        for part in old.infolist():
+            new.writestr(part.filename, pickled if part.filename.endswith("data.pkl") else old.read(part))
+    with pytest.raises(AdapterError, match="uses a tuple twice"):
+        inspect(src)
+
+
 def test_lines_of_data_that_are_nested_without_end(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' + "[" * 200_000 + "\n")
@@ -737,3 +754,102 @@ def test_a_name_is_a_word_to_a_gate_and_never_part_of_a_script(
 def test_a_path_that_no_shell_makes_anything_of_may_stand_in_a_script(tmp_path: Path):
     assert command_gate("sh -c 'test -d {}'")(adapter(tmp_path / "a-1.r2_x"))
     assert not command_gate("sh -c 'test -f {}'")(tmp_path / "a-1.r2_x")
+
+
+# -- every command ----------------------------------------------------------------------------------------------------
+
+DEEP = "[" * 100_000
+FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+HOSTILE = {
+    "nothing": lambda p: None,
+    "an empty file": lambda p: p.write_bytes(b""),
+    "bytes": lambda p: p.write_bytes(bytes(range(256)) * 9),
+    "depth": lambda p: p.write_text(DEEP),
+    "an object of depth": lambda p: p.write_text('{"a":' * 50_000),
+    "a number beyond numbers": lambda p: p.write_text('{"event": "attach", "step": 1' + "0" * 9000 + "}\n"),
+    "half a character": lambda p: p.write_bytes(b'{"event": "\xe2\x82"}\n'),
+    "a header without end": lambda p: p.write_bytes((1 << 62).to_bytes(8, "little") + b"{}"),
+    "a header of depth": lambda p: p.write_bytes((len(DEEP) + 6).to_bytes(8, "little") + b'{"a": ' + DEEP.encode()),
+    "a zip of nothing": lambda p: p.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "a folder": lambda p: p.mkdir(),
+    "a folder of a config": lambda p: (p.mkdir(), (p / "adapter_config.json").write_text(DEEP)),
+    "a folder of damage": lambda p: (p.mkdir(), [(p / name).write_bytes(b"\xff{") for name in FILES]),
+    "a model of damage": lambda p: (p.mkdir(), (p / "model.safetensors.index.json").write_text('{"weight_map": [1]}')),
+    "a loop": lambda p: p.symlink_to(p.name),
+}
+ENDS = ("", ".safetensors", ".bin", ".jsonl", ".yaml")
+COMMANDS = {
+    "squeeze": ("{x}", "--target-rank", "1", "-o", "{out}"),
+    "squeeze by a plan": ("{whole}", "--plan", "{x}", "-o", "{out}"),
+    "squeeze to a budget": ("{whole}", "--budget", "{x}", "-o", "{out}"),
+    "squeeze by statistics": (
+        "{whole}",
+        "--target-rank",
+        "1",
+        "--metric",
+        "loss",
+        "--calibration",
+        "{x}.safetensors",
+        "-o",
+        "{out}",
+    ),
+    "squeeze for an engine": ("{x}", "--for", "llamacpp", "--base", "{x}", "-o", "{out}"),
+    "plan": ("{x}", "--target-rank", "1", "-o", "{out}"),
+    "expand": ("{whole}", "{x}", "-o", "{out}"),
+    "canonicalize": ("{x}", "-o", "{out}"),
+    "pad": ("{x}", "--rank", "4", "-o", "{out}"),
+    "diff": ("{x}", "{whole}"),
+    "inspect": ("{x}",),
+    "inspect a base": ("{whole}", "--base", "{x}"),
+    "check": ("{x}",),
+    "check for an engine": ("{x}", "--for", "vllm"),
+    "check a model": ("hold", "--model", "{x}"),
+    "report": ("{x}",),
+    "report against": ("{x}", "--against", "{x}"),
+    "watch": ("{x}", "--once"),
+    "policies": ("{x}",),
+    "calibrate": ("{whole}", "--base", "{x}", "--data", "{x}", "-o", "{out}.safetensors"),
+}
+
+
+def give(command: str, case: str, end: str, folder: Path) -> None:
+    """One input to one command, which refuses it in one line that names it, and leaves nothing behind."""
+    folder.mkdir()
+    x, out, whole = folder / f"x{end}", folder / f"out{end[1:]}", adapter(folder / "whole")
+    HOSTILE[case](x)
+    if "{x}.safetensors" in COMMANDS[command] and os.path.lexists(x):
+        x.rename(f"{x}.safetensors")
+    args = [word.format(x=x, out=out, whole=whole) for word in COMMANDS[command]]
+    result = by_command(command.split()[0], *args)
+    assert isinstance(result.exception, SystemExit), (case, end, result.exc_info)
+    assert result.exit_code in (1, 2), (case, end, result.output)
+    assert not out.exists(), (case, end)
+    if result.stderr.startswith("rankflow: "):
+        yaml = "--plan" in args or "--budget" in args  # of which every mistake has a line
+        assert yaml or len(result.stderr.splitlines()) == 1, (case, end, result.stderr)
+        assert x.name in result.stderr or "--model" in args, (case, end, result.stderr)
+    else:
+        assert result.exit_code == 1 or result.stderr.startswith("Usage: "), (case, end, result.stderr)
+
+
+@pytest.fixture
+def faults_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RANKFLOW_TRACEBACK", "1")  # with which what is not refused on purpose is raised
+
+
+@pytest.mark.usefixtures("faults_shown")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_input_ends_in_a_traceback(tmp_path: Path, command: str):
+    first = list(COMMANDS).index(command)
+    for i, case in enumerate(HOSTILE):
+        give(command, case, ENDS[(first + i) % len(ENDS)], tmp_path / str(i))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("faults_shown")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("end", ENDS)
+def test_no_input_of_any_name_ends_in_a_traceback(tmp_path: Path, command: str, end: str):
+    for i, case in enumerate(HOSTILE):
+        give(command, case, end, tmp_path / str(i))

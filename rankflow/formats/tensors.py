@@ -149,8 +149,23 @@ def _check_parts(parts: Sequence[zipfile.ZipInfo], size: int) -> None:
 
 
 def _named(pickled: io.BytesIO | mmap.mmap) -> Iterable[str]:
-    """What one pickle asks to have imported."""
+    """What one pickle asks to have imported.
+
+    Raises:
+        ValueError: a tuple in it is used twice. None of tensors is, and to look one up whose halves are one tuple, of
+            which the halves are one, and so on, takes time without end.
+    """
+    tuples: set[int] = set()
+    kept, on_top = 0, False
     for opcode, argument, _ in pickletools.genops(pickled):  # type: ignore[arg-type]  # a map is a file too
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = kept if argument is None else int(argument)
+            kept += 1
+            (tuples.add if on_top else tuples.discard)(place)
+        else:
+            on_top = opcode.name.startswith("TUPLE")
+            if opcode.name in ("GET", "BINGET", "LONG_BINGET") and int(argument or 0) in tuples:
+                raise ValueError("it uses a tuple twice, which torch.save never does")
         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
             yield str(argument)
 
