@@ -25,7 +25,7 @@ from rankflow.gated import refuse_gates
 from rankflow.measured import Statistics, digest
 from rankflow.metrics import Measured, averages_of
 from rankflow.policy import Signal, Study
-from rankflow.studies import run_study
+from rankflow.studies import check_batches, run_study
 
 
 def calibrate(
@@ -59,6 +59,7 @@ def calibrate(
     check_metric(metric)
     adapter = Adapter(model, adapter_name)
     refuse_gates(adapter.sites.values())
+    check_batches(batches, "batches", loss_fn)
     if metric == "outputs" and loss_fn is None:
         loss_fn = _any_scalar  # z does not depend on it; something has to run backward
     total = len(batches) if isinstance(batches, Sized) else 0

@@ -30,7 +30,8 @@ from rankflow.journal import Journal
 from rankflow.ledger import Ledger
 from rankflow.listeners import Listeners, OnResize
 from rankflow.operations import Now, Operations
-from rankflow.optim import OnUnknownState, innermost
+from rankflow.optim import Carrier, OnUnknownState
+from rankflow.optimizers import innermost
 from rankflow.penalties import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force, unscaled
 from rankflow.plan import Layout, RankPlan, Share
 from rankflow.policy import Lifecycle, Observation, Phase, Policy, Signal, State
@@ -43,7 +44,16 @@ from rankflow.seals import check_lifecycle, check_seal, seal
 from rankflow.shards import check_shards
 from rankflow.sharing import share_gradients
 from rankflow.sparing import spare_last
-from rankflow.studies import check_loss, evaluating, model_loss, own_random_numbers, run_study, surroundings
+from rankflow.studies import (
+    check_batches,
+    check_loss,
+    evaluating,
+    model_loss,
+    own_random_numbers,
+    run_study,
+    surroundings,
+    with_a_batch,
+)
 from rankflow.summary import Summary, ranks_by_type
 from rankflow.surgeon import Surgeon
 from rankflow.transitions import first, ops_to
@@ -51,6 +61,8 @@ from rankflow.transitions import first, ops_to
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+_ARGUMENTS = {"train": "batches", "outer": "outer_batches"}  # what gives the data of a split
 
 
 class Controller:
@@ -86,7 +98,7 @@ class Controller:
     ):
         self._adapter = Adapter(model, adapter_name, shards=True)
         make_way(self._adapter)
-        check_managed(self._adapter, lifecycle)
+        check_managed(self._adapter, lifecycle, optimizer, on_unknown_state)
         self._processes = processes(self._adapter)
         self._processes.start(
             {
@@ -111,6 +123,9 @@ class Controller:
         self.lifecycle = lifecycle
         self.ledger = ledger if ledger is not None else Ledger()
         self._data = {"train": batches, "outer": outer_batches}
+        for split, data in self._data.items():
+            if data is not None:
+                check_batches(data, _ARGUMENTS[split], loss_fn)
         self._loss_fn = loss_fn
         self._penalty = penalty
         self._optimizer = innermost(optimizer)
@@ -124,12 +139,14 @@ class Controller:
         self._gates.average_gradients = self._processes.average_gradients
         self._probes = Probes(self._adapter, gates=self._gates, seed=seed)
         self._hearing = Hearing(self._adapter)
-        self._held_out = HeldOut(outer_batches, seed) if outer_batches is not None else None
         state = check_seal(state) if state is not None else None
         self._first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
         layout, self._phases = lifecycle.resolve(total_steps, self._first_layout)
         for phase in self._phases:
             self._require_data(phase)
+        outer = self._data["outer"]
+        self._held_out = HeldOut(outer, seed) if outer is not None else None
+        for phase in self._phases:
             for due in phase.policy.when.events[:1]:
                 self._probes.check(sources(phase.policy.listen(due)))
         in_loss = penalty == "in_loss"
@@ -144,6 +161,7 @@ class Controller:
 
         self.step = 0
         self._counted = 0  # optimizer steps seen so far; `step` follows in after_step
+        self._steps_open = 0  # begun and not ended; one that raised never ends
         self._phase = -1
         self._state: State = {}
         self._pending: Observation | None = None
@@ -154,8 +172,8 @@ class Controller:
         self._ended = False  # its `finish` is in the ledger
         try:
             hooks = self._attachment.hooks
-            hooks.append(self._optimizer.register_step_pre_hook(_while_there(self._ramp)))
-            hooks.append(self._optimizer.register_step_post_hook(_while_there(self._count)))
+            hooks.append(self._optimizer.register_step_pre_hook(_while_there(self._step_begins)))
+            hooks.append(self._optimizer.register_step_post_hook(_while_there(self._step_ends)))
             self._attachment.put_on()
             self.listeners.start(self._adapter)
             self._wholly(partial(self._begin, state))
@@ -172,6 +190,7 @@ class Controller:
         base model is sharded over processes, this reduces the adapter's gradients: call it before `unscale_` and before
         they are clipped.
         """
+        self._steps_open = 0
         if self._accumulating is not None and not self._accumulating.sync_gradients:
             return  # accelerate's accumulate(): more micro-batches are to come
         self._surgeon.holders.look()
@@ -212,6 +231,7 @@ class Controller:
         A call after which no optimizer step was counted (accumulation, a scaler's skipped step) changes nothing. Nor
         does one that raises: with its cause gone (memory, room on the disk) call it again, before the next step.
         """
+        self._steps_open = 0
         if self._counted == self.step:
             observed, self._pending = self._pending, None
             if observed is not None:
@@ -548,13 +568,19 @@ class Controller:
     def _now(self) -> Now:
         return Now(self.step, self.phase.name, self._journal)
 
-    def _ramp(self) -> None:
-        self._surgeon.ramps.before_step()
+    def _step_begins(self) -> None:
+        """Before a step of the optimizer; of one within another, as where a subclass calls super().step(), nothing."""
+        self._steps_open += 1
+        if self._steps_open == 1:
+            self._surgeon.ramps.before_step()
 
-    def _count(self) -> None:
-        self._surgeon.ramps.after_step()
-        self._gates.step()
-        self._counted += 1
+    def _step_ends(self) -> None:
+        self._steps_open -= 1
+        if self._steps_open <= 0:
+            self._steps_open = 0
+            self._surgeon.ramps.after_step()
+            self._gates.step()
+            self._counted += 1
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         if state is None:
@@ -739,29 +765,41 @@ class Controller:
 
     def _require_data(self, phase: Phase) -> None:
         gate = phase.policy.gate
-        if gate is not None and gate.trained_on == "outer" and self._held_out is None:
-            raise ConfigError(
-                f"policy {phase.name} trains its gates on held-out batches of the training data; give them with "
-                "outer_batches=..."
-            )
-        argument = {"train": "batches", "outer": "outer_batches"}
+        splits = {study.split for study in phase.policy.studies}
+        if gate is not None and gate.trained_on == "outer":
+            if self._data["outer"] is None:
+                raise ConfigError(
+                    f"policy {phase.name} trains its gates on held-out batches of the training data; give them with "
+                    "outer_batches=..."
+                )
+            splits.add("outer")
         for study in phase.policy.studies:
             self._probes.check(study.signals)
             if self._data[study.split] is None:
                 raise ConfigError(
                     f"policy {phase.name} studies {study.batches} batches ({study.name}); "
-                    f"give them with {argument[study.split]}=..."
+                    f"give them with {_ARGUMENTS[study.split]}=..."
                 )
+        for split in splits:
+            self._data[split] = with_a_batch(self._data[split], _ARGUMENTS[split])
 
 
-def check_managed(adapter: Adapter, lifecycle: Lifecycle) -> None:
+def check_managed(
+    adapter: Adapter, lifecycle: Lifecycle, optimizer: Optimizer | None, on_unknown_state: OnUnknownState
+) -> None:
     """
     Raises:
         AdapterError: nobody trains the adapter, or the lifecycle may change what is tied to its ranks.
+        OptimizerError: the optimizer, if there is one yet, does not hold the adapter or could not follow the lifecycle.
     """
     adapter.check_trains()
     if lifecycle.resizes:
         adapter.refuse_resizing()
+    if optimizer is not None:
+        carrier = Carrier(optimizer, adapter, on_unknown_state)
+        carrier.check((), {})
+        if lifecycle.resizes:
+            carrier.check_carried()
 
 
 def _while_there(method: Callable[[], None]) -> Callable[..., None]:

@@ -17,18 +17,11 @@ from rankflow.errors import OptimizerError
 from rankflow.journal import Journal
 from rankflow.linalg import Factor
 from rankflow.moments import Level, Moments
-from rankflow.optimizers import find_handler
+from rankflow.optimizers import find_handler, innermost, is_scalar, unknown_state
 from rankflow.sites import Site
 
 OnUnknownState = Literal["error", "reset"]
 Token = tuple[str, str]  # (site, role): a parameter of the adapter, whatever tensor it is at the moment
-
-
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that really steps, inside wrappers such as accelerate's."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 @dataclass
@@ -46,7 +39,8 @@ class Carrier:
     """One optimizer that holds an adapter. All reading is free of side effects; `write` goes through a journal.
 
     Raises:
-        OptimizerError: the optimizer keeps references that a resize would leave behind.
+        OptimizerError: the optimizer keeps references that a resize would leave behind, or was not made by torch's
+            class.
     """
 
     def __init__(self, optimizer: Optimizer, adapter: Adapter, on_unknown_state: OnUnknownState = "error"):
@@ -111,15 +105,26 @@ class Carrier:
                         f"{name}: {self.title} keeps {key} {list(value.shape)} for {role} {list(p.shape)}; that state "
                         "is another layout's. Restore the adapter's ranks before loading the optimizer's state"
                     )
-            elif not _scalar(value):
+            elif not is_scalar(value):
                 if self._on_unknown_state == "reset":
                     return True
-                raise OptimizerError(
-                    f"{name}: {self.title} keeps {key!r} for {role}, which rankflow does not know how to resize. "
-                    'Use on_unknown_state="reset" to start the state of resized modules afresh, or an optimizer of '
-                    "torch.optim"
-                )
+                raise OptimizerError(f"{name}: {self.title} keeps {key!r} for {role}, {_NOT_RESIZED}")
         return False
+
+    def check_carried(self) -> None:
+        """
+        Raises:
+            OptimizerError: what the optimizer keeps for the adapter, now or from its first step on, would not follow a
+                resize (`on_unknown_state="reset"` lets it start afresh), or it keeps parameters elsewhere.
+        """
+        self.check(self._adapter.sites, {})
+        held = self._counts()
+        for p in self._adapter.parameters():
+            if id(p) in held:
+                key = unknown_state(self.optimizer, self.handler, p)
+                if key is not None and self._on_unknown_state == "error":
+                    raise OptimizerError(f"{self.title} keeps {key}, {_NOT_RESIZED}")
+                return
 
     def verify(self, swaps: Iterable[Swap]) -> str | None:
         """What is wrong after `write`, or None. A fused optimizer would not notice; it would compute nonsense."""
@@ -134,7 +139,7 @@ class Carrier:
                     return f"{swap.site.name}: {self.title} holds {role} {held.get(id(p), 0)} times"
                 shapes = self.handler.shapes(p.shape) if self.handler is not None else {}
                 for key, value in self.optimizer.state.get(p, {}).items():
-                    if role in ("A", "B") and not _scalar(value) and tuple(value.shape) != shapes.get(key):
+                    if role in ("A", "B") and not is_scalar(value) and tuple(value.shape) != shapes.get(key):
                         return f"{swap.site.name}: {key} is {list(value.shape)} for {role} {list(p.shape)}"
         return None
 
@@ -167,7 +172,7 @@ class Carrier:
         old = owner.A if role == "A" else owner.B
         state = dict(self.optimizer.state[old])
         if owner is not site:  # a step count of one's own: optimizers add to it in place
-            state = {k: v.clone() if isinstance(v, Tensor) and _scalar(v) else v for k, v in state.items()}
+            state = {k: v.clone() if isinstance(v, Tensor) and is_scalar(v) else v for k, v in state.items()}
         raw = partial(site.raw_a if role == "A" else site.raw_b, size=size)
         return self.handler.store(moments.to(old.device), state, self.group(old), raw)
 
@@ -332,5 +337,7 @@ class _Group:
         self.params = [p for p, _ in kept if p is not None]
 
 
-def _scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+_NOT_RESIZED = (
+    'which rankflow does not know how to resize. Use on_unknown_state="reset" to start the state of resized modules '
+    "afresh, or an optimizer of torch.optim"
+)

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.blockwise import blockwise_handler
@@ -45,6 +54,30 @@ _REFUSED = {
 }
 
 
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer that really steps, inside wrappers such as accelerate's, which show its state as theirs.
+
+    Raises:
+        OptimizerError: a wrapper that keeps state of its own, or something that torch's class has not made: nobody
+            could tell when it steps.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        if getattr(optimizer, "state", inner.state) is not inner.state:
+            raise OptimizerError(
+                f"{type(optimizer).__name__} keeps state of its own around {type(inner).__name__}, which a resize "
+                f"would leave behind; train with {type(inner).__name__} itself"
+            )
+        optimizer = inner
+    made = ("param_groups", "state", "_optimizer_step_pre_hooks")
+    if not isinstance(optimizer, Optimizer) or not all(hasattr(optimizer, name) for name in made):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} is not an optimizer that torch.optim.Optimizer.__init__ has made, so rankflow "
+            "cannot tell when it steps and what it keeps. Let it call super().__init__(params, defaults), or hand over "
+            "the optimizer inside it"
+        )
+    return optimizer
+
+
 def find_handler(optimizer: Optimizer) -> Handler | None:
     """The handler of the optimizer's class or of its nearest known ancestor.
 
@@ -57,7 +90,84 @@ def find_handler(optimizer: Optimizer) -> Handler | None:
         name = cls.__qualname__.rpartition(".")[2]
         if name in _REFUSED and cls.__module__.startswith("peft."):
             raise OptimizerError(f"{name} cannot follow a resize: {_REFUSED[name]}. Use torch.optim.AdamW")
-        for (package, known), handler in _HANDLERS.items():
-            if name == known and cls.__module__.startswith(package):
-                return handler
+        if (known := _registered(cls)) is not None:
+            return _HANDLERS[known]
     return None
+
+
+def _registered(cls: type) -> tuple[str, str] | None:
+    name = cls.__qualname__.rpartition(".")[2]
+    return next((key for key in _HANDLERS if key[1] == name and cls.__module__.startswith(key[0])), None)
+
+
+# -- optimizers of classes that nobody knows to the letter ------------------------------------------------------------
+
+
+def unknown_state(optimizer: Optimizer, handler: Handler | None, like: nn.Parameter) -> str | None:
+    """What `optimizer` will keep for a parameter such as `like` and `handler` does not carry, or None.
+
+    Classes that are known to the letter are believed; of others a copy takes one step, on a small matrix of its own.
+
+    Raises:
+        OptimizerError: parameters are kept where a resize cannot replace them.
+    """
+    if _known_to_the_letter(optimizer):
+        return None
+    title = type(optimizer).__name__
+    if (where := next(_holders(optimizer), None)) is not None:
+        raise OptimizerError(
+            f"{title} keeps parameters outside of its groups and state, in {where!r}, which a resize would leave "
+            "behind; use an optimizer of torch.optim, such as AdamW"
+        )
+    try:
+        state = _state_after_a_step(optimizer, like)
+    except Exception as e:
+        return f"what a step without a closure on a dense matrix does not show ({' '.join(str(e).split())[:200]})"
+    carried = handler.keys if handler is not None else set()
+    return next((repr(k) for k, value in state.items() if k not in carried and not is_scalar(value)), None)
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a resize leaves this entry of an optimizer's state as it is."""
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _known_to_the_letter(optimizer: Optimizer) -> bool:
+    cls = type(optimizer)
+    for ancestor in cls.__mro__:
+        if ancestor.__module__.startswith("bitsandbytes."):
+            return ancestor is cls and blockwise_handler(optimizer) is not None
+        if (key := _registered(ancestor)) is not None:
+            methods = [n for n in dir(ancestor) if not n.startswith("__") and callable(getattr(ancestor, n))]
+            same = (inspect.unwrap(getattr(cls, n)) is inspect.unwrap(getattr(ancestor, n)) for n in methods)
+            return key[0] != "" and all(same)
+    return False
+
+
+def _holders(optimizer: Optimizer) -> Iterator[str]:
+    """Attributes, beside groups and state, through which the optimizer reaches parameters."""
+    for name, value in vars(optimizer).items():
+        if name in ("param_groups", "state"):
+            continue
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+        if any(isinstance(v, nn.Parameter | nn.Module | Optimizer) for v in (value, *values)):
+            yield name
+
+
+def _state_after_a_step(optimizer: Optimizer, like: nn.Parameter) -> dict[str, Any]:
+    """What a copy of `optimizer` keeps for a small matrix after a step on it; nothing of the original moves."""
+    p = nn.Parameter(torch.zeros(4, 4, dtype=like.dtype, device=like.device))
+    p.grad = torch.ones_like(p)
+    group = next(g for g in optimizer.param_groups if any(q is like for q in g["params"]))
+    settings = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
+    names = {"param_names": ["p"]} if "param_names" in group else {}
+    copied = object.__new__(type(optimizer))
+    own = {k: copy.copy(v) if isinstance(v, dict | list | set | Tensor) else v for k, v in vars(optimizer).items()}
+    own.pop("step", None)  # a scheduler's, bound to the original
+    hooks = {name: OrderedDict() for name in own if name.startswith("_optimizer_")}
+    vars(copied).update(own | hooks, state=defaultdict(dict), param_groups=[{**settings, **names, "params": [p]}])
+    devices = [like.device] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        type(optimizer).step(copied)  # type: ignore[call-arg]
+    return {k: v for key, kept in copied.state.items() for k, v in (kept.items() if key is p else [(key, kept)])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from rankflow.adapters import Adapter
 from rankflow.errors import ConfigError, RankFlowError
@@ -80,6 +81,60 @@ def run_study(
             )
         total = probes.collect()
     return _averaged(total, passes, study)
+
+
+def check_batches(batches: Any, argument: str, loss_fn: LossFn | None) -> None:
+    """Look at a data argument without taking anything from it.
+
+    Raises:
+        ConfigError: it is no collection of batches: a dataset of examples, a single batch, empty, not to be iterated;
+            or its batches are not what a model takes and there is no `loss_fn` that would.
+    """
+    loader = "give a list of batches or a DataLoader"
+    if isinstance(batches, Dataset) or type(batches).__module__.partition(".")[0] == "datasets":
+        raise ConfigError(
+            f"{argument} is a dataset of examples ({type(batches).__name__}), not batches of them; give "
+            "DataLoader(dataset, batch_size=..., collate_fn=...), with batch_size=None if it holds batches already"
+        )
+    if isinstance(batches, Mapping | str | bytes):
+        raise ConfigError(f"{argument} is a single {type(batches).__name__}, not an iterable of batches; {loader}")
+    if not (hasattr(batches, "__iter__") or (hasattr(batches, "__getitem__") and hasattr(batches, "__len__"))):
+        raise ConfigError(f"{argument} is {type(batches).__name__}, which cannot be iterated; {loader}")
+    if isinstance(batches, list | tuple):
+        if not batches:
+            raise ConfigError(f"{argument} holds no batch; {loader}")
+        if loss_fn is None and (problem := _not_a_batch(batches[0])) is not None:
+            raise ConfigError(f"{argument}: {problem}")
+
+
+def _not_a_batch(first: Any) -> str | None:
+    """Why `model(**first)` would not do, or None as far as one can tell."""
+    if not isinstance(first, Mapping):
+        return f"its first batch is {type(first).__name__}, no dictionary for model(**batch); pass loss_fn as well"
+    ids = first.get("input_ids")
+    flat = isinstance(ids, Tensor) and ids.ndim < 2
+    if flat or not any(isinstance(value, Tensor) for value in first.values()):
+        what = f"input_ids {list(ids.shape)}" if flat else f"{', '.join(map(str, first))}, and no tensor"
+        return f"its first element is an example ({what}), not a batch; give DataLoader(examples, batch_size=...)"
+    return None
+
+
+def with_a_batch(batches: Iterable[Any], argument: str) -> Iterable[Any]:
+    """The same batches. Of an iterator the first one is taken, and put back: nothing else tells that there is one.
+
+    Raises:
+        ConfigError: an iterator that has nothing left.
+    """
+    if not isinstance(batches, Iterator):
+        return batches
+    with own_random_numbers("first batch", argument):
+        first = list(itertools.islice(batches, 1))
+    if not first:
+        raise ConfigError(
+            f"{argument} is an iterator that has no batch left; give a list or a DataLoader, which can be iterated "
+            "more than once"
+        )
+    return itertools.chain(first, batches)
 
 
 def _check(study: Study) -> None:

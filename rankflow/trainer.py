@@ -44,6 +44,7 @@ from rankflow.resume import (
     saved_layout,
 )
 from rankflow.seeds import keyed_generator
+from rankflow.studies import check_batches
 
 T = TypeVar("T")
 
@@ -100,6 +101,9 @@ class RankFlowCallback(TrainerCallback):
             raise ConfigError(f"best: {best!r} is neither 'at_budget' nor 'any'")
         if not 0 < holdout < 1:
             raise ConfigError(f"holdout: {holdout} is not a share between 0 and 1")
+        for argument, data in (("batches", batches), ("outer_batches", outer_batches)):
+            if data is not None:
+                check_batches(data, argument, loss_fn)
         self.lifecycle = load_policy(policy)
         self.holdout = holdout
         self.adapter_name = adapter_name
@@ -131,7 +135,9 @@ class RankFlowCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         model = kwargs.get("model")
         if model is not None:
-            check_managed(Adapter(model, self.adapter_name), self.lifecycle)  # refused here, not an epoch later
+            # Refused here, not an epoch later; an optimizer that the Trainer makes by itself is there at train() only
+            how, optimizer = self._options["on_unknown_state"], kwargs.get("optimizer")
+            check_managed(Adapter(model, self.adapter_name), self.lifecycle, optimizer, how)
         if self._outer_batches is None and any(p.held_out for _, p, _ in self.lifecycle.policies):
             self._hold_out(args)
 

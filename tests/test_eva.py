@@ -267,6 +267,6 @@ def test_what_it_refuses():
     with pytest.raises(PlanError, match=r"neither A nor B is zero.*a new adapter"):
         Run("eva", 10, model=tiny_llama(init_lora_weights=False), **data)
     with pytest.raises(AdapterError, match="emb: signal 'inputs' does not exist for embedding layers"):
-        started(lora("embedding", trained=False), [torch.zeros(1, 2, dtype=torch.long)])
+        started(lora("embedding", trained=False), [{"ids": torch.zeros(1, 2, dtype=torch.long)}])
     with pytest.raises(ConfigError, match=r"params.rho: should be greater than or equal to 1, not 0.5"):
         load_policy({"policy": "eva", "params": {"rho": 0.5}})

@@ -20,8 +20,7 @@ from rankflow.adapters import Adapter
 from rankflow.errors import OptimizerError
 from rankflow.journal import Journal
 from rankflow.moments import Moments
-from rankflow.optim import innermost
-from rankflow.optimizers import find_handler
+from rankflow.optimizers import find_handler, innermost
 from rankflow.plan import Drop, Grow, Keep, RankPlan, Refactor
 from rankflow.surgeon import Surgeon
 
