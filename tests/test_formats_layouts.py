@@ -82,6 +82,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[], dict[str, Tensor]]]] = {
     "musubi": ("kohya", lambda: pairs([n.replace(".", "_") for n in WAN], "lora_unet_", DOWN_UP, alpha=True)),
     "Wan Fun": ("kohya", lambda: pairs([n.replace(".", "_") for n in WAN], "lora_unet__", DOWN_UP, alpha=True)),
     "Z-Image": ("comfyui", lambda: pairs(["layers.{i}.attention.to_q"], "", DEFAULT, alpha=False)),
+    "diffusers' Z-Image": ("diffusers", lambda: pairs(["layers.{i}.attention.to_q"], "transformer.", A_B, alpha=True)),
     "unknown names with alphas": ("comfyui", lambda: pairs(["net.stage{i}.mixer"], "", DOWN_UP, alpha=True)),
     "XLabs": (
         "diffusers",
@@ -184,7 +185,12 @@ def test_what_is_no_factor_is_still_carried_along(tmp_path: Path):
 
 
 def test_names_of_language_models_ask_for_their_config(tmp_path: Path):
-    for stem in ("base_model.model.model.layers.0.q_proj", "transformer.h.0.attn.c_attn", "blocks.0.att.key"):
+    for stem in (
+        "base_model.model.model.layers.0.q_proj",
+        "transformer.h.0.attn.c_attn",
+        "transformer.blocks.0.attn.Wqkv",
+        "blocks.0.att.key",
+    ):
         save_file(pairs([stem], "", A_B, alpha=False), tmp_path / "x.safetensors")
         with pytest.raises(AdapterError, match=r"adapter_config\.json"):
             open_adapter(tmp_path / "x.safetensors")

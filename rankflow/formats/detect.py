@@ -46,7 +46,8 @@ _IMAGE = re.compile(
     r"|blocks\.\d+\.(?:attn\d?|processor)\.\w*(?:to_\w+|qkv\w*|proj\w*)|blocks\.\d+\.a_to_\w+"
     r"|layers\.\d+\.(?:attention\.(?:qkv|out|to_\w+)|adaLN_modulation)\b"
 )
-_LANGUAGE = re.compile(r"transformer\.(?:h|layers?|encoder|wte|word_embeddings)\.")
+# Those of language models that call themselves a transformer: GPT-2, Falcon, DistilBERT, ChatGLM, MPT
+_LANGUAGE = re.compile(r"transformer\.(?:h|layer|encoder|wte|word_embeddings)\.|transformer\.blocks\.\d+\.attn\.Wqkv")
 
 
 def open_adapter(
