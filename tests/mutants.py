@@ -1226,10 +1226,10 @@ MUTANTS = [
         "tests/test_formats_foreign.py",
     ),
     Mutant(
-        "carry empty tensors along",
+        "take empty tensors for damage of another kind",
         "formats/peft.py",
-        "        refuse_empty(extra, self.weights)\n",
-        "",
+        "refuse_empty(self._tensors, self.weights)",
+        "pass",
         "tests/test_formats_foreign.py",
     ),
     Mutant(
