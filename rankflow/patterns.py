@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
@@ -21,7 +22,9 @@ else:
 
 _LONGEST_PATTERN = 4096
 _MOST_COPIES = 512  # that repeats may come to: each takes some 250 bytes, and thousands of expressions are kept
-_SECONDS = 1.0  # that an expression may take over one name; a sound one takes microseconds
+_SECONDS = 1.0  # that an expression may take over names; a sound one takes microseconds over each
+_NOTHING = 0.01  # seconds over one name that are not counted
+_slow: dict[str, float] = {}  # seconds that an expression has taken over names that took it longer
 
 
 class RankConfig(NamedTuple):
@@ -138,14 +141,24 @@ def matches(pattern: str, name: str) -> regex.Match[str] | None:
     """The match of a whole name, from an expression that may be a stranger's: one that backtracks for ever is an error.
 
     Raises:
-        ConfigError: it is no regular expression, or takes for ever.
+        ConfigError: it is no regular expression, or takes for ever, over one name or over all.
     """
+    expression = compiled(pattern)
+    began = time.thread_time()
     try:
-        return compiled(pattern).fullmatch(name, timeout=_SECONDS)
+        found = expression.fullmatch(name, timeout=_SECONDS)
     except TimeoutError:
+        _slow[pattern] = math.inf
+    else:
+        if (took := time.thread_time() - began) < _NOTHING:
+            return found
+        _slow[pattern] = _slow.get(pattern, 0.0) + took
+    if _slow[pattern] > _SECONDS:
+        del _slow[pattern]
         raise ConfigError(
             f"{pattern[:80]!r} takes more than {_SECONDS:g} s to match {name[:80]!r}; take repeats out of repeats"
-        ) from None
+        )
+    return found
 
 
 def _copies(parsed: Any) -> int:

@@ -131,6 +131,13 @@ MUTANTS = [
         "tests/test_strangers.py -k word_to_a_gate",
     ),
     Mutant(
+        "let an expression take its time over each of many names",
+        "patterns.py",
+        "_slow[pattern] = _slow.get(pattern, 0.0) + took",
+        "_slow[pattern] = took",
+        "tests/test_strangers.py -k take_its_time",
+    ),
+    Mutant(
         "make of a small file whatever it says",
         "formats/folding.py",
         "if factors.size > MOST:",

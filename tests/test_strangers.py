@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -298,6 +299,14 @@ def test_nothing_hides_behind_a_comment_that_python_ends_elsewhere():
 @pytest.mark.parametrize("pattern", [r"layers\.\d{1,3}\.(q|v)", r".*\.(\d+)\..*", "x{,3}y{2,}", "(?:[0-9a-f]{32}|z)+"])
 def test_expressions_that_name_modules_are_compiled(pattern: str):
     assert patterns.compiled(pattern).pattern == pattern
+
+
+def test_an_expression_may_not_take_its_time_over_each_of_many_names():
+    began, pattern = time.monotonic(), "(?:a|aa)+!"
+    names = [f"{'a' * 24}{i}" for i in range(2000)]
+    with pytest.raises(ConfigError, match="more than 1 s"):
+        _ = [patterns.matches(pattern, name) for name in names]
+    assert time.monotonic() - began < 20
 
 
 FIELDS = {
