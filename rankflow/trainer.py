@@ -325,7 +325,7 @@ def _follow_ranks_when_loading() -> None:
                 match_layout(self, folder, adapter_name, journal)
                 result = bring(journal)
         else:  # the best model at the end of training: its parameters stay in the optimizer
-            init = self.peft_config[adapter_name].init_lora_weights
+            init = getattr(self.peft_config[adapter_name], "init_lora_weights", True)
             result = flow.go_back(saved_layout(folder, flow.layout, init), bring, state)
         _loaded[self] = checkpoint
         return result
