@@ -689,7 +689,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, stop, opti
 
 def test_training_on_makes_the_integers_stale(tmp_path):
     policy = bayesian(when=When(2, 2))
-    run = Run(Lifecycle((("bayesian_lora", policy, "50%"), ("hold", Hold(), None))), 8, model=tiny_llama(r=4)).until(8)
+    lifecycle = Lifecycle((("bayesian_lora", policy, "50%"), ("hold", Hold(), None)))
+    with pytest.warns(UserWarning, match="none can change anything"):
+        run = Run(lifecycle, 8, model=tiny_llama(r=4)).until(8)
     run.flow.finish()
     run.model.save_pretrained(tmp_path, selected_adapters=["default"])
     with pytest.raises(CheckpointError, match="trained on or changed after its gates were folded"):

@@ -362,7 +362,8 @@ def test_a_run_spends_its_budget_once_and_the_cut_adapter_goes_on():
 def test_a_decision_that_changes_nothing_leaves_the_run_as_it_is():
     fixed = {"*": {"min": 2, "max": 2}}
     study = colora(budget={"mean_rank": 2}, limits=fixed)
-    runs = [Run(policy, 8, batches=token_batches(3, seed=5)).until(8) for policy in (study, "hold")]
+    with pytest.warns(UserWarning, match="none can change anything"):
+        runs = [Run(policy, 8, batches=token_batches(3, seed=5)).until(8) for policy in (study, "hold")]
     assert same_weights(*(weights(run.model) for run in runs))
     assert runs[0].losses == runs[1].losses
 
