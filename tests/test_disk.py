@@ -128,6 +128,8 @@ def test_two_plans_of_one_step_keep_matrices_of_their_own(tmp_path: Path):
     events = [ledger.append("resize", 7, plan) for plan in (PLAN, other)]
     for event, plan in zip(events, (PLAN, other), strict=True):
         (kept,), (op,) = ledger.plan(event).ops["a"], plan.ops["a"]
+        assert isinstance(kept, Refactor)
+        assert isinstance(op, Refactor)
         assert torch.equal(kept.N, op.N)
 
 

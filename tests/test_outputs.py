@@ -336,13 +336,15 @@ def test_a_signal_ends_a_command_as_an_exception_does(work: Path, name: str, mon
     monkeypatch.setattr(tempfile, "tempdir", str(work / "tmp"))
     (work / "tmp").mkdir()
     number = getattr(signal, name)
-    before, handler = tree(work), signal.getsignal(number)
+    before, earlier, handler = tree(work), signal.getsignal(number), lambda *_: None  # else it would end the tests
+    signal.signal(number, handler)
     for case in ("squeeze -o", "squeeze --keep-tail", "squeeze --gate", "expand", "pad"):
         with during("each", lambda: os.kill(os.getpid(), number), times=3):
             result = invoke(COMMANDS[case][0], f"out{ending(case)}")
         assert result.exit_code == 128 + number, (case, result.output)
         assert tree(work) == before, case
         assert signal.getsignal(number) is handler
+    signal.signal(number, earlier)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
