@@ -31,7 +31,7 @@ INCRELORA = {
     "budget": {"mean_rank": 4},
     "params": {"score_fraction": 1.0},
 }
-SORA = {"policy": "sora", "when": {"start": 4, "every": 4}, "params": {"lam": 20.0, "gate_lr": 0.05}}
+SORA = {"policy": "sora", "when": {"start": 4, "every": 4}, "params": {"lam": 10.0, "gate_lr": 0.05}}
 SQUEEZE = {
     "policy": "squeeze",
     "when": {"start": 6, "every": 3},
