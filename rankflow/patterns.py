@@ -144,7 +144,7 @@ def matches(pattern: str, name: str) -> regex.Match[str] | None:
         ConfigError: it is no regular expression, or takes for ever, over one name or over all.
     """
     expression = compiled(pattern)
-    began = time.thread_time()
+    began, found = time.thread_time(), None
     try:
         found = expression.fullmatch(name, timeout=_SECONDS)
     except TimeoutError:

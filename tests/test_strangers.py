@@ -74,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     model = tiny_llama(dropout=0.0, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], alpha_pattern={})
-    model.save_pretrained(home / "adapter")
+    model.save_pretrained(str(home / "adapter"))
     model.unload().save_pretrained(home / "base")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(
         home / "base"
@@ -588,9 +588,9 @@ def test_companions_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name
     if way == "chain":
         (src / "inner").symlink_to("../secret")
     (src / name).symlink_to({"absolute": secret, "up": "../secret", "chain": "inner"}[way])
-    for options in ({}, {"to": "peft"}):
+    for to in (None, "peft"):
         with pytest.raises(AdapterError, match="leads out of its folder") as error:
-            squeeze(src, tmp_path / "out", target_rank=1, **options)
+            squeeze(src, tmp_path / "out", target_rank=1, to=to)
         assert str(src / name) in str(error.value)
         assert not (tmp_path / "out").exists()
     with pytest.raises(AdapterError, match="leads out of its folder"):
