@@ -781,7 +781,9 @@ class Controller:
                     f"give them with {_ARGUMENTS[study.split]}=..."
                 )
         for split in splits:
-            self._data[split] = with_a_batch(self._data[split], _ARGUMENTS[split])
+            data = self._data[split]
+            assert data is not None, "checked above"
+            self._data[split] = with_a_batch(data, _ARGUMENTS[split])
 
 
 def check_managed(

@@ -154,7 +154,7 @@ def _holders(optimizer: Optimizer) -> Iterator[str]:
             yield name
 
 
-def _state_after_a_step(optimizer: Optimizer, like: nn.Parameter) -> dict[str, Any]:
+def _state_after_a_step(optimizer: Optimizer, like: nn.Parameter) -> dict[Any, Any]:
     """What a copy of `optimizer` keeps for a small matrix after a step on it; nothing of the original moves."""
     p = nn.Parameter(torch.zeros(4, 4, dtype=like.dtype, device=like.device))
     p.grad = torch.ones_like(p)

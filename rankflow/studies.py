@@ -112,9 +112,9 @@ def _not_a_batch(first: Any) -> str | None:
     if not isinstance(first, Mapping):
         return f"its first batch is {type(first).__name__}, no dictionary for model(**batch); pass loss_fn as well"
     ids = first.get("input_ids")
-    flat = isinstance(ids, Tensor) and ids.ndim < 2
+    flat = f"input_ids {list(ids.shape)}" if isinstance(ids, Tensor) and ids.ndim < 2 else None
     if flat or not any(isinstance(value, Tensor) for value in first.values()):
-        what = f"input_ids {list(ids.shape)}" if flat else f"{', '.join(map(str, first))}, and no tensor"
+        what = flat or f"{', '.join(map(str, first))}, and no tensor"
         return f"its first element is an example ({what}), not a batch; give DataLoader(examples, batch_size=...)"
     return None
 
