@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "print what a file says as it is",
         "terminal.py",
-        "typer.echo(shown(text, lines=True, most=_LONGEST), err=err)",
-        "typer.echo(text, err=err)",
+        "typer.echo(shown(text, lines=True, most=_LONGEST), err=",
+        "typer.echo(text, err=",
         "tests/test_strangers.py -k terminal",
     ),
     Mutant(
@@ -513,8 +513,8 @@ MUTANTS = [
     Mutant(
         "ignore a restore in the ledger",
         "ledger.py",
-        'out = out[: event["events"]]',
-        "pass",
+        'return events[: event["events"]]',
+        "return events",
         "tests/test_ledger.py",
     ),
     Mutant(
@@ -1081,8 +1081,8 @@ MUTANTS = [
     Mutant(
         "keep integers that are not the adapter's",
         "quantized.py",
-        "_check(modules, path)\n    tensors: dict",
-        "tensors: dict",
+        "_check(modules, path)\n    check_output",
+        "check_output",
         "tests/test_bayesian_lora.py",
     ),
     Mutant(
@@ -1396,8 +1396,8 @@ MUTANTS = [
     Mutant(
         "another form: swap the factors of LoKr's Kronecker product",
         "formats/products.py",
-        "lambda: kron(a1(), a2())",
-        "lambda: kron(a2(), a1())",
+        "lambda: kron(left.a(), right.a())",
+        "lambda: kron(right.a(), left.a())",
         "tests/test_formats_forms.py -k live_model",
     ),
     Mutant(
@@ -1501,8 +1501,8 @@ MUTANTS = [
     Mutant(
         "make the time of a ledger's line part of its event",
         "ledger.py",
-        "            if not times:\n",
-        "            if False:\n",
+        "        if not times:\n            event.pop",
+        "        if False:\n            event.pop",
         "tests/test_watch.py -k line_is",
     ),
     Mutant(
@@ -1563,8 +1563,8 @@ MUTANTS = [
     ),
     Mutant(
         "advise what cannot be done without the base model",
-        "mismatches.py",
-        'return replace(problem, remedy=f"{problem.remedy} --base {base}")',
+        "verdicts.py",
+        'return replace(problem, remedy=problem.remedy + "".join(given))',
         "return problem",
         "tests/test_engines.py -k plain_lora",
     ),
@@ -1816,8 +1816,8 @@ MUTANTS = [
     Mutant(
         "bad files: expressions may take for ever",
         "patterns.py",
-        "return compiled(pattern).fullmatch(name, timeout=_SECONDS)",
-        "return compiled(pattern).fullmatch(name[:24])",
+        "expression.fullmatch(name, timeout=_SECONDS)",
+        "expression.fullmatch(name[:24])",
         "tests/test_fuzz.py::test_an_expression_that_backtracks_for_ever",
     ),
     Mutant(
@@ -1928,8 +1928,8 @@ MUTANTS = [
     Mutant(
         "full disk: write GGUF in place",
         "formats/gguf.py",
-        "writer = _Writer(partial, self._names.architecture, shapes)",
-        "writer = _Writer(out, self._names.architecture, shapes)",
+        "writer = _Writer(partial, ",
+        "writer = _Writer(out, ",
         "tests/test_crash.py::test_a_full_disk_leaves_what_was_there",
     ),
     Mutant(
@@ -2131,7 +2131,7 @@ MUTANTS = [
     Mutant(
         "disk: leave matrices unsynced",
         "ledger.py",
-        "        sync(partial)\n",
+        "        sync(half)\n",
         "",
         "tests/test_disk.py",
     ),
@@ -2614,15 +2614,15 @@ MUTANTS = [
     Mutant(
         "schedule-free: start the iterate of a new direction at zero",
         "moments.py",
-        "lambda t: append(t, new))",
-        "lambda t: append(t, 0.0))",
+        "lambda t: append(t, new),",
+        "lambda t: append(t, 0.0),",
         "tests/test_schedule_free.py",
     ),
     Mutant(
         "schedule-free: fold a gate without the iterate",
         "moments.py",
-        "lambda t: (t.double() * value.double().to(t.device)[:, None]).to(t.dtype),",
-        "lambda t: t,",
+        "lambda t: multiply(t, 1),\n            lambda t: multiply(t, 2)",
+        "lambda t: t,\n            lambda t: multiply(t, 2)",
         "tests/test_schedule_free.py",
     ),
     Mutant(
