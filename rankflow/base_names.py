@@ -58,8 +58,8 @@ class Absent:
 
 @dataclass
 class _Part:
-    """One model of a base. names: of its modules and parameters. prefix: of the model within, with which, or without,
-    it may be loaded. transforms: by which transformers renames what it loads."""
+    """One model of a base. names: of its modules and parameters. prefix: of the model within; names in a file may have
+    it or lack it. transforms: how transformers renames what it loads."""
 
     names: set[str]
     prefix: str = ""

@@ -62,9 +62,9 @@ class Holders:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
                 f"{holder} still holds parameters of {', '.join(names[:3])}{more} that a resize has replaced: "
-                "clipping, averaging or stepping them does nothing any more. Take them anew each time, from "
-                "model.parameters() or flow.parameters(), or be told by flow.on_resize(callback); let go of what is "
-                "not used again",
+                "clipping, averaging or stepping them does nothing any more. Ask model.parameters() or "
+                "flow.parameters() for them each time, or register a callback with on_resize, of the flow or of "
+                "RankFlowCallback, to put the new ones in their place; delete what is not used again",
                 stacklevel=3,
             )
 

@@ -82,7 +82,7 @@ class Listeners:
         journal.attr(self, "_parted", True)
 
     def expect(self, journal: Journal) -> Journal:
-        """What `tell` is to note whom it told in, made before anything is written, so that it is undone last."""
+        """A journal in which `tell` notes whom it has told; made before anything is written, it is undone last."""
         told = Journal()
         journal.undo(told.rollback)
         return told

@@ -23,7 +23,7 @@ from rankflow.penalties import PenaltyMode
 
 
 def detach(model: nn.Module, adapter_name: str = "default") -> None:
-    """Take a run off a model of which you do not have the flow any more, as after an interrupt in a notebook.
+    """Take a run off a model when its flow is lost, as after an interrupt in a notebook.
 
     It does what the flow's own `detach()` does: hooks come off, ranks stay as they are, and gates become part of the
     factors, which changes nothing of what the model computes. Nothing happens where there is no run.
@@ -56,10 +56,10 @@ def attach(
 ) -> Controller:
     """Manage the ranks of a PEFT LoRA adapter during training.
 
-    A resize replaces Parameters. Take them anew wherever they are used, from `model.parameters()` or
-    `flow.parameters()`: a list that was made once, for clipping, say, soon holds what nobody trains any more (which is
-    noticed, and warned of). What has to keep some is told by `flow.on_resize(callback)`; an average of the weights that
-    follows is `rankflow.averaged_model`.
+    A resize replaces Parameters. Ask `model.parameters()` or `flow.parameters()` for them wherever they are used: a
+    list that was made once, for clipping, say, soon holds parameters that nobody trains any more (a warning says so).
+    Code that has to keep some is told of resizes by `flow.on_resize(callback)`; `rankflow.averaged_model` makes an
+    average of the weights that is resized with them.
 
     Args:
         model: a PeftModel, or any model that PEFT has put LoRA layers into. Train through it, not through the model

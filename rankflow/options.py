@@ -79,7 +79,18 @@ Format = Annotated[
 From = Annotated[
     str | None,
     typer.Option(
-        "--from", metavar="FORMAT", help="peft, kohya, comfyui, diffusers or full (a whole model); told by the file."
+        "--from",
+        metavar="FORMAT",
+        help="peft, kohya, comfyui, diffusers or full (a whole model); told from the file if left out.",
+    ),
+]
+BaseLookedUp = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="With an adapter: its base model's folder, to say which modules it lacks, or for adapters of shapes"
+        " unknown and for gguf.",
     ),
 ]
 Html = Annotated[

@@ -319,12 +319,10 @@ class Lifecycle:
 
     def settings(self) -> dict[str, str]:
         """Everything that is set, by place: two lifecycles that do the same have the same settings."""
-        found: dict[str, str] = _flat("limits", self.limits)
-        if self.mode != "resize":
-            found["mode"] = self.mode
+        found: dict[str, str] = {} if self.mode == "resize" else {"mode": self.mode}
         for i, (name, policy, until) in enumerate(self.policies):
             found |= {f"phases[{i}].policy": name, f"phases[{i}].until": str(until), **_flat(f"phases[{i}]", policy)}
-        return found
+        return found | _flat("limits", self.limits)
 
     def __str__(self) -> str:
         names = " -> ".join(name for name, _, _ in self.policies)

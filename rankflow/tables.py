@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _MOST_ROWS = 48  # a table longer than this is summed up by type of module
 _MOST_NAMES = 4
 _LONGEST = 500  # characters of a cell
+_HEADING = 9  # characters of a line of a heading over numbers, which are seldom wider
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -40,9 +42,8 @@ def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
     )
     for column in columns:  # on a narrow terminal names are folded, numbers never cut
         text = column.endswith(":")
-        table.add_column(
-            column.removesuffix(":"), justify="left" if text else "right", no_wrap=not text, overflow="fold"
-        )
+        heading = column.removesuffix(":") if text else "\n".join(wrap(column, _HEADING))
+        table.add_column(heading, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     return table
 
 

@@ -36,8 +36,8 @@ _OF_THE_INPUT = (ArithmeticError, EOFError, MemoryError, OSError, RecursionError
 
 
 class _Group(TyperGroup):
-    """Whatever goes wrong is one message on stderr and a status, never a traceback. What ends a process, but for a
-    kill, lets it take away first what is not finished."""
+    """Whatever goes wrong is one message on stderr and a status, never a traceback. Ctrl-C, SIGTERM and SIGHUP let
+    the process remove unfinished files before it ends."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _usage_shown():

@@ -59,8 +59,9 @@ class RankFlowCallback(TrainerCallback):
     Total steps come from the Trainer; ranks go through its own log; its checkpoints carry a `rankflow` folder, and
     `resume_from_checkpoint` and `load_best_model_at_end` work across changed ranks.
 
-    A resize replaces Parameters: callbacks and optimizers of your own that keep some are told by `on_resize`, and an
-    average of the weights that follows is `rankflow.averaged_model`. Whoever still holds old ones is warned of.
+    A resize replaces Parameters: callbacks and optimizers of your own that keep some are told of it by `on_resize`, and
+    `rankflow.averaged_model` makes an average of the weights that is resized with them. A warning names what still
+    holds old ones.
 
     Args:
         policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
@@ -409,7 +410,7 @@ def _resumable(given: Path | None, output_dir: Path, adapter_name: str) -> str |
         return True
     others = [c for c in _checkpoints((given or output_dir / "x").parent) if c not in problems]
     whole = next((c for c in others if incomplete(c, adapter_name) is None), None)
-    found = f" The newest whole one there is {whole}." if whole is not None else ""
+    found = f" Resume from {whole}, the newest whole one there." if whole is not None else ""
     said = "; ".join(f"{checkpoint} cannot be resumed from: {why}" for checkpoint, why in problems.items())
     raise CheckpointError(f"{said}.{found} {_NO_STATE}")
 

@@ -42,7 +42,7 @@ def check(
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
     kind: options.From = None,
-    base: options.Base = None,
+    base: options.BaseLookedUp = None,
 ) -> None:
     """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
     the run takes in memory and in messages between processes. Models may be of any size: only their config is read. The

@@ -33,7 +33,7 @@ def check_output(
 ) -> None:
     """
     Args:
-        reads: what none of may come to harm.
+        reads: files and folders that must not be replaced, or added to.
         force: whether what is there may be replaced.
         folder: whether the output is one.
         parents: whether folders that it is to be in are made.
