@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils.logging import WARNING, get_verbosity
+from transformers.utils.logging import get_verbosity
 
 from rankflow.adapters import Adapter
 from rankflow.config import PolicyLike, load_policy
@@ -277,7 +277,7 @@ class RankFlowCallback(TrainerCallback):
 
 def _quiet() -> bool:
     """Whether transformers was told to be (`log_level`), or `logging` shows what we have to say already."""
-    return get_verbosity() > WARNING or logging.getLogger("rankflow").isEnabledFor(logging.INFO)
+    return get_verbosity() > logging.WARNING or logging.getLogger("rankflow").isEnabledFor(logging.INFO)
 
 
 # -- loading across changed ranks -------------------------------------------------------------------------------------

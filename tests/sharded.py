@@ -36,7 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "squeeze by loss": ({**SHRINK, "params": {"metric": "loss"}}, {"r": 5}),
     "increlora": ({**INCRELORA, "limits": SMALL}, {"r": 3}),
     "phases": ({**GROW_THEN_SQUEEZE, "limits": SMALL}, {"r": 2}),
-    "sora": (SORA, {"r": 4}),
+    "sora": (SORA | {"limits": {"*": {"min": 1}}}, {"r": 4}),
     "adalora": (
         {"policy": "adalora", "when": {"start": 4, "every": 4, "stop": 13}, "budget": {"mean_rank": 2}},
         {"r": 4},

@@ -31,7 +31,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bayesian_lora": {
         "policy": "bayesian_lora",
         "when": TWICE,
-        "params": {"gate_init": -0.5, "gate_lr": 0.1, "mu": 0.1},
+        "params": {"gate_init": -0.5, "gate_lr": 0.1, "mu": 0.03},
     },
 }
 

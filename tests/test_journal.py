@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
@@ -26,6 +26,14 @@ from rankflow.ledger import Ledger
 from rankflow.operations import Operations
 from rankflow.plan import Grow, Keep, RankPlan
 from rankflow.surgeon import Surgeon
+
+
+@pytest.fixture(autouse=True)
+def _python_gets_interrupts() -> Iterator[None]:
+    """Which a shell switches off for what it runs in the background, and tests inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_what_cannot_be_undone_is_no_hindrance_to_the_rest():

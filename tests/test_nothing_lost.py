@@ -263,7 +263,7 @@ def test_a_run_that_cannot_go_on_leaves_the_model_alone(tmp_path: Path, case: st
     before = snapshot(model, optimizer)
 
     def go_on() -> None:
-        options = {"outer_batches": HELD_OUT, "ledger": tmp_path / "l.jsonl", "state": kept["flow"]}
+        options = {"outer_batches": HELD_OUT, "loss_fn": loss, "ledger": tmp_path / "l.jsonl", "state": kept["flow"]}
         rankflow.attach(model, optimizer, make(), total_steps=8, **options)
 
     def unchanged(at: int) -> None:

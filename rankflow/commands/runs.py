@@ -71,7 +71,7 @@ def check(
     print_table(limits_table(layout))
     print_table(costs_table(foretell(layout, phases)))
     if idle := idle_phases(layout, phases):
-        typer.echo("\n".join(idle))
+        say("\n".join(idle))
         raise typer.Exit(1)
 
 
