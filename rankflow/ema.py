@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from rankflow.adapters import Adapter
 from rankflow.gated import as_used, ungate
+from rankflow.holders import ours
 from rankflow.journal import Journal
 from rankflow.listeners import Listeners
 from rankflow.plan import Grow, Keep, Op, Open, RankPlan, Share, Train
@@ -138,16 +139,12 @@ def _without_our_hooks(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                if any(map(_ours, hooks.values())):
+                if any(map(ours, hooks.values())):
                     taken.append((hooks, dict(hooks)))
-                    for key in [key for key, hook in hooks.items() if _ours(hook)]:
+                    for key in [key for key, hook in hooks.items() if ours(hook)]:
                         del hooks[key]
         yield
     finally:
         for hooks, before in taken:
             hooks.clear()
             hooks.update(before)
-
-
-def _ours(hook: Any) -> bool:
-    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("rankflow.")

@@ -1,4 +1,4 @@
-"""Parameters that a resize has replaced, and who still holds them a step later: nothing trains them any more."""
+"""Parameters that a resize has replaced: who still holds them a step later, and hooks that are on them alone."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ _PASSING = (
 
 
 class Holders:
-    """Warns, once, of whoever holds parameters that were replaced. Holds none itself, and does nothing on steps after
-    which none were."""
+    """Warns, once, of whoever holds parameters that were replaced, and once of hooks that went with them. Holds none
+    itself, and does nothing on steps after which none were."""
 
     def __init__(self) -> None:
         self._watched: Watched = ()
+        self._hooked: Watched = ()  # new ones, in the place of some that had hooks
         self._warned = False
+        self._warned_of_hooks = False
 
     def watch(self, journal: Journal, swaps: Iterable[Swap]) -> None:
         """Remember what these have replaced."""
@@ -46,10 +48,27 @@ class Holders:
             for role, p in swap.old.items()
             if p is not swap.new.get(role)
         ]
+        hooked = [
+            (swap.site.name, weakref.ref(p))
+            for swap in swaps
+            for role, p in swap.new.items()
+            if role in swap.old and p is not swap.old[role] and _has_hooks(swap.old[role])
+        ]
         journal.attr(self, "_watched", (*self._watched, *old))
+        journal.attr(self, "_hooked", (*self._hooked, *hooked))
 
     def look(self) -> None:
         """To be called a step later, when the graph of the step before is gone, and before gradients are clipped."""
+        hooked, self._hooked = self._hooked, ()
+        bare = [name for name, ref in hooked if (p := ref()) is not None and not _has_hooks(p)]
+        if bare and not self._warned_of_hooks:
+            self._warned_of_hooks = True
+            warnings.warn(
+                f"hooks on parameters of {_some(bare)} that a resize has replaced (register_hook, "
+                "register_post_accumulate_grad_hook) are not called any more: put them on the new ones in a "
+                "callback registered with on_resize, of the flow or of RankFlowCallback",
+                stacklevel=3,
+            )
         if not self._watched:
             return
         watched, self._watched = self._watched, ()
@@ -58,15 +77,29 @@ class Holders:
         gc.collect()  # cycles that nobody holds any more look like holders
         if (holder := _holder(watched)) is not None:
             self._warned = True
-            names = list(dict.fromkeys(name for name, ref in watched if ref() is not None))
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            names = _some(name for name, ref in watched if ref() is not None)
             warnings.warn(
-                f"{holder} still holds parameters of {', '.join(names[:3])}{more} that a resize has replaced: "
+                f"{holder} still holds parameters of {names} that a resize has replaced: "
                 "clipping, averaging or stepping them does nothing any more. Ask model.parameters() or "
                 "flow.parameters() for them each time, or register a callback with on_resize, of the flow or of "
                 "RankFlowCallback, to put the new ones in their place; delete what is not used again",
                 stacklevel=3,
             )
+
+
+def ours(hook: Any) -> bool:
+    """Whether a hook is one of a run."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("rankflow.")
+
+
+def _has_hooks(p: nn.Parameter) -> bool:
+    hooks = (*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values())
+    return not all(map(ours, hooks))
+
+
+def _some(names: Iterable[str]) -> str:
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
 
 
 def _holder(watched: Watched) -> str | None:

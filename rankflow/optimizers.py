@@ -106,10 +106,10 @@ def _registered(cls: type) -> tuple[str, str] | None:
 def unknown_state(optimizer: Optimizer, handler: Handler | None, like: nn.Parameter) -> str | None:
     """What `optimizer` will keep for a parameter such as `like` and `handler` does not carry, or None.
 
-    Classes that are known to the letter are believed; of others a copy takes one step, on a small matrix of its own.
+    Classes that are known to the letter are believed; of others a copy takes some steps, on a small matrix of its own.
 
     Raises:
-        OptimizerError: parameters are kept where a resize cannot replace them.
+        OptimizerError: parameters, or what belongs to them, are kept where a resize cannot replace them.
     """
     if _known_to_the_letter(optimizer):
         return None
@@ -120,9 +120,14 @@ def unknown_state(optimizer: Optimizer, handler: Handler | None, like: nn.Parame
             "behind; use an optimizer of torch.optim, such as AdamW"
         )
     try:
-        state = _state_after_a_step(optimizer, like)
+        state, elsewhere = _kept_after_steps(optimizer, like)
     except Exception as e:
         return f"what a step without a closure on a dense matrix does not show ({' '.join(str(e).split())[:200]})"
+    if elsewhere:
+        raise OptimizerError(
+            f"{title} keeps what belongs to parameters outside of its state, in {elsewhere[0]!r}, which a resize would "
+            "leave behind; let it keep that in self.state[p], or use an optimizer of torch.optim, such as AdamW"
+        )
     carried = handler.keys if handler is not None else set()
     return next((repr(k) for k, value in state.items() if k not in carried and not is_scalar(value)), None)
 
@@ -146,28 +151,64 @@ def _known_to_the_letter(optimizer: Optimizer) -> bool:
 
 def _holders(optimizer: Optimizer) -> Iterator[str]:
     """Attributes, beside groups and state, through which the optimizer reaches parameters."""
-    for name, value in vars(optimizer).items():
-        if name in ("param_groups", "state"):
-            continue
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-        if any(isinstance(v, nn.Parameter | nn.Module | Optimizer) for v in (value, *values)):
+    for name, value in _own(optimizer).items():
+        if any(isinstance(v, nn.Parameter | nn.Module | Optimizer) for v in _leaves(value)):
             yield name
 
 
-def _state_after_a_step(optimizer: Optimizer, like: nn.Parameter) -> dict[Any, Any]:
-    """What a copy of `optimizer` keeps for a small matrix after a step on it; nothing of the original moves."""
+def _own(optimizer: Optimizer) -> dict[str, Any]:
+    return {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "state")}
+
+
+def _kept_after_steps(optimizer: Optimizer, like: nn.Parameter) -> tuple[dict[Any, Any], list[str]]:
+    """What a copy of `optimizer` keeps for a small matrix after some steps on it, as state or on the matrix itself, and
+    attributes that have come to hold tensors; nothing of the original moves."""
     p = nn.Parameter(torch.zeros(4, 4, dtype=like.dtype, device=like.device))
-    p.grad = torch.ones_like(p)
     group = next(g for g in optimizer.param_groups if any(q is like for q in g["params"]))
     settings = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
     names = {"param_names": ["p"]} if "param_names" in group else {}
     copied = object.__new__(type(optimizer))
-    own = {k: copy.copy(v) if isinstance(v, dict | list | set | Tensor) else v for k, v in vars(optimizer).items()}
+    own = {k: _copied(v) for k, v in _own(optimizer).items()}
     own.pop("step", None)  # a scheduler's, bound to the original
     hooks = {name: OrderedDict() for name in own if name.startswith("_optimizer_")}
     vars(copied).update(own | hooks, state=defaultdict(dict), param_groups=[{**settings, **names, "params": [p]}])
+    before = {name: _tensors(value) for name, value in own.items()}
     devices = [like.device] if like.device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        type(optimizer).step(copied)  # type: ignore[call-arg]
-    return {k: v for key, kept in copied.state.items() for k, v in (kept.items() if key is p else [(key, kept)])}
+        for _ in range(_STEPS):
+            p.grad = torch.ones_like(p)
+            type(optimizer).step(copied)  # type: ignore[call-arg]
+    state = {k: v for key, kept in copied.state.items() for k, v in (kept.items() if key is p else [(key, kept)])}
+    elsewhere = [name for name, value in _own(copied).items() if _tensors(value) > before.get(name, 0)]
+    return {**vars(p), **state}, elsewhere
+
+
+_STEPS = 12  # some keep more only from their fifth or tenth step on, such as weights to look back at
+
+
+def _copied(value: Any) -> Any:
+    """`value` with containers and tensors of its own, and all else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if not isinstance(value, dict | list):
+        return copy.copy(value) if isinstance(value, set) else value
+    new = copy.copy(value)  # of its own class
+    for key, v in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        new[key] = _copied(v)
+    return new
+
+
+def _tensors(value: Any) -> int:
+    return sum(isinstance(v, Tensor) and v.numel() > 1 for v in _leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What nested containers hold, keys included."""
+    if isinstance(value, dict):
+        value = (*value.keys(), *value.values())
+    if isinstance(value, list | tuple | set):
+        for v in value:
+            yield from _leaves(v)
+    else:
+        yield value

@@ -98,7 +98,9 @@ INCRELORA, SQUEEZE = {"policy": "increlora"}, {"policy": "squeeze"}
         ({"policy": "eva", "limits": {"*": {"min": 4, "max": 4}}}, 4, []),
         ({"policy": "eva", "limits": {"*": {"min": 4, "max": 4}}, "params": {"init_a": "keep"}}, 4, [0]),
         ({"policy": "diffora", "limits": {"*": {"min": 0}}, "params": {"ratio": 1.0}}, 4, [0]),
-        ({"policy": "sora", "params": {"lam": 1e-6, "gate_lr": 1e-3}}, 4, [0]),
+        ({"policy": "sora", "params": {"lam": 1e-6, "gate_lr": 1e-4}}, 4, [0]),
+        ({"policy": "sora", "params": {"lam": 0.3, "gate_lr": 1e-3}}, 4, []),  # their own gradients may close gates
+        ({"policy": "sora", "params": {"lam": 0.0, "gate_lr": 1e-3}}, 4, [0]),  # but none gets to be zero exactly
         ({"policy": "squeeze", "params": {"energy": 0.9}, "limits": {"*": {"min": 4}}}, 4, [0]),
         ({"policy": "squeeze", "params": {"energy": 0.9}}, 4, []),
         ({**INCRELORA, "budget": {"mean_rank": 8}, "when": {"start": 3000}}, 8, [0]),  # no decision at all

@@ -72,6 +72,38 @@ class ByName(Plain):
         self.state["all"] = torch.zeros(7)  # type: ignore[index]
 
 
+class ById(Plain):
+    """Keeps what it keeps outside of its state."""
+
+    def __init__(self, params: Parameters):
+        super().__init__(params)
+        self.speeds: dict[str, dict[int, torch.Tensor]] = {"all": {}}
+
+    def keep(self, p: nn.Parameter) -> None:
+        self.speeds["all"].setdefault(id(p), torch.zeros_like(p))
+
+
+class OnParameters(Plain):
+    def keep(self, p: nn.Parameter) -> None:
+        p.speed = torch.zeros_like(p)  # type: ignore[attr-defined]
+
+
+class LookingBack(Plain):
+    """Keeps something from its fifth step on."""
+
+    def keep(self, p: nn.Parameter) -> None:
+        state = self.state[p]
+        state["step"] = state.get("step", 0) + 1
+        if state["step"] == 5:
+            state["slow"] = p.detach().clone()
+
+
+class Pairs(Plain):
+    def __init__(self, params: Parameters):
+        super().__init__(params)
+        self.pairs = {p: p.detach().clone() for p in params}
+
+
 class Unmade(Optimizer):
     def __init__(self, params: Parameters):
         self.param_groups = [{"params": params, "lr": 0.1}]
@@ -109,6 +141,10 @@ class Twice(Plain):
 REFUSED: dict[str, tuple[Callable[[Parameters], Any], str]] = {
     "unknown state": (Momentum, "Momentum keeps 'speed'.*on_unknown_state"),
     "a subclass that keeps more": (Slow, "Slow keeps 'slow'.*on_unknown_state"),
+    "state by id": (ById, "ById keeps.*outside of its state, in 'speeds'"),
+    "state on parameters": (OnParameters, "OnParameters keeps 'speed'.*on_unknown_state"),
+    "state that comes later": (LookingBack, "LookingBack keeps 'slow'.*on_unknown_state"),
+    "parameters as keys": (Pairs, "Pairs keeps parameters outside.*pairs"),
     "state by name": (ByName, "ByName keeps 'all'.*on_unknown_state"),
     "sparse": (torch.optim.SparseAdam, "SparseAdam.*dense.*on_unknown_state"),
     "flat vectors": (torch.optim.LBFGS, "LBFGS keeps parameters outside.*_params"),
@@ -177,8 +213,13 @@ def test_looking_at_an_optimizer_moves_nothing_of_it():
     """With gradients there, a scheduler around its step, and random numbers that a step would draw."""
 
     class Noisy(Plain):
+        def __init__(self, params: Parameters):
+            super().__init__(params)
+            self.count = {"steps": [torch.zeros(())]}
+
         def keep(self, p: nn.Parameter) -> None:
             torch.rand(3)
+            self.count["steps"][0] += 1
 
     model = small()
     optimizer = Noisy(trained(model))
@@ -190,6 +231,7 @@ def test_looking_at_an_optimizer_moves_nothing_of_it():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
     assert optimizer.log == []
+    assert optimizer.count["steps"][0] == 0
     assert not optimizer.state
 
 

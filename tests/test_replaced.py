@@ -236,6 +236,27 @@ def test_what_is_not_used_again_is_no_holder(hold: Callable[[nn.Module], Any]):
         gc.enable()
 
 
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("again", [False, True])
+def test_hooks_that_went_with_old_parameters_are_warned_of_once(kind: str, again: bool):
+    """Unless a callback puts them on the new ones."""
+
+    def put(p: nn.Parameter) -> None:
+        getattr(p, kind)(lambda of: None)
+
+    run, _ = told_run()
+    for p in run.model.parameters():
+        if p.requires_grad:
+            put(p)
+    if again:
+        run.flow.on_resize(lambda name, old, new, ops: [put(p) for p in new.values()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.until(8)
+    said = [str(w.message) for w in caught]
+    assert [text.partition(" that")[0] for text in said] == [] if again else ["hooks on parameters of first"]
+
+
 def test_nobody_looks_for_holders_while_nothing_was_replaced(monkeypatch):
     looked: list[int] = []
     monkeypatch.setattr(gc, "get_referrers", lambda *objects: looked.append(len(objects)) or [])

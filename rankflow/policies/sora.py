@@ -183,10 +183,21 @@ class Sora(Lowering):
         return None if self.gate_lr is None and self._mass > 0 else self._mass * (self.gate_lr or 1.0)
 
     def stuck(self, layout: Layout) -> str | None:
-        taken = self._taken
-        if self.budget is not None or self.gate_init != "ones" or self.l1 > 0 or taken is None or taken >= 1:
+        taken, way = self._taken, self._own_way
+        if self.budget is not None or self.gate_init != "ones" or self.l1 > 0 or taken is None or way is None:
             return None
-        return f"shrinkage takes {taken:.2g} off a gate of 1 in all, too little to close it; raise lam or gate_lr"
+        if taken + way >= 1:
+            return None
+        own = f", and their own Adam {way:.2g} at most" if way > 0 else ""
+        return f"shrinkage takes {taken:.2g} off a gate of 1 in all{own}, too little to close it; raise lam or gate_lr"
+
+    @property
+    def _own_way(self) -> float | None:
+        """How far Adam takes a gate in the phase, by about gate_lr a step; 0 where nothing shrinks, and so no gate gets
+        to be zero, and None where that is up to the factors' learning rate."""
+        if self._mass == 0:
+            return 0.0
+        return None if self.gate_lr is None else self.gate_lr * (self.when.at(1) - self.when.at(0))
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
