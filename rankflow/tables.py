@@ -42,7 +42,7 @@ def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
     )
     for column in columns:  # on a narrow terminal names are folded, numbers never cut
         text = column.endswith(":")
-        heading = column.removesuffix(":") if text else "\n".join(wrap(column, _HEADING))
+        heading = column.removesuffix(":") if text else "\n".join(wrap(column, _HEADING, break_long_words=False))
         table.add_column(heading, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     return table
 

@@ -47,6 +47,27 @@ MUTANTS = [
         "tests/test_margins.py",
     ),
     Mutant(
+        "read a PEFT folder as PEFT where another format was given",
+        "formats/detect.py",
+        "if kind is not None and not inside and",
+        "if False and not inside and",
+        "tests/test_cli.py -k peft_folder",
+    ),
+    Mutant(
+        "ignore what goes with an adapter where a policy is checked",
+        "commands/runs.py",
+        "if of_adapters and is_policy:",
+        "if False:",
+        "tests/test_cli.py -k would_ignore",
+    ),
+    Mutant(
+        "let headings make columns wide",
+        "tables.py",
+        '"\\n".join(wrap(column, _HEADING, break_long_words=False))',
+        "column",
+        "tests/test_cli.py -k heading",
+    ),
+    Mutant(
         "let transformers ask whether to run a stranger's code",
         "pretrained.py",
         "TIME_OUT_REMOTE_CODE = 0  #",

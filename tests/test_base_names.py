@@ -162,7 +162,7 @@ def test_on_the_command_line(tmp_path: Path):
     base = base_of(tmp_path / "base", "LlamaForCausalLM")
     good = adapter(tmp_path / "good", ["model.layers.0.self_attn.o_proj"])
     bad = adapter(tmp_path / "bad", ["model.layers.0.self_attn.o_proj", "gpt.layers.0.attn.o_proj"])
-    assert "has all modules" in run("check", good, "--base", base).stdout
+    assert "has all its modules" in run("check", good, "--base", base).stdout
     assert "gpt.layers.0.attn.o_proj" in "".join(run("check", bad, "--base", base, status=1).stdout.split())
     data = json.loads(run("check", bad, "--base", base, "--json", status=1).stdout)
     assert data["missing"] == ["gpt.layers.0.attn.o_proj"]

@@ -21,6 +21,7 @@ from rankflow.blank import blank_layout
 from rankflow.cli import app
 from rankflow.ledger import Ledger
 from rankflow.plan import Grow, Layout, RankPlan, Slot
+from rankflow.tables import new_table
 
 COMMANDS = [
     *(
@@ -229,6 +230,34 @@ def test_check_against_an_adapter(adapter: Path, tmp_path: Path):
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 30}\n")
     assert "squeeze only lowers ranks" in refused("check", policy, "--model", adapter)
     assert "well formed" in run("check", "increlora").stdout
+
+
+def test_check_refuses_options_that_it_would_ignore(adapter: Path, tmp_path: Path):
+    policy = tmp_path / "mine.yaml"
+    policy.write_text("policy: hold\n")
+    for subject in (policy, "hold"):
+        for option, value in (("--for", "vllm"), ("--from", "peft"), ("--base", adapter)):
+            assert option in refused("check", subject, option, value)
+    for options in (["--for", "vllm"], []):
+        assert "--base" in refused("check", adapter, "--model", adapter, *options)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "comfyui", "diffusers"])
+def test_a_peft_folder_is_refused_where_another_format_was_given(adapter: Path, tmp_path: Path, kind: str):
+    assert f"peft folder, not {kind}" in refused(
+        "squeeze", adapter, "--from", kind, "--target-rank", 1, "-o", tmp_path / "o"
+    )
+    assert not (tmp_path / "o").exists()
+    run("squeeze", adapter, "--from", "peft", "--target-rank", 1, "-o", tmp_path / "o")
+
+
+@pytest.mark.parametrize("columns", [["a step sends"], ["a resize, at most", "parameters"]])
+def test_a_heading_is_no_wider_than_the_numbers_below_it(columns: list[str]):
+    table = new_table("title", "module:", *columns)
+    table.add_row("m", *("1" for _ in columns))
+    headings = [str(column.header) for column in table.columns]
+    assert [heading.replace("\n", " ") for heading in headings] == ["module", *columns]
+    assert max(len(line) for heading in headings for line in heading.split("\n")) <= 10
 
 
 def test_check_against_a_model_that_has_no_adapter_yet(tmp_path: Path):

@@ -51,13 +51,19 @@ def check(
     Or what an engine would get wrong with an adapter as it is, and which of its modules a base model does not have; the
     status is 1 if there is anything.
     """
+    from rankflow.config import load_policy, shipped
     from rankflow.formats.detect import looks_like_adapter
 
-    given = (engine, kind, base)
-    if any(option is not None for option in given) or looks_like_adapter(Path(subject)):
+    given = {"--for": engine, "--from": kind, "--base": base}
+    of_adapters = [option for option, value in given.items() if value is not None]
+    is_policy = Path(subject).suffix in (".yaml", ".yml") or (subject in shipped() and not Path(subject).exists())
+    if of_adapters and is_policy:
+        raise ConfigError(f"{subject}: is a policy, and {of_adapters[0]} goes with an adapter; leave it out")
+    if of_adapters or looks_like_adapter(Path(subject)):
+        if model is not None:
+            raise ConfigError(f"{subject}: is an adapter, and --model goes with a policy; give its base with --base")
         _check_adapter(Path(subject), engine, as_json, kind, base)
         return
-    from rankflow.config import load_policy
     from rankflow.costs import foretell
     from rankflow.idleness import idle_phases
     from rankflow.policy_tables import costs_table, limits_table, phases_table
@@ -230,7 +236,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, kind: str |
         print_table(verdict_table(found))
     else:
         well = [f"{engine} loads it as it is"] if engine else []
-        on_base = [f"{base} has all modules that could be looked for"] if base and not found.hint else []
+        on_base = [f"{base} has all its modules"] if base and not found.hint else []
         say(f"{found.source}: {'. '.join(filter(None, [*well, *on_base, found.hint]))}")
     if found.problems:
         raise typer.Exit(1)

@@ -111,6 +111,8 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
         return PeftAdapter(path, base)
     if path.is_dir():
         inside = [path / name for name in FILES if (path / name).is_file()]
+        if kind is not None and not inside and (path / CONFIG).is_file():
+            raise ConfigError(f"{path}: is a {PeftAdapter.kind} folder, not {kind}; give that format, or none")
         if not inside or (kind is None and (path / CONFIG).is_file()):
             return PeftAdapter(path, base)
         check_own(inside[0], path)
