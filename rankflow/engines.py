@@ -34,11 +34,14 @@ diffusers    Alphas of a file, or the PEFT config in its header; without either 
              14409 get wrong where ranks differ [thread]. `loaders/lora_pipeline.py` takes every `dora_scale` out of a
              file, `loaders/lora_conversion_utils.py` every `.diff_b` of FLUX and every `.diff` of a norm, with no more
              than a line in the log [code]. Modules of a text encoder are looked for by the names that the transformers
-             at hand has for them (diffusers issue 13984) [thread].
+             at hand has for them (diffusers issue 13984) [thread]. Names of the models' own checkpoints, kohya's among
+             them, are translated as a file is loaded, for U-Nets, FLUX, Wan, HunyuanVideo, LTX, Lumina, HiDream,
+             Qwen-Image, Z-Image and others, but not for SD3, which then gets nothing [code].
 comfyui      `weight_adapter/lora.py`, `lora.py`. A module's alpha over its rank, 1 without; headers are not read
-             [code]. Knows `dora_scale` and no `lora_magnitude_vector`, nor biases of factors, and goes on without what
-             it does not know, with a line in the log. CLIP's modules are `text_model.encoder.layers..` to it in every
-             spelling (`model_lora_keys_clip`) [code].
+             [code]. Of adapters' names in those of factors it knows `default` [code]. Knows `dora_scale` and no
+             `lora_magnitude_vector`, nor biases of factors, and goes on without what it does not know, with a line in
+             the log. CLIP's modules are `text_model.encoder.layers..` to it in every spelling (`model_lora_keys_clip`)
+             [code].
 peft         What it writes; all of it is heeded. Factors are looked for after `base_model.model.` alone; an adapter's
              name in theirs may be `default` (run with 0.21.2).
 
@@ -104,6 +107,7 @@ NO_PREFIX = "factors whose names do not begin with base_model.model."
 NAMED_ADAPTER = "factors with an adapter's name in theirs (lora_A.default.weight)"
 OTHER_ADAPTER = "factors of an adapter that is not called default"
 OTHER_NAMES = "modules under names that another library, or another version of it, gave them"
+SD3_NAMES = "modules under the names of SD3's own checkpoint (joint_blocks)"
 
 
 @dataclass(frozen=True)
@@ -348,7 +352,9 @@ _ALL = (
         library_names=True,
         fates={
             WRAPPED: _SILENT,
+            OTHER_ADAPTER: _SILENT,
             OTHER_NAMES: _UNKNOWN,
+            SD3_NAMES: _SILENT,
             **dict.fromkeys((ALORA, REPLICATED, TYING, MEGATRON), _UNKNOWN),
             DORA_SCALE: _SILENT,
             FLUX_BIASES: _SILENT,
@@ -365,7 +371,7 @@ _ALL = (
         fates={
             WRAPPED: _SILENT,
             OTHER_NAMES: _SILENT,
-            NAMED_ADAPTER: _SILENT,
+            OTHER_ADAPTER: _SILENT,
             **dict.fromkeys((ALORA, REPLICATED, TYING, MEGATRON, MAGNITUDE, "bias"), _SILENT),
             "other tensors": _UNKNOWN,
         },

@@ -97,12 +97,22 @@ class Fitting:
             if respelt or METADATA in source.metadata:
                 # Scales in the factors, since not everything reads the header
                 return Converted(source, to, keep_names=self.engine.library_names)
-        adapter = source if to == source.kind else converted(source, to, self.base)
+        adapter = source if to == source.kind else self._converted(source, to)
         return (
             adapter.at_unit_scale()
             if self.pads and isinstance(adapter, PeftAdapter | Converted) and to == "peft"
             else adapter
         )
+
+    def _converted(self, source: SavedAdapter, to: str) -> SavedAdapter:
+        """In another format; as it is, where it cannot be and the engine reads it all the same."""
+        try:
+            return converted(source, to, self.base)
+        except ConfigError:
+            loads = () if self.engine is None or self.to is not None else self.engine.reads
+            if source.kind not in loads or to not in loads:
+                raise
+            return source
 
     def ranks(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """The rows that each module is written with, where it needs so many.

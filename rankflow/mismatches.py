@@ -30,6 +30,7 @@ from rankflow.engines import (
     OTHER_NAMES,
     OTHER_TYPES,
     REPLICATED,
+    SD3_NAMES,
     TRAINED_ROWS,
     TYING,
     WRAPPED,
@@ -220,6 +221,9 @@ FEATURES: Mapping[str, Callable[[SavedAdapter], list[str]]] = {
         name for name in _keys(adapter) if (found := _NAMED.search(name)) and found[0] != ".default"
     ],
     OTHER_NAMES: other_names,
+    SD3_NAMES: lambda adapter: [
+        name for name in adapter.layout if adapter.kind in ("kohya", "comfyui") and "joint_blocks" in name
+    ],
     "DoRA": _setting("use_dora"),
     DORA_SCALE: lambda adapter: _tensors(adapter, lambda key: "dora_scale" in key),
     MAGNITUDE: lambda adapter: _tensors(adapter, lambda key: "lora_magnitude_vector" in key),

@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import sre_parse as _parser
 
-_LONGEST_PATTERN = 4096
+_LONGEST_PATTERN = 1 << 17  # characters: the names of a whole model's modules, one beside the other
 _MOST_COPIES = 512  # that repeats may come to: each takes some 250 bytes, and thousands of expressions are kept
 _SECONDS = 1.0  # that an expression may take over names; a sound one takes microseconds over each
 _NOTHING = 0.01  # seconds over one name that are not counted

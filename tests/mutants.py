@@ -1506,6 +1506,20 @@ MUTANTS = [
         "tests/test_engines.py tests/test_gguf.py",
     ),
     Mutant(
+        "refuse a file that an engine reads where it has no other form",
+        "fitting.py",
+        "if source.kind not in loads or to not in loads:",
+        "if True:",
+        "tests/test_verdicts.py",
+    ),
+    Mutant(
+        "leave an adapter's name in the keys of a single file",
+        "formats/detect.py",
+        "renamed_key(without_name(new))",
+        "renamed_key(new)",
+        "tests/test_verdicts.py",
+    ),
+    Mutant(
         "put the zero columns of B before its own",
         "fitting.py",
         "torch.nn.functional.pad(b, (0, more))",

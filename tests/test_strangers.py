@@ -8,6 +8,7 @@ import builtins
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -299,6 +300,23 @@ def test_nothing_hides_behind_a_comment_that_python_ends_elsewhere():
 @pytest.mark.parametrize("pattern", [r"layers\.\d{1,3}\.(q|v)", r".*\.(\d+)\..*", "x{,3}y{2,}", "(?:[0-9a-f]{32}|z)+"])
 def test_expressions_that_name_modules_are_compiled(pattern: str):
     assert patterns.compiled(pattern).pattern == pattern
+
+
+def test_expressions_may_be_as_long_as_the_names_of_a_model_and_no_longer(tmp_path: Path):
+    names = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(50) for m in "qkvo"]
+    tensors = {f"base_model.model.{name}.lora_{ab}.weight": torch.ones(2, 2) for name in names for ab in "AB"}
+    for name in names[1:]:
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(2, 2)
+    expression = "|".join(map(re.escape, names))
+    src = write(tmp_path / "a", tensors, target_modules=expression, exclude_modules=".*vision.*")
+    squeeze(src, tmp_path / "b", error=0.1)
+    written = json.loads((tmp_path / "b" / "adapter_config.json").read_text())["exclude_modules"]
+    assert len(written) > 7_000  # the names that are gone are in it
+    assert [module.name for module in inspect(tmp_path / "b").modules] == [names[0]]
+    with pytest.raises(AdapterError, match="longer than"):
+        inspect(adapter(tmp_path / "c", target_modules="x" * (1 << 18)))
+    with pytest.raises(AdapterError, match="characters, of at most"):
+        inspect(adapter(tmp_path / "d", rank_pattern={f"{'x' * 9000}{i}": 2 for i in range(500)}))
 
 
 def test_an_expression_may_not_take_its_time_over_each_of_many_names():

@@ -98,6 +98,15 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "magnitudes": lambda p: single(p, diffusers(UNET) | {f"{UNET}.lora_magnitude_vector": torch.ones(32)}),
     "biases of FLUX": lambda p: single(p, kohya(FLUX) | {f"{FLUX}.diff_b": torch.ones(32)}),
     "norms": lambda p: single(p, kohya(FLUX) | {"lora_unet_double_blocks_0_img_attn_norm.diff": torch.ones(32)}),
+    "FLUX by its own names": lambda p: single(p, kohya(FLUX)),
+    "Wan by its own names": lambda p: single(p, diffusers("diffusion_model.blocks.0.self_attn.q")),
+    "names in one word": lambda p: single(p, kohya("lora_unet_layers_0_feed_forward_w1")),
+    "norms of a control": lambda p: single(
+        p, diffusers("double_blocks.0.img_attn.qkv") | {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(8)}
+    ),
+    "SD3 by its own names": lambda p: single(p, kohya("lora_unet_joint_blocks_0_x_block_attn_qkv")),
+    "DiffSynth": lambda p: single(p, pair(UNET, (".lora_A.default.weight", ".lora_B.default.weight"))),
+    "a name in a single file": lambda p: single(p, pair(UNET, (".lora_A.mine.weight", ".lora_B.mine.weight"))),
 }
 
 
@@ -151,6 +160,13 @@ UNKNOWN, SILENT, REFUSED = Fate.UNKNOWN, Fate.SILENT, Fate.REFUSED
         ("magnitudes", {"comfyui": SILENT}),
         ("biases of FLUX", {"diffusers": SILENT}),
         ("norms", {"diffusers": SILENT}),
+        ("FLUX by its own names", {}),
+        ("Wan by its own names", {}),
+        ("names in one word", {}),
+        ("norms of a control", {}),
+        ("SD3 by its own names", {"diffusers": SILENT}),
+        ("DiffSynth", {}),
+        ("a name in a single file", {"diffusers": SILENT, "comfyui": SILENT}),
         ("kohya", {}),
         ("diffusers", {}),
     ],

@@ -15,7 +15,7 @@ from rankflow.formats.forms import NEEDS_BASE
 from rankflow.formats.full import KIND as FULL
 from rankflow.formats.full import full_minus_base
 from rankflow.formats.gguf import GgufAdapter
-from rankflow.formats.keys import factor_of, foreign_factors
+from rankflow.formats.keys import factor_of, foreign_factors, without_name
 from rankflow.formats.kohya import KohyaAdapter
 from rankflow.formats.links import check_own
 from rankflow.formats.lycoris import fold_products, refuse_variants
@@ -124,7 +124,7 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
     if kind is None and path.stem == "adapter_model" and (path.parent / CONFIG).is_file():
         return PeftAdapter(path, base)
     raw, metadata = open_tensors(path)
-    names = {key: renamed_key(new) for key, new in unwrapped_names(raw).items()}
+    names = {key: renamed_key(without_name(new)) for key, new in unwrapped_names(raw).items()}
     tensors, notes = fold_products(renamed(raw, names, path), path)
     kind = kind or _kind_of(tensors, path)
     if kind == PeftAdapter.kind:

@@ -21,6 +21,8 @@ _FACTORS = (
     re.compile(r"^(?P<stem>.+?)(?P<style>_lora|\.lora|\.lora_linear_layer)\.(?P<part>down|up)\.weight$"),
 )
 _PARTS = {"A": "down", "B": "up"}
+# An adapter's name, but for PEFT's own for the first, which programs for image models read away
+_NAME = re.compile(r"(?<=\.lora_)(A|B|down|up|mid)\.(?!(?:default|weight|bias)\b)[^.]+(?=\.(?:weight|bias)$)")
 
 # What may be called after an adapter's method and is no factor, or is in front of all names of a format
 _NO_FACTOR = re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$|\.lora_magnitude_vector|\.dora_scale|\.base_layer\.[^.]+$")
@@ -55,6 +57,11 @@ def factor_of(key: str) -> Factor | None:
             part = found["part"]
             return Factor(found["stem"], _PARTS.get(part, part), found.groupdict().get("style") == "_lora")
     return None
+
+
+def without_name(key: str) -> str:
+    """A key without an adapter's name that no program would know: `q.lora_A.mine.weight` is `q.lora_A.weight`."""
+    return _NAME.sub(r"\1", key)
 
 
 def refuse_unknown_factors(extra: Mapping[str, Tensor], path: Path, *, whole: Sequence[str] = ()) -> None:

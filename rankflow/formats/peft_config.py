@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ _NAMES = {
     "target_parameters": False,
     "modules_to_save": False,
 }
+_MOST_CHARACTERS = 1 << 22  # of a field's expressions, each of which is compiled
 _MOST_LAYERS = 10_000  # that replication may come to, each of which is made
 
 
@@ -137,7 +138,11 @@ def _check_names(config: Mapping[str, Any], path: Path | str) -> None:
     _check_layers(config, path)
 
 
-def _check_expressions(expressions: Iterable[str], field: str, path: Path | str) -> None:
+def _check_expressions(expressions: Collection[str], field: str, path: Path | str) -> None:
+    if (length := sum(map(len, expressions))) > _MOST_CHARACTERS:
+        raise AdapterError(
+            f"{path}: {field} has expressions of {length:,} characters, of at most {_MOST_CHARACTERS:,}; shorten them"
+        )
     try:
         for expression in expressions:
             compiled(_as_peft_reads(expression))
