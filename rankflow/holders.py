@@ -109,10 +109,19 @@ def _holder(watched: Watched) -> str | None:
     if not alive:
         return None
     for holder in gc.get_referrers(*alive):
+        if isinstance(holder, types.CellType) and (function := _closed_over_by(holder)) is not None:
+            return f"the function {function.__qualname__}"
         if holder is not alive and not isinstance(holder, _PASSING) and not _known(holder):
             size = f" of {len(holder)}" if isinstance(holder, list | tuple | set | dict) else ""
             return f"a {type(holder).__name__}{size}"
     return None
+
+
+def _closed_over_by(cell: types.CellType) -> types.FunctionType | None:
+    """A function that has the variable; a frame alone has those that it shares with functions which are gone."""
+    closures = [c for c in gc.get_referrers(cell) if isinstance(c, tuple)]
+    holders = gc.get_referrers(*closures) if closures else ()
+    return next((f for f in holders if isinstance(f, types.FunctionType)), None)
 
 
 def _known(holder: Any) -> bool:

@@ -497,6 +497,13 @@ MUTANTS = [
         "tests/test_idleness.py -k phases",
     ),
     Mutant(
+        "take any shared variable for a function's",
+        "holders.py",
+        "(function := _closed_over_by(holder)) is not None",
+        "(function := _closed_over_by(holder) or _known)",
+        "tests/test_replaced.py -k used_again",
+    ),
+    Mutant(
         "warn of hooks that were put on again",
         "holders.py",
         " and not _has_hooks(p)",
