@@ -31,6 +31,7 @@ _UsageError: Any = typer.BadParameter.__base__  # click's, or typer's own copy o
 _TRACEBACK = "RANKFLOW_TRACEBACK"  # set it to see where an error came from
 _LONGEST = 4000  # characters of a message
 _STATUS_INTERRUPTED = 130
+_NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory")  # torch's on Linux and macOS, Windows, GPUs
 # What damaged or hostile input can make Python and torch raise; anything else is a fault of ours
 _OF_THE_INPUT = (ArithmeticError, EOFError, MemoryError, OSError, RecursionError, RuntimeError, ValueError)
 
@@ -66,8 +67,13 @@ class _Group(TyperGroup):
         raise typer.Exit(2)
 
 
+def _of_memory(e: Exception) -> bool:
+    """Whether it says that there is no room: torch raises a RuntimeError for that."""
+    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and any(word in str(e) for word in _NO_ROOM))
+
+
 def _what(e: Exception) -> str:
-    if isinstance(e, MemoryError):
+    if _of_memory(e):
         return f"not enough memory ({first_line(e)})"
     if isinstance(e, OSError):
         return str(e)
@@ -75,7 +81,7 @@ def _what(e: Exception) -> str:
 
 
 def _whose(e: Exception) -> str:
-    if isinstance(e, MemoryError | OSError):
+    if isinstance(e, OSError) or _of_memory(e):
         return ""
     fault = "the input is damaged, or rankflow" if isinstance(e, _OF_THE_INPUT) else "rankflow"
     return f"; {fault} is at fault: please report it, with what {_TRACEBACK}=1 shows"

@@ -124,6 +124,13 @@ MUTANTS = [
         "tests/test_strangers.py -k whatever_goes_wrong",
     ),
     Mutant(
+        "take torch's word for no memory for a fault",
+        "terminal.py",
+        "if isinstance(e, OSError) or _of_memory(e):",
+        "if isinstance(e, MemoryError | OSError):",
+        "tests/test_strangers.py -k whatever_goes_wrong",
+    ),
+    Mutant(
         "copy along what a link leads to, wherever that is",
         "formats/links.py",
         "if not real.is_relative_to(home) and",

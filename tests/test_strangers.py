@@ -537,6 +537,7 @@ def test_strings_are_shown_as_what_they_are():
 
 FAILS = {
     "memory": (MemoryError(), 2, "not enough memory"),
+    "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte"), 2, "not enough memory"),
     "disk": (OSError(28, "No space left on device"), 2, "No space left on device"),
     "rights": (PermissionError(13, "Permission denied", "x"), 2, "Permission denied"),
     "text": (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), 2, "UnicodeDecodeError"),
@@ -546,6 +547,7 @@ FAILS = {
     "a fault of ours": (AttributeError("no x"), 2, "please report it"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted"),
 }
+BLAMED = {"text", "depth", "numbers", "torch", "a fault of ours"}  # for which a report is asked
 
 
 @pytest.mark.parametrize("case", FAILS)
@@ -576,6 +578,7 @@ def test_whatever_goes_wrong_is_one_line_and_a_status(
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
     assert said in result.stderr
+    assert ("at fault" in result.stderr) == (case in BLAMED)
     assert result.stderr.startswith("rankflow: ")
     assert len(result.stderr.splitlines()) == 1
     if status == 2:
