@@ -28,6 +28,7 @@ from rankflow.cli import app
 from rankflow.crew import Crew
 from rankflow.formats import outputs
 from rankflow.formats.outputs import check_apart, check_output
+from rankflow.formats.tensors import suffixed
 from rankflow.ledger import Ledger
 from rankflow.report import plot_ledger
 
@@ -224,6 +225,12 @@ def test_a_folder_that_holds_an_input_is_not_replaced_with_it(work: Path):
     ):
         assert "would replace its" in run(*words, "-o", "old", "--force", status=2).stderr
     assert tree(work) == before
+
+
+@pytest.mark.parametrize("stem", [".", "..", "/"])
+def test_several_outputs_need_a_name_to_begin_with(stem: str):
+    with pytest.raises(ConfigError, match="has no name"):
+        suffixed(Path(stem), "r4")
 
 
 def test_two_outputs_are_in_two_places(work: Path):

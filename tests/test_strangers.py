@@ -345,6 +345,12 @@ def test_no_field_of_a_config_holds_an_expression_that_is_not_bounded(tmp_path: 
     assert "\n" not in str(error.value)
 
 
+def test_a_base_is_named_by_a_string(tmp_path: Path):
+    src = adapter(tmp_path / "a", base_model_name_or_path=["base"])
+    with pytest.raises(AdapterError, match="base_model_name_or_path is"):
+        canonicalize(src, tmp_path / "b")
+
+
 def test_limits_and_ties_of_a_policy_are_bounded_alike(tmp_path: Path):
     src = adapter(tmp_path / "a")
     for limits in (Limits((Limit(f"re:{BOMBS['nested']}", max=1),)), Limits(ties=((f"re:{BOMBS['nested']}",),))):

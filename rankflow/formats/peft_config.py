@@ -88,6 +88,8 @@ def read_config(path: Path) -> dict[str, Any]:
     for field, what in _FOREIGN.items():
         if config.get(field) is not None:
             raise AdapterError(f"{path}: {field} makes this {what}")
+    if not isinstance(base := config.get("base_model_name_or_path"), str | None):
+        raise AdapterError(f"{path}: base_model_name_or_path is {repr(base)[:80]}; it must be a name or a folder")
     _check_names(config, path)
     return config
 

@@ -283,7 +283,13 @@ def check_file(out: Path, src: Path, *, force: bool) -> None:
 
 
 def suffixed(path: Path, suffix: str) -> Path:
-    """`path` under a name that ends in -`suffix`, before what says that it is a file of tensors."""
+    """`path` under a name that ends in -`suffix`, before what says that it is a file of tensors.
+
+    Raises:
+        ConfigError: it has no name of its own, as `.` and `/` have none.
+    """
+    if path.name in ("", ".."):
+        raise ConfigError(f"{path}: has no name that those of several outputs could begin with; choose another")
     if path.suffix in (*TENSOR_FILES, ".gguf"):
         return path.with_name(f"{path.stem}-{suffix}{path.suffix}")
     return path.with_name(f"{path.name}-{suffix}")
