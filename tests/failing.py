@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from rankflow.journal import Journal
 
 PACKAGE = str(Path(rankflow.__file__).parent)
 _WRITE = Journal.write.__code__
+_FINALIZING = weakref.finalize.__call__.__code__
 _UNDOING = {Journal.__exit__.__code__, Journal.rollback.__code__}  # no way back from there
 _UNDOING |= {HeldBack.__exit__.__code__, HeldBack.deliver.__code__}  # all is done by then
 
@@ -32,6 +34,16 @@ def _cleaning(file: str) -> frozenset[int]:
     return frozenset(
         line for node in tries for stmt in node.finalbody for line in range(stmt.lineno, (stmt.end_lineno or 0) + 1)
     )
+
+
+def _at_the_end_of_something(frame: FrameType | None) -> bool:
+    """Whether this runs because an object is gone (`weakref.finalize`), whenever that is found out: it is no part of
+    the work, and Python drops what is raised there."""
+    while frame is not None:
+        if frame.f_code is _FINALIZING and frame.f_locals["_"] is not None:  # else somebody calls it himself
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
@@ -63,7 +75,7 @@ def failing(at: int) -> Iterator[Callable[[], int]]:
 
     def entering(frame: FrameType, event: str, argument: Any) -> Any:
         ours = frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code not in _UNDOING
-        return inside if ours else None
+        return inside if ours and not _at_the_end_of_something(frame.f_back) else None
 
     before = sys.gettrace()
     sys.settrace(entering)

@@ -143,7 +143,8 @@ def test_statistics_that_do_not_serve(calibrated: tuple[Path, Path], tmp_path: P
 def test_the_command_shows_types_and_metrics(calibrated: tuple[Path, Path]):
     src, path = calibrated
     shown = run("inspect", src, "--calibration", path).stdout
-    assert "eff. in outputs eff. in loss" in shown
+    heading = next(line for line in shown.splitlines() if line.split()[:2] == ["module", "rank"])
+    assert heading.split()[-3:] == ["tokens", "outputs", "loss"]
     assert "By type of module" in shown
     (line,) = [line.split() for line in shown.splitlines() if line.split()[:2] == ["mlp.down_proj", "2"]]
     assert line[2:4] == ["4", "4.0"]
