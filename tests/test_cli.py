@@ -236,8 +236,8 @@ def test_check_refuses_options_that_it_would_ignore(adapter: Path, tmp_path: Pat
     policy = tmp_path / "mine.yaml"
     policy.write_text("policy: hold\n")
     for subject in (policy, "hold"):
-        for option, value in (("--for", "vllm"), ("--from", "peft"), ("--base", adapter)):
-            assert option in refused("check", subject, option, value)
+        for option, *value in (("--for", "vllm"), ("--from", "peft"), ("--base", adapter), ("--json",)):
+            assert option in refused("check", subject, option, *value)
     for options in (["--for", "vllm"], []):
         assert "--base" in refused("check", adapter, "--model", adapter, *options)
 

@@ -54,7 +54,7 @@ def check(
     from rankflow.config import load_policy, shipped
     from rankflow.formats.detect import looks_like_adapter
 
-    given = {"--for": engine, "--from": kind, "--base": base}
+    given = {"--for": engine, "--from": kind, "--base": base, "--json": as_json or None}
     of_adapters = [option for option, value in given.items() if value is not None]
     is_policy = Path(subject).suffix in (".yaml", ".yml") or (subject in shipped() and not Path(subject).exists())
     if of_adapters and is_policy:
