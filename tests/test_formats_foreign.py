@@ -73,15 +73,20 @@ def test_shards_with_an_index_are_read_as_one_file(end: str, tmp_path: Path):
     assert PeftAdapter(tmp_path / "back").layout.ranks == PeftAdapter(src).layout.ranks
 
 
-@pytest.mark.parametrize("case", ["missing", "elsewhere", "a module short", "twice", "no index"])
+NAMES = {"elsewhere": "../adapter_model.safetensors", "two lines": "a\nb", "too long": "a" * 300}
+
+
+@pytest.mark.parametrize(
+    "case", ["missing", "elsewhere", "two lines", "too long", "a module short", "twice", "no index"]
+)
 def test_damaged_indices_are_refused(case: str, tmp_path: Path):
     src = sharded(tmp_path / "src", factors())
     index = src / "adapter_model.safetensors.index.json"
     shards = sorted(src.glob("*-of-*"))
     if case == "missing":
         shards[0].unlink()
-    elif case == "elsewhere":
-        index.write_text(json.dumps({"weight_map": {"x": "../adapter_model.safetensors"}}))
+    elif case in NAMES:
+        index.write_text(json.dumps({"weight_map": {"x": NAMES[case]}}))
     elif case == "a module short":
         save_file({k: t for k, t in load_file(shards[1]).items() if "layers.3." not in k}, shards[1])
     elif case == "twice":

@@ -14,6 +14,7 @@ from rankflow.formats.tensors import open_tensors
 from rankflow.formats.wrappers import renamed, unwrapped_names
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+_LONGEST = 255  # bytes of a name that file systems take
 
 
 def is_model(path: Path) -> bool:
@@ -60,11 +61,16 @@ def indexed(index: Path) -> dict[str, Path]:
         names = set(places.values())
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         raise AdapterError(f"{index}: not an index of shards; the file is damaged") from None
-    if not names or any(not isinstance(name, str) or Path(name).name != name or "\0" in name for name in names):
+    if not names or not all(map(_is_name, names)):
         raise AdapterError(f"{index}: names files that are not beside it; the file is damaged")
     for file in (index, *(index.parent / name for name in sorted(names))):
         check_own(file, index.parent)
     return {key: index.parent / name for key, name in places.items()}
+
+
+def _is_name(name: object) -> bool:
+    """Whether it can be a file's name, and of one in the same folder."""
+    return isinstance(name, str) and name.isprintable() and Path(name).name == name and len(name.encode()) <= _LONGEST
 
 
 def weight_of(tensors: Mapping[str, Tensor], module: str) -> Tensor | None:
