@@ -53,14 +53,17 @@ def run(job: Job) -> dict[str, Any]:
     return fields
 
 
+def groups(model: PeftModel, job: Job) -> list[dict[str, Any]]:
+    factors = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    return [{"params": factors, "lr": job.rate}, {"params": head, "lr": PROTOCOL["head_lr"]}]
+
+
 def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
     """The trained model, the mean loss of every twentieth of the run, and how often ranks changed."""
     arm = ARMS[job.arm]
     model = adapted(job, task).train()
-    factors = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
-    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    groups = [{"params": factors, "lr": job.rate}, {"params": head, "lr": PROTOCOL["head_lr"]}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups(model, job), weight_decay=0.0)
     warm = max(1, round(PROTOCOL["warmup"] * job.steps))
 
     def factor(step: int) -> float:
