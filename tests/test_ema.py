@@ -14,7 +14,7 @@ from loops import GROW_THEN_SQUEEZE
 from peft import PeftModel
 from test_nothing_lost import Told, begun, cut, phases
 from test_trainer import trainer
-from tiny import Net, Tiny, batch, save, tiny
+from tiny import MASKED, Net, Tiny, batch, save, tiny
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
@@ -125,15 +125,7 @@ def test_copies_take_no_hooks_and_no_gates_along(tmp_path: Path):
 
 
 def test_masked_runs_are_followed_made_before_and_after_room_is_there():
-    policy = {
-        "policy": "increlora",
-        "mode": "mask",
-        "budget": {"mean_rank": 4},
-        "limits": {"*": {"min": 1, "max": 6}},
-        "when": {"start": 2, "every": 2},
-        "params": {"window": 2, "score_fraction": 1.0},
-    }
-    run = Tiny(policy, 8)
+    run = Tiny(MASKED, 8)
     averaged = rankflow.averaged_model(run.model, run.flow, **EMA)
     for _ in range(8):
         run.step()

@@ -14,7 +14,7 @@ from loops import GROW_THEN_SQUEEZE
 from peft import LoraConfig, get_peft_model
 from test_nothing_lost import Told, phases
 from test_trainer import trainer
-from tiny import Tiny, batch, loss, tiny
+from tiny import MASKED, Tiny, batch, loss, tiny
 from torch import nn
 
 import rankflow
@@ -137,16 +137,8 @@ def test_wherever_a_step_is_interrupted_a_list_kept_by_callbacks_is_the_models(s
 
 
 def test_factors_written_in_place_are_told_too():
-    policy = {
-        "policy": "increlora",
-        "mode": "mask",
-        "budget": {"mean_rank": 4},
-        "limits": {"*": {"min": 1, "max": 6}},
-        "when": {"start": 2, "every": 2},
-        "params": {"window": 2, "score_fraction": 1.0},
-    }
     heard: list[tuple[bool, bool]] = []
-    run = Tiny(policy, 8, on_resize=lambda name, old, new, ops: heard.append((old is new, bool(ops))))
+    run = Tiny(MASKED, 8, on_resize=lambda name, old, new, ops: heard.append((old is new, bool(ops))))
     run.until(6)
     run.flow.finish()
     assert {(True, True), (False, False)} <= set(heard)  # decisions in place; room that comes and goes without ops

@@ -16,6 +16,14 @@ from torch import Tensor, nn
 import rankflow
 
 LAYERS = ("first", "second", "third", "last")
+MASKED = {  # grows within room that is made beforehand
+    "policy": "increlora",
+    "mode": "mask",
+    "budget": {"mean_rank": 4},
+    "limits": {"*": {"min": 1, "max": 6}},
+    "when": {"start": 2, "every": 2},
+    "params": {"window": 2, "score_fraction": 1.0},
+}
 
 
 class Net(nn.Module):
