@@ -1,0 +1,1 @@
+"""Fills the reference pages from the package while mkdocs builds the site."""
