@@ -25,7 +25,7 @@ from comparison.plan import STAGES, Protocol, plan
 from harness import console
 
 RESULTS = Path(__file__).parent / "results"
-FIGURE = RESULTS / "quality.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "results" / "quality.png"
 PRELOAD = ["torch", "transformers.models.bert.modeling_bert", "peft", "pandas", "rankflow.loop"]
 
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False, pretty_exceptions_enable=False)
@@ -130,7 +130,7 @@ def show_tables(main: Main = Protocol.main, steps: Steps = Protocol.steps, resul
 def draw(
     main: Main = Protocol.main, steps: Steps = Protocol.steps, results: Folder = RESULTS, out: Path = FIGURE
 ) -> None:
-    """Draw accuracy against adapter size."""
+    """Draw the test loss of every arm minus that of tuned LoRA."""
     from comparison.tables import plot
 
     plot(Results(results), replace(Protocol(), main=main, steps=steps), out)

@@ -1,11 +1,11 @@
-"""What squeezing costs: a trained adapter brought to several sizes by every kind of budget and metric, beside LoRA born
-at that size. MiniLM and the main task of quality.py, offline.
+"""What squeezing costs: a trained adapter brought to several sizes by every kind of budget and metric, beside LoRA
+trained at that size. MiniLM and the main task of quality.py, offline.
 
 python examples/benchmarks/squeeze_quality.py run      # one process; goes on where it stopped
 python examples/benchmarks/squeeze_quality.py tables
 
 One run of rank 32 a seed is saved, calibrated on 20 training batches, and squeezed from file to file; every outcome is
-loaded into a fresh base model and scored. LoRA born at each rank comes from quality.py's results.
+loaded into a fresh base model and scored. LoRA trained at each rank comes from quality.py's results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import rankflow
 
 HERE = Path(__file__).parent / "results"
 LINES = HERE / "squeeze_quality.jsonl"
-RANKS = (1, 2, 4, 8, 16)  # sizes: parameters of LoRA born at that rank
+RANKS = (1, 2, 4, 8, 16)  # sizes: parameters of LoRA trained at that rank
 BATCHES = 20  # of calibration
 # One number to which every module is held, and between which values it is looked for; error e is energy 1 - e^2.
 SPREAD = {
@@ -138,7 +138,7 @@ def tables() -> None:
     found = [line for line in lines() if line["run"] in digests]
     rows = []
     born = {rank: done(results, seeds(results, protocol, protocol.main, "lora", rank)) for rank in RANKS}
-    rows.append(("born at it", "", *(cell(born[rank]) for rank in RANKS)))
+    rows.append(("trained at it", "", *(cell(born[rank]) for rank in RANKS)))
     for kind in KINDS[:-1]:
         for metric in METRICS:
             of = [line for line in found if (line["kind"], line["metric"]) == (kind, metric)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 from scipy.stats import t as student
 
@@ -27,6 +28,9 @@ from comparison.plan import (
     tier,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 NOT_RUN = "not run"
 
 
@@ -39,8 +43,12 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean and 95 % interval (Student's t over seeds); one value stands alone."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {half_width(values):.{digits}f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of their mean (Student's t)."""
+    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def done(results: Results, jobs: Iterable[Job] | None) -> list[Line]:
@@ -56,11 +64,10 @@ def test_losses(lines: Iterable[Line]) -> list[float]:
     return [line["test"]["loss"] for line in lines]
 
 
-def over(lines: Iterable[Line], plain: Iterable[Line]) -> str:
-    """Test loss above that of plain LoRA, seed by seed: both saw the same batches."""
+def differences(lines: Iterable[Line], plain: Iterable[Line]) -> list[float]:
+    """Test losses minus those of plain LoRA, seed by seed: both saw the same batches."""
     base = {line["seed"]: line["test"]["loss"] for line in plain}
-    pairs = [line["test"]["loss"] - base[line["seed"]] for line in lines if line["seed"] in base]
-    return spread(pairs, 4) if pairs else ""
+    return [line["test"]["loss"] - base[line["seed"]] for line in lines if line["seed"] in base]
 
 
 def main_table(results: Results, protocol: Protocol, task: str, rank: int) -> str:
@@ -94,14 +101,15 @@ def _arms_table(results: Results, tuned: Callable[[str], Sweep], chosen: Callabl
         if not lines and (tried := done(results, found.jobs)):
             lines = [min(tried, key=lambda line: line["validation"]["loss"])]
             state = f" ({len(tried)} of {len(found.jobs)} rates)"
-        versus = over(lines, plain) if arm != "lora" else ""
+        pairs = differences(lines, plain) if arm != "lora" else []
+        versus = spread(pairs, 4) if pairs else ""
         rows.append(_row(ARMS[arm].title, lines, state, "*" if found.edge else "", versus))
     columns = (
         "arm",
         "accuracy",
         "se",
         "test loss",
-        "over LoRA's",
+        "minus LoRA's",
         "seeds",
         "rate",
         "params, k",
@@ -136,7 +144,7 @@ def _row(title: str, lines: Sequence[Line], state: str, edge: str, versus: str) 
 
 
 def born_table(results: Results, protocol: Protocol) -> str:
-    """Plain LoRA born at each rank: seed 0 of its sweep, rates and all."""
+    """Plain LoRA trained at each rank: seed 0 of its sweep, rates and all."""
     rows = []
     for rank in protocol.born:
         found = sweep(results, protocol.main, "lora", rank, protocol.steps)
@@ -175,7 +183,7 @@ def lengths_table(results: Results, protocol: Protocol) -> str:
 
 
 def squeeze_table(results: Results, protocol: Protocol) -> str:
-    """At each rank: born there, annealed to it, and one high-rank run squeezed to it with each metric."""
+    """At each rank: trained there, annealed to it, and one high-rank run squeezed to it with each metric."""
     runs = done(results, post(results, protocol))
     rows = []
     for rank in protocol.born[:-1]:
@@ -188,7 +196,7 @@ def squeeze_table(results: Results, protocol: Protocol) -> str:
             cells.append(_both([100 * s["accuracy"] for s in scored], [s["loss"] for s in scored]))
         rows.append(cells)
     high = f"from {protocol.high}, after the end: "
-    columns = ("rank", "born at it", "annealed to it", high + "weights", "outputs", "loss")
+    columns = ("rank", "trained at it", "annealed to it", high + "weights", "outputs", "loss")
     return markdown(columns, rows)
 
 
@@ -224,7 +232,7 @@ def tables(results: Results, protocol: Protocol) -> dict[str, str]:
     """Every table by its title."""
     main, rank = protocol.main, protocol.rank
     made: dict[str, Callable[[], str]] = {
-        f"LoRA born at each rank, {main}, {protocol.steps} steps, seed 0": lambda: born_table(results, protocol),
+        f"LoRA trained at each rank, {main}, {protocol.steps} steps, seed 0": lambda: born_table(results, protocol),
         f"LoRA of rank {rank}, {main}, for shorter and longer, seed 0": lambda: lengths_table(results, protocol),
         f"{main}, mean rank {rank} at the end, {protocol.steps} steps": lambda: main_table(
             results, protocol, main, rank
@@ -252,37 +260,45 @@ def foreign(results: Results, protocol: Protocol) -> int:
 
 
 def plot(results: Results, protocol: Protocol, path: Path) -> None:
-    """Accuracy and loss against adapter size: born at each rank, annealed to it, squeezed to it after the end."""
+    """A dot per arm and setting: test loss minus that of tuned LoRA of the same size, with its 95 % interval."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
 
-    from comparison.jobs import PARAMS_PER_RANK
-
-    curves: dict[str, dict[int, list[dict[str, float]]]] = {}
-    for name, arm in (("born at the rank", "lora"), ("annealed to it", "squeeze")):
-        for rank in protocol.born:
-            lines = done(results, seeds(results, protocol, protocol.main, arm, rank))
-            curves.setdefault(name, {})[rank] = [line["test"] for line in lines]
-    for line in done(results, post(results, protocol)):
-        for metric, by_rank in line.get("post", {}).items():
-            curve = curves.setdefault(f"from {protocol.high} after the end, {metric}", {})
-            for rank, scored in by_rank.items():
-                curve.setdefault(int(rank), []).append(scored)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, (key, label) in zip(
-        figure.subplots(1, 2), {"accuracy": "test accuracy", "loss": "test loss"}.items(), strict=True
-    ):
-        for name, curve in curves.items():
-            known = sorted((rank, [scored[key] for scored in runs]) for rank, runs in curve.items() if runs)
-            if known:
-                x = [rank * PARAMS_PER_RANK / 1e3 for rank, _ in known]
-                bars = [stdev(values) if len(values) > 1 else 0 for _, values in known]
-                axes.errorbar(x, [mean(values) for _, values in known], bars, marker="o", capsize=3, label=name)
-        axes.set(xscale="log", xlabel="adapter parameters, thousands", ylabel=label, title=protocol.main)
-        sizes = [rank * PARAMS_PER_RANK / 1e3 for rank in protocol.born]
-        axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    if curves:
-        figure.axes[0].legend(fontsize="small")
+    settings: dict[str, Callable[[str], list[Job] | None]] = {
+        f"mean rank {rank}, {protocol.steps} steps": lambda arm, rank=rank: seeds(
+            results, protocol, protocol.main, arm, rank
+        )
+        for rank in sorted((protocol.rank, *protocol.other_ranks))
+    }
+    settings[f"mean rank {protocol.rank}, {protocol.longer * protocol.steps} steps"] = lambda arm: long_seeds(
+        results, protocol, arm
+    )
+    arms = [arm for arm in tier(1) if arm != "lora"]
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(settings), sharex=True, sharey=True)
+    for axes, (title, chosen) in zip(panels, settings.items(), strict=True):
+        plain = done(results, chosen("lora"))
+        for row, arm in enumerate(arms):
+            _dot(axes, row, differences(done(results, chosen(arm)), plain))
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(title, fontsize="medium")
+        axes.set_yticks(range(len(arms)), [ARMS[arm].title for arm in arms])
+        axes.xaxis.set_major_locator(MultipleLocator(0.005))
+        axes.tick_params(axis="x", labelsize="x-small")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    figure.supxlabel(
+        f"{protocol.main}: test loss minus that of tuned LoRA of the same size (left is better)", fontsize="medium"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
+
+
+def _dot(axes: Axes, row: int, values: Sequence[float]) -> None:
+    """The mean with its interval, green where the interval lies below 0 and red where above; every seed, faint."""
+    if len(values) < 2:
+        return
+    middle, half = mean(values), half_width(values)
+    color = "tab:green" if middle + half < 0 else "tab:red" if middle - half > 0 else "tab:gray"
+    axes.errorbar(middle, row, xerr=half, fmt="o", color=color, capsize=3)
+    axes.plot(values, [row + 0.28] * len(values), ".", color=color, markersize=4, alpha=0.5)
