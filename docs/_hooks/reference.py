@@ -1,1 +1,292 @@
-"""Fills the reference pages from the package while mkdocs builds the site."""
+"""Writes the reference from the package while mkdocs builds the site.
+
+A line `<!-- made: NAME -->` in a page is replaced by what `MADE[NAME]` returns. Each policy gets a page of its own.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import typer
+from mkdocs.structure.files import File
+from rich.text import Text
+
+import rankflow
+from rankflow.cli import app
+from rankflow.config import describe, shipped
+from rankflow.engines import ENGINES
+from rankflow.grammar import policy_class
+from rankflow.json_schemas import schemas
+
+HEADINGS = {  # a paragraph of a policy's docstring that begins with this word and a colon -> a section of its page
+    "Differs": "Differences from the source",
+    "Reconstruction": "What is reconstructed",
+    "When to use": "When to use it",
+}
+TOPICS = {  # folder of the package -> a section of the Python API; what is elsewhere comes last
+    "training": "Training",
+    "compress": "Saved adapters",
+    "analysis": "Looking at adapters",
+    "calibration": "Calibration",
+    "config": "Policies",
+    "errors": "Errors",
+}
+
+
+# -- what mkdocs calls ------------------------------------------------------------------------------------------------
+
+
+def on_config(config: Any) -> Any:
+    """Names the policies' pages in the navigation."""
+    (reference,) = (part["Reference"] for part in config.nav if "Reference" in part)
+    (pages,) = (part["Policies"] for part in reference if "Policies" in part)
+    pages += [{name: f"reference/policies/{name}.md"} for name in policies()]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds a page for each policy."""
+    for name in policies():
+        files.append(File.generated(config, f"reference/policies/{name}.md", content=policy_page(name)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fills in what is made from the package."""
+    return re.sub(r"^<!-- made: (\w+) -->$", lambda match: MADE[match[1]](), markdown, flags=re.MULTILINE)
+
+
+# -- policies ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def policies() -> Mapping[str, Any]:
+    """Name -> description of every policy."""
+    return {policy.name: policy for policy in describe()}
+
+
+def policies_table() -> str:
+    rows = ([f"[`{p.name}`]({p.name}.md)", p.summary, p.source] for p in policies().values())
+    return table(["policy", "what it does", "source"], rows)
+
+
+def policy_page(name: str) -> str:
+    """What a policy's docstring says, its settings, and the policy files that ship with it."""
+    policy = policies()[name]
+    docstring = inspect.getdoc(policy_class(name)) or ""
+    about, *sections = re.split(rf"\n\n(?=(?:{'|'.join(HEADINGS)}):)", docstring)
+    parts = [f"# {name}", about, f"**Source:** {policy.source}."]
+    for section in sections:
+        word, _, text = section.partition(":")
+        parts += [f"## {HEADINGS[word]}", text.strip()[:1].upper() + text.strip()[1:]]
+    parts += ["## Settings", settings_table(policy)]
+    for file, path in shipped().items():
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"^\W*policy: {name}\b", text, flags=re.MULTILINE):
+            parts += [f"## Policy file `{file}`", fenced("yaml", text.partition("schema.json\n")[2] or text)]
+    return lists_apart("\n\n".join(parts))
+
+
+def settings_table(policy: Any) -> str:
+    shared = "`budget` and `when` are the same for all policies: [policy files](../policy-files.md)."
+    if not policy.settings:
+        return f"It has no `params`. {shared}"
+    rows = (
+        [f"`{s.name}`", f"`{s.type}`", f"`{'null' if s.default is None else s.default}`", s.meaning]
+        for s in policy.settings
+    )
+    return f"Under `params:`; {shared}\n\n{table(['name', 'type', 'default', 'meaning'], rows)}"
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """Every command, with its arguments and its options by panel."""
+    group: Any = typer.main.get_command(app)
+    return "\n\n".join(command_section(name, command) for name, command in group.commands.items() if not command.hidden)
+
+
+def command_section(name: str, command: Any) -> str:
+    context = typer.Context(command, info_name=f"rankflow {name}")
+    panels: dict[str, list[list[str]]] = {}
+    for param in command.get_params(context):
+        if (record := param.get_help_record(context)) is not None:
+            default = "Arguments" if param.param_type_name == "argument" else "Options"
+            panel = getattr(param, "rich_help_panel", None) or default
+            panels.setdefault(panel, []).append([f"`{record[0]}`", plain(record[1])])
+    parts = [f"## `rankflow {name}`", escaped(plain(command.help)), fenced("text", command.get_usage(context))]
+    for panel, rows in panels.items():
+        parts += [f"**{panel}**", table(["", ""], rows)]
+    if command.epilog:
+        parts.append(escaped(plain(command.epilog)))
+    return "\n\n".join(parts)
+
+
+def plain(markup: str | None) -> str:
+    """A help text without rich's markup."""
+    return Text.from_markup(inspect.cleandoc(markup or "")).plain
+
+
+# -- schemas ----------------------------------------------------------------------------------------------------------
+
+
+def policy_files() -> str:
+    """The keys of policy files; those of `params` have pages of their own."""
+    (schema_file,) = {path.parent / "schema.json" for path in shipped().values()}
+    schema = json.loads(schema_file.read_text(encoding="utf-8"))
+    defs = schema["$defs"]
+    one, several = defs["HoldFile"], defs["Lifecycle"]
+    own = {key: value for key, value in one["properties"].items() if key not in several["properties"]}
+    phase = {key: value for key, value in defs["HoldPhase"]["properties"].items() if key == "until"}
+    shared = {key: value for key, value in several["properties"].items() if key != "phases"}
+    parts = ["## The policy", keys(own), "With several phases these stand in each phase, beside:", keys(phase)]
+    parts += ["## The whole file", keys(shared)]
+    for name, title in {"BudgetSpec": "`budget`", "WhenSpec": "`when`"}.items():
+        parts += [f"## {title}", escaped(defs[name]["description"]), keys(defs[name]["properties"])]
+    limit = meaning_of(shared["limits"], "additionalProperties", "anyOf")
+    (mapping,) = (option for option in limit if option.get("type") == "object")
+    parts += ["## `limits`", escaped(mapping["description"]), keys(mapping["properties"])]
+    return "\n\n".join(parts)
+
+
+def json_outputs() -> str:
+    """Every document that a command prints as JSON, with the parts it is made of."""
+    parts = []
+    for name, schema in schemas().items():
+        parts += [f"## {name}.json", described_keys(schema)]
+        for part, inner in schema.get("$defs", {}).items():
+            parts += [f"### {part} {{ #{name}-{part.lower()} }}", described_keys(inner)]
+    return "\n\n".join(parts)
+
+
+def described_keys(schema: Mapping[str, Any]) -> str:
+    """A schema's description and its keys; `key: meaning` in the description is moved to that key's row."""
+    properties = schema.get("properties", {})
+    name = rf"(?:{'|'.join(properties)})"
+    about, *rest = re.split(rf"(?:^|\s)({name}(?:, {name})*): ", schema.get("description", ""))
+    meanings = {key: text for names, text in zip(rest[::2], rest[1::2], strict=True) for key in names.split(", ")}
+    found = {key: {"description": meanings.get(key, ""), **value} for key, value in properties.items()}
+    return f"{escaped(about)}\n\n{keys(found) if found else f'`{type_of(schema)}`'}"
+
+
+def keys(properties: Mapping[str, Any]) -> str:
+    """The keys of a mapping as a table, without a column that would be empty."""
+    rows = [
+        [
+            f"`{key}`",
+            f"`{type_of(value)}`",
+            "" if value.get("default") is None else f"`{json.dumps(value['default'])}`",
+            description_of(value),
+        ]
+        for key, value in properties.items()
+    ]
+    header = ["key", "type", "default", "meaning"]
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return table([header[i] for i in used], ([row[i] for i in used] for row in rows))
+
+
+def description_of(schema: Mapping[str, Any]) -> str:
+    """What a schema says about itself, or the first of its alternatives does."""
+    inner = (option.get("description", "") for option in schema.get("anyOf", ()))
+    return schema.get("description") or next(filter(None, inner), "")
+
+
+def type_of(schema: Mapping[str, Any]) -> str:
+    """A schema's type in a few words."""
+    if "$ref" in schema:
+        return schema["$ref"].rpartition("/")[2]
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(type_of(option) for option in schema["anyOf"]))
+    if "enum" in schema:
+        return " | ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    if schema.get("type") == "array":
+        return f"list of {type_of(schema.get('items', {}))}"
+    if isinstance(inner := schema.get("additionalProperties"), dict):
+        return f"mapping to {type_of(inner)}"
+    return schema.get("type", "any")
+
+
+def meaning_of(schema: Mapping[str, Any], *path: str) -> Any:
+    for key in path:
+        schema = schema[key]
+    return schema
+
+
+# -- Python and engines -----------------------------------------------------------------------------------------------
+
+
+def python_api() -> str:
+    """A mkdocstrings block for every public name, by the folder that defines it."""
+    sections: dict[str, list[str]] = {topic: [] for topic in (*TOPICS.values(), "Other names")}
+    for name in rankflow.__all__:
+        package = getattr(rankflow, name).__module__.split(".")[1]
+        block = f"::: rankflow.{name}\n    options:\n      heading_level: 3"
+        sections[TOPICS.get(package, "Other names")].append(block)
+    return "\n\n".join("\n\n".join([f"## {topic}", *names]) for topic, names in sections.items() if names)
+
+
+def engines() -> str:
+    """What each engine that serves adapters does with them."""
+    scales = {
+        "module": "each module's own alpha and rank",
+        "config": "one lora_alpha / r for all modules",
+        "tensor": "one lora_alpha, over each tensor's rank",
+    }
+    rows = (
+        [
+            f"`{name}`",
+            ", ".join(engine.reads),
+            scales[engine.scale],
+            "yes" if engine.rslora else "no",
+            ", ".join(map(str, engine.ranks)) or "all",
+            f"`{engine.setting}`" if engine.setting else "",
+        ]
+        for name, engine in ENGINES.items()
+    )
+    return table(["engine", "reads", "scales by", "rsLoRA", "maximal ranks", "set by"], rows)
+
+
+# -- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(text: str) -> str:
+    return escaped(" ".join(text.split()), bar="\\|")
+
+
+def escaped(text: str, bar: str = "|") -> str:
+    """Text without what Markdown takes for HTML; code stays as it is."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else html.escape(p, quote=False).replace("|", bar) for p in parts)
+
+
+def fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"
+
+
+def lists_apart(text: str) -> str:
+    """Text with an empty line before each list, without which Markdown takes a list for part of the paragraph."""
+    return re.sub(r"^((?!- |  ).+)\n(?=- )", r"\1\n\n", text, flags=re.MULTILINE)
+
+
+MADE = {
+    "policies": policies_table,
+    "command_line": command_line,
+    "policy_files": policy_files,
+    "json_outputs": json_outputs,
+    "python_api": python_api,
+    "engines": engines,
+}
