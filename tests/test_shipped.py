@@ -44,8 +44,8 @@ def policy(name: str) -> Any:
     return file
 
 
-def begun(name: str) -> Run:
-    return Run(policy(name), STEPS, model=tiny_llama(r=START.get(name, 2)), **data())
+def begun(name: str, **options: Any) -> Run:
+    return Run(policy(name), STEPS, model=tiny_llama(r=START.get(name, 2)), **data(), **options)
 
 
 def resizes(run: Run) -> list[Any]:
