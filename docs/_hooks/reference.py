@@ -86,7 +86,7 @@ def policy_page(name: str) -> str:
         word, _, text = section.partition(":")
         parts += [f"## {HEADINGS[word]}", text.strip()[:1].upper() + text.strip()[1:]]
     parts += ["## Settings", settings_table(policy)]
-    for file, path in shipped().items():
+    for file, path in sorted(shipped().items(), key=lambda item: item[0] != name):  # its own file comes first
         text = path.read_text(encoding="utf-8")
         if re.search(rf"^\W*policy: {name}\b", text, flags=re.MULTILINE):
             parts += [f"## Policy file `{file}`", fenced("yaml", text.partition("schema.json\n")[2] or text)]
@@ -122,8 +122,7 @@ def command_section(name: str, command: Any) -> str:
             panel = getattr(param, "rich_help_panel", None) or default
             panels.setdefault(panel, []).append([f"`{record[0]}`", plain(record[1])])
     parts = [f"## `rankflow {name}`", escaped(plain(command.help)), fenced("text", command.get_usage(context))]
-    for panel, rows in panels.items():
-        parts += [f"**{panel}**", table(["", ""], rows)]
+    parts += [table([panel, ""], rows) for panel, rows in panels.items()]
     if command.epilog:
         parts.append(escaped(plain(command.epilog)))
     return "\n\n".join(parts)
