@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from data import LINEARS, Reviews, minilm_classifier, reviews
 from rankflow import Ledger, RankFlowCallback
-from rankflow.report import plot_ledger
+from rankflow.render.run_figure import plot_ledger
 
 console = Console()
 

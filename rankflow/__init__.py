@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from rankflow.calibration import calibrate, save_statistics
-    from rankflow.checkpoint import canonicalize, pad, squeeze, squeeze_each
-    from rankflow.config import load_policy
-    from rankflow.controller import Controller
-    from rankflow.difference import diff
-    from rankflow.ema import averaged_model
+    from rankflow.analysis.difference import diff
+    from rankflow.analysis.inspection import inspect
+    from rankflow.calibration.collect import calibrate, save_statistics
+    from rankflow.calibration.statistics import Statistics
+    from rankflow.compress.live import squeeze_model
+    from rankflow.compress.quantized import load_quantized, save_quantized
+    from rankflow.compress.squeeze import canonicalize, pad, squeeze, squeeze_each
+    from rankflow.compress.tail import expand
+    from rankflow.compress.target import Target
+    from rankflow.config.load import load_policy
     from rankflow.errors import (
         AdapterError,
         CheckpointError,
@@ -23,56 +27,52 @@ if TYPE_CHECKING:
         PlanError,
         RankFlowError,
     )
-    from rankflow.gate import Gate
-    from rankflow.in_memory import squeeze_model
-    from rankflow.inspection import inspect
-    from rankflow.ledger import Ledger
-    from rankflow.loop import attach, detach
-    from rankflow.measured import Statistics
-    from rankflow.plan import Layout, RankPlan, Slot
-    from rankflow.policy import Observation, Policy, Signal, Study
-    from rankflow.quantized import load_quantized, save_quantized
-    from rankflow.resume import restore
-    from rankflow.surgeon import resize
-    from rankflow.tails import expand
-    from rankflow.targets import Target
-    from rankflow.trainer import RankFlowCallback
-    from rankflow.verdicts import check
+    from rankflow.plans.plan import Layout, RankPlan, Slot
+    from rankflow.policies.base import Observation, Policy, Signal, Study
+    from rankflow.policies.gate import Gate
+    from rankflow.serving.verdicts import check
+    from rankflow.surgery.ema import averaged_model
+    from rankflow.surgery.surgeon import resize
+    from rankflow.training.attach import attach, detach
+    from rankflow.training.checkpoint import restore
+    from rankflow.training.controller import Controller
+    from rankflow.training.ledger import Ledger
+    from rankflow.training.trainer import RankFlowCallback
 
 # Loaded on first use: torch and transformers take seconds, `rankflow --help` should not.
 _HOME = {
-    "attach": "loop",
-    "detach": "loop",
-    "averaged_model": "ema",
-    "RankFlowCallback": "trainer",
-    "restore": "resume",
-    "load_quantized": "quantized",
-    "save_quantized": "quantized",
-    "resize": "surgeon",
-    "calibrate": "calibration",
-    "save_statistics": "calibration",
-    "canonicalize": "checkpoint",
-    "check": "verdicts",
-    "diff": "difference",
-    "expand": "tails",
-    "pad": "checkpoint",
-    "squeeze": "checkpoint",
-    "squeeze_each": "checkpoint",
-    "squeeze_model": "in_memory",
-    "Target": "targets",
-    "inspect": "inspection",
-    "load_policy": "config",
-    "Controller": "controller",
-    "Ledger": "ledger",
-    "Statistics": "measured",
-    "Layout": "plan",
-    "RankPlan": "plan",
-    "Slot": "plan",
-    "Gate": "gate",
-    "Observation": "policy",
-    "Policy": "policy",
-    "Signal": "policy",
-    "Study": "policy",
+    "attach": "training.attach",
+    "detach": "training.attach",
+    "averaged_model": "surgery.ema",
+    "RankFlowCallback": "training.trainer",
+    "restore": "training.checkpoint",
+    "load_quantized": "compress.quantized",
+    "save_quantized": "compress.quantized",
+    "resize": "surgery.surgeon",
+    "calibrate": "calibration.collect",
+    "save_statistics": "calibration.collect",
+    "canonicalize": "compress.squeeze",
+    "check": "serving.verdicts",
+    "diff": "analysis.difference",
+    "expand": "compress.tail",
+    "pad": "compress.squeeze",
+    "squeeze": "compress.squeeze",
+    "squeeze_each": "compress.squeeze",
+    "squeeze_model": "compress.live",
+    "Target": "compress.target",
+    "inspect": "analysis.inspection",
+    "load_policy": "config.load",
+    "Controller": "training.controller",
+    "Ledger": "training.ledger",
+    "Statistics": "calibration.statistics",
+    "Layout": "plans.plan",
+    "RankPlan": "plans.plan",
+    "Slot": "plans.plan",
+    "Gate": "policies.gate",
+    "Observation": "policies.base",
+    "Policy": "policies.base",
+    "Signal": "policies.base",
+    "Study": "policies.base",
     "AdapterError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",

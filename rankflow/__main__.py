@@ -1,5 +1,5 @@
 """`python -m rankflow`."""
 
-from rankflow.cli import main
+from rankflow.cli.cli import main
 
 main()

@@ -20,10 +20,10 @@ from whole_files import READERS, put
 from rankflow import ConfigError, squeeze
 from rankflow.disk import locked
 from rankflow.errors import CheckpointError
-from rankflow.formats import atomic
-from rankflow.formats.atomic import atomic_file, atomic_folder, together
-from rankflow.ledger import Ledger
-from rankflow.plan import Layout, RankPlan, Refactor, Slot
+from rankflow.formats.io import atomic
+from rankflow.formats.io.atomic import atomic_file, atomic_folder, together
+from rankflow.plans.plan import Layout, RankPlan, Refactor, Slot
+from rankflow.training.ledger import Ledger
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is open")
 LAYOUT = Layout({"a": Slot(4, 16, 8, 2.0)})

@@ -1,4 +1,4 @@
-"""Imports run downwards only: core <- runtime <- edges, and nothing imports the command line."""
+"""Imports run down the list of folders, and nothing but folders is listed."""
 
 from __future__ import annotations
 
@@ -8,149 +8,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "rankflow"
-CORE = [
-    "errors",
-    "seeds",
-    "patterns",
-    "inits",
-    "plan",
-    "schedule",
-    "limits",
-    "budget",
-    "knapsack",
-    "margins",
-    "metrics",
-    "gate",
-    "learnt",
-    "policy",
-    "opening",
-    "pruning",
-    "scores",
-    "lowering",
-    "triplets",
+
+# From the bottom to the top: a folder imports itself and those before it. CONTRIBUTING says what is in each.
+FOLDERS = [
     "linalg",
-    "spectra",
-    "nearest",
-    "roots",
-    "carry",
-    "growth",
-    "pca",
-    "rsvd",
-    "statistics",
-    "transitions",
-    "sparing",
-    "idleness",
-    "names",
-    "summary",
-    "hardconcrete",
-    "bits",
+    "plans",
     "policies",
-]
-RUNTIME = [
-    "interrupts",
-    "disk",
-    "journal",
-    "sites",
-    "base_weight",
-    "moments",
-    "staging",
-    "gated",
-    "gates",
-    "heldout",
-    "adapters",
-    "optim",
-    "handlers",
-    "blockwise",
-    "optimizers",
-    "ramps",
-    "rooms",
-    "eagerness",
-    "probes",
-    "recorder",
-    "signals",
-    "studies",
-    "averages",
-    "hearing",
-    "sharing",
-    "listeners",
-    "holders",
-    "surgeon",
-    "ledger",
-    "seals",
-    "penalties",
-    "shards",
-    "processes",
-    "operations",
-    "ema",
-    "recompiles",
-    "attachments",
-    "controller",
-]
-EDGES = [
-    "grammar",
     "config",
+    "lora",
     "distributed",
-    "fsdp",
-    "wire",
+    "optim",
+    "observe",
+    "gating",
+    "surgery",
+    "training",
     "formats",
-    "engines",
-    "mismatches",
-    "fitting",
-    "base_names",
-    "verdicts",
-    "crew",
-    "inspection",
-    "intruders",
-    "against_base",
-    "squeezed",
-    "targets",
-    "trials",
-    "devices",
-    "batches",
-    "cutting",
-    "corpus",
-    "measured",
+    "serving",
     "calibration",
-    "pretrained",
-    "base_model",
-    "yardstick",
-    "planning",
-    "tails",
-    "in_memory",
-    "difference",
-    "options",
-    "divergence",
-    "canvas",
-    "panels",
-    "tables",
-    "ran",
-    "json_schemas",
-    "page",
-    "page_of",
-    "policy_tables",
-    "blank",
-    "costs",
-    "checkpoint",
-    "quantized",
-    "resume",
-    "loop",
-    "trainer",
-    "report",
-    "watching",
-    "terminal",
-    "commands",
+    "compress",
+    "analysis",
+    "render",
     "cli",
-    "__main__",
-    "__init__",
 ]
-TOP = ("terminal", "commands", "cli", "__main__")
-LAYER = {name: rank for rank, names in enumerate((CORE, RUNTIME, EDGES)) for name in names}
+PURE = FOLDERS[: FOLDERS.index("config")]
+# Imports that still run upwards, each until the file is parted.
+UPWARDS = {
+    ("analysis/run.py", "render"),
+    ("analysis/run_comparison.py", "render"),
+    ("compress/report.py", "analysis"),
+    ("distributed/replicas.py", "training"),
+    ("lora/capacity.py", "optim"),
+    ("observe/hooks.py", "gating"),
+    ("observe/probes.py", "gating"),
+    ("training/checkpoint.py", "formats"),
+}
 FILES = sorted(ROOT.rglob("*.py"))
-
-
-def room(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0]
 
 
 def imports(path: Path) -> list[str]:
@@ -165,46 +57,51 @@ def imports(path: Path) -> list[str]:
     return names
 
 
-def own(name: str) -> str | None:
-    """The room of ours that an imported name lives in."""
+def folder_of(name: str) -> str | None:
+    """The folder of ours that an imported name lives in."""
     head, _, rest = name.partition(".")
-    return rest.split(".")[0] if head == "rankflow" and rest else None
+    folder = rest.split(".")[0]
+    return folder if head == "rankflow" and folder in FOLDERS else None
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_downwards(path: Path):
-    here = room(path)
-    assert here in LAYER, f"{here} has no layer; add it to one in this test"
+def test_the_folders_are_those_listed():
+    assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == set(FOLDERS)
+
+
+def test_no_file_imports_from_above():
+    upwards = set()
+    for path in FILES:
+        here = path.relative_to(ROOT).parts[0]
+        if here in FOLDERS:
+            above = FOLDERS[FOLDERS.index(here) + 1 :]
+            upwards |= {
+                (path.relative_to(ROOT).as_posix(), folder_of(n)) for n in imports(path) if folder_of(n) in above
+            }
+    assert upwards == UPWARDS
+
+
+@pytest.mark.parametrize("folder", PURE)
+def test_what_is_pure_knows_neither_files_nor_live_models(folder: str):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name in imports(path):
+            assert name.split(".")[0] not in ("peft", "transformers", "accelerate", "safetensors", "pathlib", "os"), (
+                f"{path.name} imports {name}"
+            )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "policies" / "methods").glob("*.py")), ids=lambda p: p.stem)
+def test_policies_do_not_know_each_other(path: Path):
     for name in imports(path):
-        target = own(name)
-        if target is None or target not in LAYER:
-            continue
-        assert LAYER[target] <= LAYER[here], f"{here} imports {name}, which lies above it"
-        assert target not in TOP or here in TOP, f"{here} imports the command line"
+        assert not name.startswith("rankflow.policies.methods"), f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room(p) in CORE], ids=lambda p: str(p.relative_to(ROOT)))
-def test_core_is_pure(path: Path):
-    for name in imports(path):
-        assert name.split(".")[0] not in ("peft", "transformers", "accelerate", "safetensors", "pathlib", "os"), (
-            f"{path.name} imports {name}"
-        )
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "policies").glob("*.py")), ids=lambda p: p.stem)
-def test_policies_know_only_the_core_and_not_each_other(path: Path):
-    for name in imports(path):
-        target = own(name)
-        assert target is None or (target in CORE and target != "policies"), f"{path.name} imports {name}"
-
-
-def test_only_one_file_knows_the_trainer_and_one_the_peft_layers():
+def test_only_one_file_knows_the_trainer_and_only_lora_the_peft_layers():
     for path in FILES:
         for name in imports(path):
             if name.startswith("transformers.trainer") or name in (
                 "transformers.Trainer",
                 "transformers.TrainerCallback",
             ):
-                assert path.stem == "trainer", f"{path.name} imports {name}"
+                assert path.relative_to(ROOT).as_posix() == "training/trainer.py", f"{path.name} imports {name}"
             if name.startswith("peft.tuners.") and ".layer" in name:
-                assert path.stem == "adapters", f"{path.name} imports {name}"
+                assert path.relative_to(ROOT).parts[0] == "lora", f"{path.name} imports {name}"

@@ -18,11 +18,11 @@ from mkdocs.structure.files import File
 from rich.text import Text
 
 import rankflow
-from rankflow.cli import app
-from rankflow.config import describe, shipped
-from rankflow.engines import ENGINES
-from rankflow.grammar import policy_class
-from rankflow.json_schemas import schemas
+from rankflow.cli.cli import app
+from rankflow.cli.json_schemas import schemas
+from rankflow.config.load import describe, shipped
+from rankflow.config.schema import policy_class
+from rankflow.serving.engine import ENGINES
 
 HEADINGS = {  # a paragraph of a policy's docstring that begins with this word and a colon -> a section of its page
     "Differs": "Differences from the source",

@@ -23,10 +23,10 @@ from harness import console, machine, table
 from rich.progress import track
 from torch import Tensor, nn
 
-from rankflow.distributed import Replicas
-from rankflow.plan import Layout, RankPlan, Refactor, Slot
-from rankflow.policy import Observation, Signal
-from rankflow.wire import Wire
+from rankflow.distributed.comm import Wire
+from rankflow.distributed.replicas import Replicas
+from rankflow.plans.plan import Layout, RankPlan, Refactor, Slot
+from rankflow.policies.base import Observation, Signal
 
 RANK, TARGET, WIDTH = 16, 8, 4096
 _PATIENCE = 60  # seconds that others wait for one that has failed

@@ -26,7 +26,7 @@ from harness import console
 
 RESULTS = Path(__file__).parent / "results"
 FIGURE = Path(__file__).parents[2] / "docs" / "results" / "quality.png"
-PRELOAD = ["torch", "transformers.models.bert.modeling_bert", "peft", "pandas", "rankflow.loop"]
+PRELOAD = ["torch", "transformers.models.bert.modeling_bert", "peft", "pandas", "rankflow.training.attach"]
 
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False, pretty_exceptions_enable=False)
 Main = Annotated[str, typer.Option(help="task of the main table: recovery, newsgroups, reuters or rotten_tomatoes")]

@@ -36,11 +36,11 @@ from rich.progress import track
 from torch import Tensor
 
 from data import LINEARS, Reviews, minilm_classifier, reviews
-from rankflow.adapters import Adapter
-from rankflow.linalg import spectrum
-from rankflow.plan import Grow, Keep, RankPlan, Refactor
-from rankflow.spectra import Gauge
-from rankflow.surgeon import Surgeon
+from rankflow.linalg.decompose import spectrum
+from rankflow.linalg.spectrum import Gauge
+from rankflow.lora.adapter import Adapter
+from rankflow.plans.plan import Grow, Keep, RankPlan, Refactor
+from rankflow.surgery.surgeon import Surgeon
 
 Batch = dict[str, Tensor]
 Products = dict[tuple[str, str], Tensor]  # module, factor -> running average of g_i g_j [r, r, n] over its directions

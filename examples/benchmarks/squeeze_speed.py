@@ -31,15 +31,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankflow
-from rankflow.budget import Budget
-from rankflow.checkpoint import squeeze_each
-from rankflow.crew import Crew
-from rankflow.formats.peft import PeftAdapter
-from rankflow.linalg import refactor, spectrum
-from rankflow.measured import Statistics, digest
-from rankflow.policy import Signal
-from rankflow.rsvd import low_rank
-from rankflow.targets import Target
+from rankflow.calibration.statistics import Statistics, digest
+from rankflow.compress.squeeze import squeeze_each
+from rankflow.compress.target import Target
+from rankflow.formats.peft.adapter import PeftAdapter
+from rankflow.linalg.decompose import refactor, spectrum
+from rankflow.linalg.parallel import Crew
+from rankflow.linalg.svd import low_rank
+from rankflow.plans.budget import Budget
+from rankflow.policies.base import Signal
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

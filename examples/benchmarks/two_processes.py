@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 
 import rankflow
 from data import reviews
-from rankflow.distributed import rebuild
-from rankflow.linalg import spectrum
-from rankflow.plan import RankPlan, Refactor
+from rankflow.distributed.replicas import rebuild
+from rankflow.linalg.decompose import spectrum
+from rankflow.plans.plan import RankPlan, Refactor
 
 SIZE = 2
 MODULES, WIDTH, RANK, TARGET = 224, 4096, 16, 8

@@ -1,1 +1,1 @@
-"""Adapters on disk, one file per format: read lazily, written whole or not at all."""
+"""Files of adapters, read and written."""

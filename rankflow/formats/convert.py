@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from rankflow.errors import ConfigError
-from rankflow.formats import naming
-from rankflow.formats.adapter import Put, SavedAdapter, Sketch, at_unit_scale, fold
-from rankflow.formats.atomic import atomic_folder
-from rankflow.formats.dense import DenseAdapter
-from rankflow.formats.diffusers import METADATA, DiffusersAdapter, spare, split, unit_scales, with_configs
-from rankflow.formats.kohya import kohya_metadata, stamp
-from rankflow.formats.peft import PeftAdapter, write_adapter_files
+from rankflow.formats.as_lora.dense import DenseAdapter
+from rankflow.formats.base import Put, SavedAdapter, Sketch, at_unit_scale, fold
+from rankflow.formats.io.atomic import atomic_folder
+from rankflow.formats.io.tensors import Spec, check_destination, tensor_writer
+from rankflow.formats.peft.adapter import PeftAdapter, write_adapter_files
 from rankflow.formats.peft_config import resized_config, target_modules
 from rankflow.formats.peft_fields import acting, unknown
-from rankflow.formats.single_writer import Module, check_single, outline, overhead, write_single
-from rankflow.formats.tensors import Spec, check_destination, tensor_writer
-from rankflow.plan import Layout
+from rankflow.formats.single_file import names as naming
+from rankflow.formats.single_file.diffusers import METADATA, DiffusersAdapter, spare, split, unit_scales, with_configs
+from rankflow.formats.single_file.kohya import kohya_metadata, stamp
+from rankflow.formats.single_file.writer import Module, check_single, outline, overhead, write_single
+from rankflow.plans.plan import Layout
 
 FORMATS = ("peft", "kohya", "diffusers")
 Source = SavedAdapter | DenseAdapter

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rankflow.errors import AdapterError, ConfigError
-from rankflow.formats.adapter import is_scale
-from rankflow.formats.strict_json import read_text, strict_loads
-from rankflow.inits import loadable_init, refuse_init
-from rankflow.patterns import alpha_for, compiled, exclude_modules, matches, rank_config
+from rankflow.formats.base import is_scale
+from rankflow.formats.io.strict_json import read_text, strict_loads
+from rankflow.plans.peft_inits import loadable_init, refuse_init
+from rankflow.plans.peft_patterns import alpha_for, compiled, exclude_modules, matches, rank_config
 
 CONFIG = "adapter_config.json"
 

@@ -1,0 +1,1 @@
+"""What every policy is made of; the policies themselves are in `methods`."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rankflow.config import shipped
+from rankflow.config.load import shipped
 
 PROTOCOL: dict[str, Any] = {
     "modules": "all linears of the encoder",

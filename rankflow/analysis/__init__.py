@@ -1,0 +1,1 @@
+"""Inspecting and comparing adapters and runs."""

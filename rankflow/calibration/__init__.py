@@ -1,0 +1,1 @@
+"""Statistics of data, for cuts that know about it."""

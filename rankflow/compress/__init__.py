@@ -1,0 +1,1 @@
+"""Squeezing saved adapters."""

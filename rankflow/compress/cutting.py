@@ -1,0 +1,142 @@
+"""Every module of a saved adapter decomposed, and written at other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankflow.compress.batches import by_shape, pays_on
+from rankflow.compress.metric import Yardstick
+from rankflow.compress.tail import tail_writer
+from rankflow.errors import ConfigError, naming
+from rankflow.formats.base import Put, SavedAdapter
+from rankflow.formats.io.atomic import together
+from rankflow.formats.io.tensors import all_finite
+from rankflow.formats.peft.adapter import PeftAdapter
+from rankflow.linalg.decompose import refactor, spectra
+from rankflow.linalg.growth import new_rows
+from rankflow.linalg.parallel import Crew
+from rankflow.linalg.random import keyed_generator
+from rankflow.linalg.spectrum import Gauge, Spectrum
+from rankflow.linalg.svd import Backend
+from rankflow.serving.export import Fitting, padded
+
+
+@dataclass
+class Cutting:
+    """
+    Args:
+        adapter: what is cut; only read.
+        yardstick: what a cut preserves.
+        device, backend, gauge: see `rankflow.squeeze`.
+        dtype: of what is written; that of each module if None.
+        canonical: whether modules that keep their rank have their directions sorted too.
+    """
+
+    adapter: SavedAdapter
+    yardstick: Yardstick
+    device: torch.device
+    backend: Backend
+    gauge: Gauge
+    dtype: torch.dtype | None = None
+    canonical: bool = False
+    spectra: dict[str, Spectrum] = field(default_factory=dict, init=False)  # of the modules decomposed so far
+
+    @property
+    def batched(self) -> bool:
+        """Whether modules of one shape are decomposed at once."""
+        return pays_on(self.device) and self._plain
+
+    @property
+    def _plain(self) -> bool:
+        return self.backend == "exact" and self.yardstick.metric == "weights"
+
+    def measure(self, crew: Crew) -> None:
+        """Let `crew` decompose all modules, and write nothing."""
+        layout = self.adapter.layout
+        dtypes = {name: entry.dtype for name, entry in self.adapter.entries.items()}
+        groups = by_shape(layout, layout, dtypes) if self.batched else [(name,) for name in layout]
+        with naming(self.adapter.path):
+            self.spectra = crew.together(self._measured, groups)
+
+    def write(
+        self,
+        crew: Crew,
+        ranks: Mapping[str, int],
+        out: Path,
+        fitting: Fitting,
+        *,
+        tail: Path | None = None,
+        force: bool = False,
+    ) -> None:
+        """Let `crew` write the adapter at these ranks to `out`, and what is cut off to `tail`; modules that were not
+        decomposed before are now."""
+        rows = fitting.ranks(ranks)
+        with ExitStack() as files:
+            put_tail = None
+            if tail is not None and isinstance(self.adapter, PeftAdapter):
+                both = files.enter_context(together())
+                put_tail = files.enter_context(tail_writer(tail, self.adapter, ranks, self.dtype, both))
+                put = files.enter_context(self.adapter.rewrite(out, rows, dtype=self.dtype, force=force, group=both))
+            else:
+                put = files.enter_context(self.adapter.rewrite(out, rows, dtype=self.dtype, force=force))
+            with naming(self.adapter.path):
+                self.spectra = crew.each(
+                    lambda name: self._write(name, ranks[name], rows[name], put, put_tail), self.adapter.layout
+                )
+
+    # -- one module -------------------------------------------------------------------------------------------------
+
+    def _measured(self, names: Sequence[str]) -> list[Spectrum]:
+        pairs = [self._factors(name) for name in names]
+        if len(names) == 1:
+            return [self._spectrum(names[0], *pairs[0])]
+        found = spectra(pairs, [self.adapter.layout[name].scaling for name in names])
+        return [replace(one, outside=self.adapter.outside(name)) for name, one in zip(names, found, strict=True)]
+
+    def _spectrum(self, name: str, a: Tensor, b: Tensor) -> Spectrum:
+        found = self.yardstick.spectrum(name, a, b, self.adapter.layout[name].scaling, self.backend)
+        return replace(found, outside=self.adapter.outside(name))
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        a, b = (t.to(self.device) for t in self.adapter.factors(name))
+        if a.dtype != b.dtype or (self.backend == "exact" and not (self._plain and a.dtype == torch.bfloat16)):
+            return a.double(), b.double()  # once for all; bfloat16 may do with less where weights are all that counts
+        return a, b
+
+    def _write(self, name: str, rank: int, rows: int, put: Put, put_tail: Put | None) -> Spectrum:
+        a, b = self._factors(name)
+        slot, dtype = self.adapter.layout[name], self.dtype or self.adapter.entries[name].dtype
+        found = self.spectra.get(name) or self._spectrum(name, a, b)
+        if self.canonical or (rank < slot.rank and put_tail is not None):
+            a, b = self._cut(found, a, b, slot.rank, name)
+        elif 0 < rank < slot.rank:
+            a, b = self._cut(found, a, b, rank, name)
+        if rows:
+            kept = padded(a[..., :rank, :], b[..., :rank], rows)
+            put(name, *(_rounded(t, dtype, name) for t in kept))
+        if rank < slot.rank and put_tail is not None:
+            put_tail(name, _rounded(a[..., rank:, :], dtype, name), _rounded(b[..., rank:], dtype, name))
+        return found
+
+    def _cut(self, found: Spectrum, A: Tensor, B: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
+        """The best factors of that rank; rows that A has no room for are drawn afresh, beside zero columns of B."""
+        cut = found.cut(rank, self.gauge)
+        a, b = refactor(A, B, cut.N, cut.M, wide=found.wide)
+        if cut.fresh:
+            rows = new_rows(cut.fresh, a, keyed_generator(0, 0, name), kind=self.adapter.layout[name].kind)
+            a, b = torch.cat([a, rows], -2), torch.cat([b, b.new_zeros(*b.shape[:-1], cut.fresh)], -1)
+        return a, b
+
+
+def _rounded(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = t.to(dtype)
+    if not all_finite(rounded):
+        size, kind = float(t.abs().max()), str(dtype).removeprefix("torch.")
+        raise ConfigError(f"{name}: values up to {size:.3g} do not fit {kind}; use bfloat16 or float32")
+    return rounded

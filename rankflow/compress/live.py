@@ -1,0 +1,88 @@
+"""Squeeze the adapter of a live model, once, as a file is squeezed."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rankflow.calibration.statistics import Statistics
+from rankflow.compress.metric import Yardstick
+from rankflow.compress.report import SqueezeReport, report
+from rankflow.compress.target import Goal, Target
+from rankflow.gating.parametrize import refuse_gates
+from rankflow.linalg.parallel import Crew, Progress
+from rankflow.linalg.spectrum import Gauge, Spectrum
+from rankflow.linalg.svd import Backend, check_backend
+from rankflow.lora.adapter import Adapter
+from rankflow.plans.plan import Layout, RankPlan
+from rankflow.plans.transitions import best_cut, ops_to
+from rankflow.surgery.surgeon import Surgeon
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def squeeze_model(
+    model: nn.Module,
+    *,
+    metric: str = "weights",
+    statistics: Statistics | str | Path | None = None,
+    backend: Backend = "exact",
+    gauge: Gauge = "keep",
+    optimizer: torch.optim.Optimizer | None = None,
+    adapter_name: str = "default",
+    progress: Progress | None = None,
+    **target: Unpack[Goal],
+) -> SqueezeReport:
+    """`rankflow.squeeze` for an adapter in memory: its factors, its PEFT config and, if given, the optimizer's state
+    shrink in place. Save afterwards with `model.save_pretrained`.
+
+    Raises:
+        ConfigError: an impossible or contradictory option.
+        AdapterError: no such adapter, or one that cannot be resized; the model is as it was.
+        OptimizerError: an optimizer that does not hold the adapter, or whose state nobody knows how to carry.
+    """
+    began = time.perf_counter()
+    goal = Target(**target)
+    check_backend(backend)
+    adapter = Adapter(model, adapter_name)
+    adapter.refuse_resizing()
+    refuse_gates(adapter.sites.values())
+    surgeon = Surgeon(adapter, optimizer)
+    layout = Layout({name: slot for name, slot in adapter.layout().items() if slot.rank})
+    yardstick = Yardstick.of(metric, statistics, layout, [goal])
+
+    def measure(name: str) -> Spectrum:
+        site = adapter.sites[name]
+        return yardstick.spectrum(name, site.a(), site.b(), layout[name].scaling, backend)
+
+    spectra = Crew(progress, len(layout)).each(measure, layout)
+    ranks = goal.choose(layout, spectra)
+    ops = {
+        name: ops_to(
+            rank, layout[name].rank, best_cut(partial(spectra.__getitem__, name), yardstick.metrics[name], gauge)
+        )
+        for name, rank in ranks.items()
+    }
+    after = surgeon.apply(RankPlan(ops, f"squeeze to {goal.given}"))
+    return report(
+        layout,
+        Layout({name: after[name] for name in layout}),
+        spectra,
+        yardstick.metrics,
+        source=f"adapter {adapter_name!r} of {type(model).__name__}",
+        out=None,
+        target=goal.given,
+        shortfall=goal.shortfall(layout, spectra, ranks, 0),
+        backend=backend,
+        gauge=gauge,
+        dtype=None,
+        dry_run=False,
+        notes=yardstick.notes,
+        seconds=time.perf_counter() - began,
+    )

@@ -1,0 +1,343 @@
+"""How far to squeeze a saved adapter: one target, what else holds beside it, and the ranks that come of them.
+
+Rules that look at one module's singular values sigma_1 >= sigma_2 >= ... and say how many of them to keep:
+
+=============== =====================================================================================================
+energy e        the fewest with sum(sigma_i^2) >= e of the whole
+error e         the fewest with |change of DeltaW|_F <= e |DeltaW|_F, which is energy 1 - e^2
+sv_ratio p      those above sigma_1 / p
+sv_fro p        the fewest with sqrt(sum(sigma_i^2)) >= p of the whole, which is energy p^2
+sv_cumulative p the fewest with sum(sigma_i) >= p of the whole
+auto            those above the noise edge (`noise_edge`)
+=============== =====================================================================================================
+
+The three `sv_` rules are those of sd-scripts' `resize_lora.py`.
+
+Differs: that script keeps one direction more than each of its rules asks for, and at least two; here they are as
+stated. It computes shares of what a randomised SVD found, here they are of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypedDict
+
+from rankflow.errors import ConfigError
+from rankflow.linalg.spectrum import Spectrum
+from rankflow.plans.budget import Budget, allocate
+from rankflow.plans.knapsack import allocate_exactly, cover, upper_bound
+from rankflow.plans.limits import Limits, units
+from rankflow.plans.plan import Layout, Slot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+SV_RULES = ("sv_ratio", "sv_fro", "sv_cumulative")
+_TARGETS = ("target_rank", "energy", "error", *SV_RULES, "auto", "max_params", "size", "budget", "ranks", "keep")
+
+
+class Goal(TypedDict, total=False):
+    """The fields of `Target`, as keyword arguments."""
+
+    target_rank: int | None
+    energy: float | None
+    error: float | None
+    sv_ratio: float | None
+    sv_fro: float | None
+    sv_cumulative: float | None
+    auto: bool
+    max_params: int | None
+    size: int | None
+    budget: Budget | None
+    ranks: Mapping[str, int] | None
+    keep: bool
+    across: bool
+    exact: bool
+    max_rank: int | None
+    rank_multiple: int
+    limits: Limits | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """How far to squeeze: exactly one of the first twelve, with any of the others.
+
+    target_rank: this rank in every module that has more. energy, error, sv_ratio, sv_fro, sv_cumulative, auto: see the
+    table above; `across` applies the first two to all modules together, spending parameters where they do most.
+    max_params: LoRA parameters in all; size: bytes of a file in all; budget: any other
+    (`rankflow.plans.budget.Budget`); spent where singular values are largest, and with `exact` so that no other ranks
+    of that cost keep more. ranks: module -> rank, for every module. keep: ranks as they are, but for what is said
+    beside it.
+
+    max_rank: no module has more. rank_multiple: ranks are multiples of it where the module has as many. limits: what
+    else a policy file's `limits`, `tie` and `rank_buckets` say. Ranks are rounded up to what these allow, and never
+    above what a module has.
+
+    Raises:
+        ConfigError: none or several targets, a value out of range, or options that do not go together.
+    """
+
+    target_rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    sv_ratio: float | None = None
+    sv_fro: float | None = None
+    sv_cumulative: float | None = None
+    auto: bool = False
+    max_params: int | None = None
+    size: int | None = None
+    budget: Budget | None = None
+    ranks: Mapping[str, int] | None = None
+    keep: bool = False
+    across: bool = False
+    exact: bool = False
+    max_rank: int | None = None
+    rank_multiple: int = 1
+    limits: Limits | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _TARGETS if getattr(self, name) is not None and getattr(self, name) is not False]
+        if not given:
+            raise ConfigError(f"no target: give one of {', '.join(_TARGETS)}")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are {len(given)} targets; give one")
+        for name in ("energy", "error", "sv_fro", "sv_cumulative"):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and 0 < value <= 1 and (name != "error" or value < 1)):
+                what = (
+                    "share to lose, above 0 and below 1" if name == "error" else "share to keep, above 0 and at most 1"
+                )
+                raise ConfigError(f"{name} is {value!r}; it is the {what}")
+        if self.sv_ratio is not None and not (_number(self.sv_ratio) and 1 <= self.sv_ratio < math.inf):
+            raise ConfigError(f"sv_ratio is {self.sv_ratio!r}; it is how far below the largest to go, at least 1")
+        for name in ("target_rank", "max_params", "size", "max_rank", "rank_multiple"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if self.across and self.energy is None and self.error is None:
+            raise ConfigError(f"across all modules is said of energy and error; {given[0]} is not asked that way")
+        if self.exact and self._spending is None:
+            raise ConfigError(f"exact is said of max_params, size and budget; {given[0]} has but one answer")
+
+    @property
+    def _spending(self) -> Budget | None:
+        if self.max_params is not None:
+            return Budget("max_params", self.max_params)
+        return Budget("size", self.size) if self.size is not None else self.budget
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The target and what else was given, as for a report."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.limits is not None:
+            changed["limits"] = [entry.pattern for entry in self.limits.entries]
+        if self.budget is not None:
+            changed["budget"] = str(self.budget)
+        return changed
+
+    @property
+    def suffix(self) -> str:
+        """What the default name of the output ends in."""
+        for name, letter in _LETTERS.items():
+            if (value := getattr(self, name)) is not None:
+                return f"{letter}{value:g}" if isinstance(value, float) else f"{letter}{value}"
+        return "auto" if self.auto else "kept" if self.keep else "squeezed"
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether ranks depend on singular values."""
+        return self.target_rank is None and self.ranks is None and not self.keep
+
+    @property
+    def highest(self) -> int | None:
+        """The highest rank that can come of it, where that is said."""
+        return max(self.ranks.values(), default=None) if self.ranks is not None else self.target_rank or self.max_rank
+
+    @property
+    def shared(self) -> bool:
+        """Whether modules compete for what there is, so that their singular values are compared with each other."""
+        return self.across or self._spending is not None
+
+    def choose(self, layout: Layout, spectra: Mapping[str, Spectrum], overhead: int = 0) -> dict[str, int]:
+        """Module -> rank, never above the present one.
+
+        Where singular values are looked at, directions that are nothing but rounding are not kept, and a module
+        without a real one leaves the adapter, if PEFT can do without it. `overhead`: bytes of the file that are not
+        LoRA factors.
+
+        Raises:
+            ConfigError: what is asked for cannot be had.
+        """
+        allowed = self._allowed(layout)
+        if self.ranks is not None:
+            return _as_planned(self.ranks, layout)
+        if self.target_rank is not None or self.keep:
+            return _fit({name: self.target_rank or slot.rank for name, slot in layout.items()}, layout, allowed)
+        if not any(s.rank for s in spectra.values()):
+            raise ConfigError(
+                "the adapter is zero (never trained?), so there is nothing to go by; give target_rank instead"
+            )
+        gains = _gains(spectra)
+        if self._spending is not None:
+            return (allocate_exactly if self.exact else allocate)(gains, allowed, self._left(layout, overhead))
+        if self.across:
+            inside = math.fsum(map(math.fsum, gains.values()))
+            share = self._energy * math.fsum(s.total for s in spectra.values()) / inside
+            return cover(gains, allowed, min(share, 1.0) if any(s.outside for s in spectra.values()) else self._energy)
+        wanted = {name: self._rule(spectra[name], slot) for name, slot in layout.items()}
+        return _fit(wanted, layout, allowed)
+
+    def shortfall(
+        self, layout: Layout, spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], overhead: int
+    ) -> float:
+        """Share of the energy by which `ranks`, as chosen, can fall short of the best of the same cost, at most."""
+        if self._spending is None or self.exact:
+            return 0.0
+        gains = _gains(spectra)
+        total = math.fsum(map(math.fsum, gains.values()))
+        kept = math.fsum(math.fsum(gains[name][: ranks[name]]) for name in layout)
+        return max(0.0, upper_bound(gains, self._allowed(layout), self._left(layout, overhead)) - kept) / total
+
+    def _left(self, layout: Layout, overhead: int) -> Budget:
+        """The budget for LoRA factors, in whole units."""
+        budget = self._spending
+        assert budget is not None
+        if self.size is None:
+            return budget.resolve(layout)
+        if self.size <= overhead:
+            raise ConfigError(f"size is {self.size:,} bytes, but what is not LoRA factors already takes {overhead:,}")
+        return replace(budget, amount=self.size - overhead)
+
+    def _allowed(self, layout: Layout) -> Layout:
+        """`layout` with what each slot may have: no more than now, and multiples where the module has as many."""
+        slots = {}
+        for name, slot in (self.limits or Limits()).apply(layout).items():
+            most = min(slot.rank, slot.max_rank, self.max_rank or slot.rank)
+            multiple = math.lcm(slot.multiple, self.rank_multiple)
+            slots[name] = replace(slot, max_rank=most, multiple=multiple if multiple <= most else 1)
+        return Layout(slots)
+
+    def _rule(self, spectrum: Spectrum, slot: Slot) -> int:
+        """How many directions of one module to keep by the rule given."""
+        gains = spectrum.gains[: spectrum.rank]
+        if not len(gains):
+            return 0
+        if spectrum.outside and (self.auto or self.sv_cumulative is not None):
+            raise ConfigError(
+                f"{'auto' if self.auto else 'sv_cumulative'} looks at all singular values, and of a full update only "
+                "the leading ones are known; give another target"
+            )
+        sigma = gains.sqrt()
+        if self.auto:
+            return above_noise(spectrum, slot)[1]
+        if self.sv_ratio is not None:
+            return max(1, int((sigma > sigma[0] / self.sv_ratio).sum()))
+        if self.sv_cumulative is not None:
+            return _fewest((sigma.cumsum(0) / sigma.sum()).tolist(), self.sv_cumulative)
+        return _fewest((gains.cumsum(0) / (gains.sum() + spectrum.outside)).tolist(), self._energy)
+
+    @property
+    def _energy(self) -> float:
+        """The share of the sum of squares that `energy`, `error` or `sv_fro` asks for."""
+        if self.sv_fro is not None:
+            return self.sv_fro**2
+        if self.error is not None:
+            return 1 - self.error**2
+        assert self.energy is not None
+        return self.energy
+
+
+_LETTERS = {
+    "target_rank": "r",
+    "energy": "e",
+    "error": "err",
+    "sv_ratio": "ratio",
+    "sv_fro": "fro",
+    "sv_cumulative": "cum",
+    "max_params": "p",
+    "size": "b",
+}
+
+
+def every_rank(layout: Layout, **limits: Unpack[Goal]) -> list[Target]:
+    """A target for every uniform rank that can be had within `limits`, growing.
+
+    Raises:
+        ConfigError: `limits` hold a target.
+    """
+    given = [name for name in _TARGETS if limits.get(name)]
+    if given:
+        raise ConfigError(f"a gate looks for the rank by itself, so {given[0]} cannot be given too; leave out one")
+    most = max(slot.rank for slot in layout.values())
+    step = limits.get("rank_multiple", 1)
+    limits = {**limits, "target_rank": min(most, limits.get("max_rank") or most)}
+    widest = Target(**limits)  # which checks them
+    assert widest.target_rank is not None
+    ranks = range(step, widest.target_rank + 1, step) or [widest.target_rank]
+    return [replace(widest, target_rank=rank) for rank in ranks]
+
+
+def noise_edge(sigma: list[float], slot: Slot) -> float:
+    """The largest singular value that noise of the size of the median one has.
+
+    Directions that only noise has moved have a DeltaW like the product of two random matrices of shapes [out, r] and
+    [r, in]: its singular values lie next to their median, none above it by more than (1 + sqrt(r / in)) (1 + sqrt(r /
+    out)), the upper edges of Marchenko and Pastur's law for the two. The median stands for the noise as it does in
+    Gavish & Donoho, "The optimal hard threshold for singular values is 4 / sqrt(3)", IEEE Trans. Inf. Theory 2014: so
+    it is to be trusted where at least half of the directions carry nothing.
+    """
+    if len(sigma) < 2:
+        return 0.0
+    middle = sorted(sigma)[(len(sigma) - 1) // 2]
+    return middle * (1 + math.sqrt(slot.rank / slot.in_features)) * (1 + math.sqrt(slot.rank / slot.out_features))
+
+
+def above_noise(spectrum: Spectrum, slot: Slot) -> tuple[float, int]:
+    """The noise edge of a module's spectrum, and how many of its singular values are above: one at least, unless all
+    are nothing but rounding."""
+    sigma = spectrum.gains[: spectrum.rank].sqrt()
+    edge = noise_edge(sigma.tolist(), slot)
+    return edge, max(int((sigma > edge).sum()), min(1, len(sigma)))
+
+
+def _gains(spectra: Mapping[str, Spectrum]) -> dict[str, list[float]]:
+    return {name: s.gains[: s.rank].tolist() for name, s in spectra.items()}
+
+
+def _fewest(shares: list[float], share: float) -> int:
+    """The smallest count whose share is reached; the last bits of a sum decide nothing."""
+    return next((k for k, have in enumerate(shares, 1) if have >= share * (1 - 1e-12)), len(shares))
+
+
+def _fit(wanted: Mapping[str, int], layout: Layout, allowed: Layout) -> dict[str, int]:
+    """Ranks as wanted, rounded up to what is allowed (down where there is nothing above); tied modules the most of any.
+
+    A module that nothing above 0 is allowed for stays as it is.
+    """
+    ranks = {}
+    for unit in units(allowed):
+        want = max(wanted[name] for name in unit.names)
+        above = (rank for rank in unit.ranks(want, unit.rank) if rank or not want)
+        rank = next(above, max(unit.ranks(1, want), default=unit.rank))
+        ranks |= dict.fromkeys(unit.names, rank)
+    return {name: ranks[name] for name in layout}
+
+
+def _as_planned(ranks: Mapping[str, int], layout: Layout) -> dict[str, int]:
+    wrong = [f"{name} is not in the adapter" for name in ranks if name not in layout]
+    wrong += [f"{name} is not in the plan" for name in layout if name not in ranks]
+    for name, rank in ranks.items():
+        if name in layout and not layout[name].min_rank <= rank <= layout[name].rank:
+            wrong.append(f"{name}: rank {rank} is planned, {layout[name].min_rank} to {layout[name].rank} can be had")
+    for unit in units(layout):
+        if len({ranks.get(name) for name in unit.names}) > 1:
+            wrong.append(f"{unit}: PEFT gives these one rank, and the plan several")
+    if wrong:
+        raise ConfigError("\n".join(f"plan: {line}" for line in wrong))
+    return {name: ranks[name] for name in layout}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

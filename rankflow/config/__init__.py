@@ -1,0 +1,1 @@
+"""Policy files: YAML read strictly, with all mistakes named at once."""

@@ -1,0 +1,265 @@
+"""What may stand in a policy file: one pydantic model for each kind of mapping, all strict.
+
+Models of `params` are made from the fields of the policies themselves, so that a setting, its default, its bounds and
+its meaning are written once. The published JSON schema comes from the same models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+import re
+from dataclasses import fields
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainValidator,
+    PositiveInt,
+    TypeAdapter,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+
+import rankflow.policies.methods
+from rankflow.errors import ConfigError
+from rankflow.plans.budget import Budget
+from rankflow.plans.schedule import resolve_step
+from rankflow.policies.base import Mode, Policy
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _step(value: Any) -> Any:
+    try:
+        resolve_step(value, 1, what="step")
+    except ConfigError as e:
+        raise ValueError(str(e).removeprefix("step: ")) from None
+    return value
+
+
+def parse_size(value: Any) -> int:
+    """Bytes, from a number of them or a size such as `32MiB`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})", value.strip()) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"{str(value)[:80]!r} is neither a number of bytes nor a size such as '32MiB' or '500KB'")
+    size = float(found[1]) * _UNITS[found[2]]
+    if not math.isfinite(size):
+        raise ValueError(f"{found[1][:20]}... is more than anything has")
+    return int(size)
+
+
+Step = Annotated[
+    Any,
+    PlainValidator(_step),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*%$"}]}),
+]
+Size = Annotated[
+    Any,
+    PlainValidator(parse_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": rf"^\d+(\.\d+)?\s*({'|'.join(_UNITS)})$"},
+            ]
+        }
+    ),
+]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class BudgetSpec(Strict):
+    """How much adapter there may be when the phase ends: exactly one of these."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    mean_rank: Annotated[float, Field(gt=0, description="mean rank over all modules of the adapter")] | None = None
+    total_rank: Annotated[PositiveInt, Field(description="sum of the ranks of all modules")] | None = None
+    max_params: Annotated[PositiveInt, Field(description="LoRA parameters")] | None = None
+    size: Annotated[Size, Field(description="bytes of LoRA factors, e.g. 32MiB")] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1, description="share of the LoRA parameters at attach")] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetSpec:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are given" if given else "none is given"
+            raise ValueError(f"wants exactly one of {', '.join(type(self).model_fields)}, but {what}")
+        try:
+            self.build()
+        except ConfigError as e:
+            raise ValueError(str(e)) from None
+        return self
+
+    def build(self) -> Budget:
+        given: dict[Any, Any] = self.model_dump(exclude_none=True)
+        [(kind, amount)] = given.items()
+        return Budget(kind, amount)
+
+
+class WhenSpec(Strict):
+    """When the policy decides: steps, or percentages, of the whole run."""
+
+    start: Annotated[Step, Field(description="first decision; left out: the phase's begin, or one `every`")] | None = (
+        None
+    )
+    every: Annotated[Step, Field(description="steps between two decisions")] | None = None
+    stop: Annotated[Step, Field(description="no decision from here on; left out: the phase's end")] | None = None
+
+
+class LimitSpec(Strict):
+    """Least and greatest rank of the modules that the pattern names."""
+
+    min: Annotated[NonNegativeInt, Field(description="least rank; 0 lets a policy take the module out")] | None = None
+    max: Annotated[PositiveInt, Field(description="greatest rank")] | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LimitSpec:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+LimitOrRank = Annotated[
+    LimitSpec,
+    BeforeValidator(lambda value: {"max": value} if type(value) is int else value),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, LimitSpec.model_json_schema()]}),
+]
+
+
+class Shared(Strict):
+    """What holds for a whole file."""
+
+    limits: Annotated[
+        dict[str, LimitOrRank],
+        Field(
+            description="glob, or `re:` and a regular expression, over module names -> {min, max}; later lines win. A "
+            "number is a greatest rank, and its key is read as PEFT reads a rank_pattern's"
+        ),
+    ] = {}
+    tie: Annotated[
+        list[list[str]],
+        Field(description="groups of patterns whose modules have one rank (for each captured text of `re:` patterns)"),
+    ] = []
+    rank_buckets: Annotated[list[PositiveInt], Field(description="the only ranks a module may have, beside 0")] = []
+    rank_multiple: Annotated[PositiveInt, Field(description="every rank is a multiple of this")] = 1
+
+
+class Run(Shared):
+    """What holds for a whole run, whatever its policies."""
+
+    mode: Annotated[
+        Mode,
+        Field(
+            description="resize: a decision makes new tensors; mask: tensors keep their shape, with room for the "
+            "largest rank that limits allow, which suits torch.compile"
+        ),
+    ] = "resize"
+
+
+class BudgetFile(Shared):
+    """How large a saved adapter may be, and what ranks its modules may have."""
+
+    budget: BudgetSpec | None = None
+
+
+class PlanFile(Strict):
+    """What `rankflow plan` writes: the rank of every module; the rest is for the reader."""
+
+    ranks: Annotated[dict[str, NonNegativeInt], Field(min_length=1, description="module -> rank; 0 leaves it out")]
+    adapter: str | None = None
+    target: dict[str, Any] | None = None
+    summary: str | None = None
+
+
+class PhaseSpec(Strict):
+    """One policy, and how long it is in charge."""
+
+    policy: Any
+    budget: BudgetSpec | None = None
+    when: WhenSpec | None = None
+    params: Any = None
+
+
+def policy_names() -> list[str]:
+    """The policies there are: one file each."""
+    return sorted(module.name for module in pkgutil.iter_modules(rankflow.policies.methods.__path__))
+
+
+@cache
+def policy_class(name: str) -> type[Policy]:
+    """The one policy in the file of that name.
+
+    Raises:
+        ConfigError: a file that does not define exactly one.
+    """
+    module = importlib.import_module(f"rankflow.policies.methods.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Policy) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"policies/{name}.py defines {len(found)} policies; it must define exactly one")
+    return found[0]
+
+
+@cache
+def params_model(cls: type[Policy]) -> type[Strict]:
+    """The model of a policy's `params`: its own fields, their annotations and defaults."""
+    hints = get_type_hints(cls, include_extras=True)
+    own = {f.name: (hints[f.name], f.default) for f in fields(cls) if f.name not in ("budget", "when")}
+    return create_model(f"{cls.__name__}Params", __base__=Strict, __doc__=f"Settings of {cls.__name__}.", **own)  # type: ignore[call-overload]
+
+
+@cache
+def single_model() -> TypeAdapter[Any]:
+    """A file with one policy."""
+    return TypeAdapter(_one_of("File", Run, PhaseSpec))
+
+
+@cache
+def lifecycle_model() -> type[Run]:
+    """A file with `phases`."""
+    until: Any = Annotated[Step | None, Field(description="the phase ends before this step")]
+    phase: Any = _one_of("Phase", PhaseSpec, until=(until, None))
+    phases: Any = (list[phase], Field(min_length=1))
+    doc = "Several policies, one after the other."
+    return create_model("Lifecycle", __base__=Run, __doc__=doc, phases=phases)
+
+
+def _one_of(suffix: str, *bases: type[Strict], **more: Any) -> Any:
+    """The union over all policies, told apart by `policy`."""
+    models = []
+    for name in policy_names():
+        params = params_model(policy_class(name))
+        own = {"policy": (Literal[name], ...), "params": (params, Field(default_factory=params)), **more}
+        models.append(create_model(f"{policy_class(name).__name__}{suffix}", __base__=bases, **own))  # type: ignore[call-overload]
+    return Annotated[Union[tuple(models)], Field(discriminator="policy")]  # noqa: UP007
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of policy files, for editors."""
+    either: Any = Union[_one_of("File", Run, PhaseSpec), lifecycle_model()]  # noqa: UP007
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "rankflow policy",
+        **TypeAdapter(either).json_schema(),
+    }

@@ -1,0 +1,97 @@
+"""Which kinds of adapters PEFT saves are read as the plain LoRA that they equal, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rankflow.errors import AdapterError
+from rankflow.formats.as_lora.adalora import fold_adalora
+from rankflow.formats.as_lora.loha_lokr import fold_loha, fold_lokr
+from rankflow.formats.as_lora.lora_xs import fold_middles, has_middles
+from rankflow.formats.as_lora.miss import fold_delora, fold_gralora, fold_miss, fold_unilora, fold_vblora
+from rankflow.formats.as_lora.parts import Folded
+from rankflow.formats.as_lora.vera import fold_pvera, fold_vera
+
+Fold = Callable[[Mapping[str, Any], Mapping[str, Tensor], Path], Folded]
+BasedFold = Callable[[Mapping[str, Any], Mapping[str, Tensor], Path, Path | None], Folded]
+
+_FOLDS: Mapping[str, Fold] = {
+    "ADALORA": fold_adalora,
+    "LOHA": fold_loha,
+    "LOKR": fold_lokr,
+    "VBLORA": fold_vblora,
+    "UNILORA": fold_unilora,
+    "DELORA": fold_delora,
+    "GRALORA": fold_gralora,
+}
+_WITH_BASE: Mapping[str, BasedFold] = {"VERA": fold_vera, "PVERA": fold_pvera, "MISS": fold_miss}
+DENSE = ("RANDLORA",)  # read by `rankflow.formats.as_lora.dense`
+NEEDS_BASE = (*_WITH_BASE, *DENSE)
+
+_PROMPT = "which puts vectors before the input instead of changing weights"
+_TURNS = "which multiplies the base weight instead of adding to it"
+_OF_THE_BASE = "whose update is made of the base weight"
+_SPARSE = "whose update is sparse, and of high rank"
+_CONVERT = "peft's save_as_lora makes a LoRA of it on its base model"
+_REFUSED = {
+    "PROMPT_TUNING": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "PREFIX_TUNING": _PROMPT,
+    "CPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
+    "ADAPTION_PROMPT": "which adds attention to learnt vectors, gated by the input",
+    "IA3": "which scales activations, that is multiplies the base weight",
+    "LN_TUNING": "which trains the norms themselves and has no rank",
+    "BEFT": "which trains biases and has no rank",
+    "TRAINABLE_TOKENS": "which trains rows of embeddings and has no factors",
+    "OFT": _TURNS,
+    "BOFT": _TURNS,
+    "HRA": _TURNS,
+    "ROAD": "which rotates and scales activations, that is multiplies the base weight",
+    "OSF": "which trains the base weight's own singular directions",
+    "PSOFT": f"{_TURNS}, in the base weight's leading directions; {_CONVERT}",
+    "FROD": _OF_THE_BASE,
+    "GLORA": _OF_THE_BASE,
+    "HIRA": f"{_OF_THE_BASE}, entry by entry, and so of full rank",
+    "DEFT": _OF_THE_BASE,
+    "PEANUT": f"{_OF_THE_BASE}, through a small network",
+    "ADAMSS": f"{_OF_THE_BASE}'s own singular directions",
+    "SHADOW": "which is a network of its own beside the model",
+    "XLORA": "which mixes adapters by the input, so there is no one update to make smaller",
+    "POLY": "which mixes its parts by the task, so there is no one update to make smaller",
+    "LILY": "which mixes its shared parts by the input, so there is no one update to make smaller",
+    "SHIRA": _SPARSE,
+    "SUPERTUNING": _SPARSE,
+    "C3A": f"whose update is made of circulant blocks, and of high rank; {_CONVERT}",
+    "TINYLORA": f"whose file does not tell which module has which vector; {_CONVERT}",
+    "FOURIERFT": f"whose update is the Fourier transform of a sparse matrix; {_CONVERT}",
+    "WAVEFT": f"whose update is the wavelet transform of a sparse matrix; {_CONVERT}",
+}
+
+
+def plain(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> Folded | None:
+    """The plain LoRA that an adapter of another kind equals; None if it is LoRA as it is.
+
+    Args:
+        path: for messages.
+        base: the base model's folder, for what is not in the file.
+
+    Raises:
+        AdapterError: a kind that no LoRA equals, with the reason, or a damaged one.
+        ConfigError: the base model is needed and not at hand.
+    """
+    kind = str(config.get("peft_type"))
+    if kind == "LORA":
+        return fold_middles(config, tensors, path) if has_middles(tensors) else None
+    if kind in _FOLDS:
+        return _FOLDS[kind](config, tensors, path)
+    if kind in _WITH_BASE:
+        return _WITH_BASE[kind](config, tensors, path, base)
+    if kind in _REFUSED:
+        raise AdapterError(f"{path}: is {kind}, {_REFUSED[kind]}; it cannot be read as a LoRA")
+    return None

@@ -1,0 +1,145 @@
+"""What every saved adapter offers, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rankflow.errors import AdapterError
+from rankflow.linalg.svd import Backend
+from rankflow.plans.plan import Layout, Slot
+
+BASE_COPY = ".base_layer.weight"  # what PEFT saves beside the factors of embeddings: the base model's own weight
+Put = Callable[[str, Tensor, Tensor], None]  # module, A [*e, r, in], B [*e, out, r]
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """Where a file keeps one module's factors; shapes are as the file has them (of convolutions with their kernel)."""
+
+    slot: Slot
+    a_key: str
+    b_key: str
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """How far an update that comes as a full matrix is looked at: its `rank` leading directions, by which SVD."""
+
+    rank: int = 64
+    backend: Backend = "torch"
+
+
+Saved = TypeVar("Saved", bound=SavedModule)
+
+
+_SCALES = (1e-30, 1e30)  # beyond these float32 factors have no product
+_NUMBERS = (1e-36, 1e36)  # and these are that times, or over, any rank
+WIDE = 1024  # a rank that may be above what a module's shape can hold
+
+
+def is_scale(value: object, limits: tuple[float, float] = _NUMBERS) -> bool:
+    """Whether it is a positive number of a size with which can be computed."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and limits[0] <= value <= limits[1]
+
+
+def checked_slot(slot: Slot, name: str, path: Path) -> Slot:
+    """
+    Raises:
+        AdapterError: a scaling or a rank that no adapter has. What is computed is r x r, so that a file of thin
+            factors of enormous rank would take as much memory as its size squared.
+    """
+    if not is_scale(slot.scaling, _SCALES):
+        raise AdapterError(f"{path}: {name} is scaled by {slot.scaling:g}; the adapter is damaged")
+    if slot.rank > max(WIDE, slot.in_features + slot.out_features):
+        raise AdapterError(
+            f"{path}: {name} has rank {slot.rank} with {slot.in_features} inputs and {slot.out_features} outputs; "
+            "the adapter is damaged"
+        )
+    return slot
+
+
+def at_unit_scale(entries: Mapping[str, Saved]) -> dict[str, Saved]:
+    """The same modules with scale 1, for factors that `fold` has been over."""
+    return {name: replace(entry, slot=replace(entry.slot, scaling=1.0)) for name, entry in entries.items()}
+
+
+def fold(b: Tensor, scaling: float) -> Tensor:
+    """B times its module's scale. All of it goes there: A stays bit for bit, and one factor is rounded once, by nothing
+    where the scale is a power of two; the root of the scale, for both, would round twice and be seldom exact itself.
+    In float64, so that only the type it is written in rounds."""
+    return b if scaling == 1 else b.double() * scaling
+
+
+class SavedAdapter(Protocol):
+    """A saved adapter, open for reading; tensors stay on disk until asked for.
+
+    `layout` and `entries` name the same modules in the same order. `overhead` are the bytes of a rewritten file that
+    are no LoRA factors, at most, in whatever dtype and ranks it is written; `companions` are copied along.
+    """
+
+    path: Path
+    layout: Layout
+    notes: list[str]
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def entries(self) -> Mapping[str, SavedModule]: ...
+    @property
+    def companions(self) -> Sequence[Path]: ...
+    @property
+    def extra_tensors(self) -> Mapping[str, int]: ...  # what is neither factor nor alpha, and copied: key -> bytes
+    @property
+    def metadata(self) -> Mapping[str, str]: ...  # of the file's header
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def overhead(self) -> int: ...
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Canonical A ``[*e, r, in]`` and B ``[*e, out, r]`` of one module, read-only, in its own dtype.
+
+        Raises:
+            AdapterError: a value is NaN or infinite.
+        """
+        ...
+
+    @property
+    def sketch(self) -> Sketch | None: ...  # how far full matrices were looked at, if it was made of such
+
+    def outside(self, name: str) -> float:
+        """Energy of the module's update that the factors leave out, which were asked for before; 0 but of full
+        matrices (`rankflow.formats.as_lora.dense`)."""
+        ...
+
+    def beside(self, suffix: str) -> Path:
+        """The default name of an output: `<source>-<suffix>` beside the source."""
+        ...
+
+    def check_out(self, out: Path, *, force: bool) -> None:
+        """
+        Raises:
+            ConfigError: `rewrite` could not write there without loss.
+        """
+        ...
+
+    def weights_in(self, out: Path) -> Path:
+        """The file of tensors that `rewrite` makes of `out`."""
+        ...
+
+    def rewrite(
+        self, out: Path, ranks: Mapping[str, int], *, dtype: torch.dtype | None = None, force: bool = False
+    ) -> AbstractContextManager[Put]:
+        """Write the adapter anew at other ranks: yields ``put(name, A, B)``, to be called once for every module with
+        a rank, from any thread. `out` appears, whole and on disk, when the block ends well."""
+        ...

@@ -1,0 +1,1 @@
+"""Tensors, JSON and folders on disk: read within bounds, written atomically."""

@@ -1,0 +1,1 @@
+"""One file a format that keeps an adapter in a single file."""

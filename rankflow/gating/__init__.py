@@ -1,0 +1,1 @@
+"""Gates between A and B: in the forward, trained, stored."""

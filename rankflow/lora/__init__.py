@@ -1,0 +1,1 @@
+"""PEFT's live LoRA layers: the only package that knows them."""

@@ -1,0 +1,1 @@
+"""Optimizer state carried through a change of rank."""

@@ -1,0 +1,164 @@
+"""Optimizer state of one LoRA factor, apart from how any optimizer stores it, and how it follows a change of rank.
+
+Gradients of A' = N A are covectors, so averages of them map by M^T; squares of them map by the squared map, entry by
+entry, bounded so that no step gets larger (`rankflow.optim.carry.carry_second`). Points that an optimizer keeps beside
+the factor (an iterate, of which the factor is an average) map as the factor does, and squares of the lengths of its
+steps by the squared map of points, so that a factor which is ten times as large takes steps that are ten times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rankflow.linalg.decompose import Factor
+from rankflow.optim.carry import carry_first, carry_point, carry_second, carry_squares
+
+SeedV = Literal["siblings", "mean", "zero"]
+SEED_FLOOR = 0.01  # of the siblings' mean: a direction whose partner is 0 has gradients all the same, a step later
+
+View = Callable[[Tensor], Tensor]  # between a factor's stored shape and its canonical one
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Squared norms of the other factor's directions, which scale this factor's gradients."""
+
+    new: Tensor  # [*experts, n], of the directions that are new
+    old: Tensor  # [*experts], mean over the siblings
+
+
+@dataclass(frozen=True)
+class Level:
+    """What second moments of modules of the same shape are like, for directions that have no siblings."""
+
+    second: float  # median over modules of the mean entry
+    partner: float  # median over modules of the mean squared norm of the partner's directions
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Optimizer state of one factor, canonical: A ``[*experts, r, in]``, B ``[*experts, out, r]``."""
+
+    factor: Factor
+    first: Mapping[str, Tensor] = field(default_factory=dict)  # averages linear in the gradient, by state key
+    second: Tensor | None = None  # average of squared gradients, or their variance
+    peak: Tensor | None = None  # running maximum of `second`
+    bounding: str | None = None  # the first moment that `second` must bound
+    bias: tuple[float, float] = (1.0, 1.0)  # what the optimizer divides first and second by
+    points: Mapping[str, Tensor] = field(default_factory=dict)  # other values of the factor itself, by state key
+    strides: Mapping[str, Tensor] = field(default_factory=dict)  # squares of the lengths of its steps, by state key
+
+    @property
+    def dim(self) -> int:
+        """The dimension that counts directions."""
+        return -2 if self.factor == "A" else -1
+
+    def keep(self, idx: Sequence[int]) -> Moments:
+        def take(t: Tensor) -> Tensor:
+            return t.index_select(self.dim, torch.tensor(idx, dtype=torch.long, device=t.device))
+
+        return self._map(take, take, take, take)
+
+    def refactor(self, N: Tensor, M: Tensor) -> Moments:
+        """Through A' = N A, B' = B M.
+
+        A revived direction's column of B is 0, and so is the gradient its row of A has had, by this map; its second
+        moment starts at the least that growth would give it, not at 0.
+        """
+        first = {key: carry_first(m, N, M, self.factor) for key, m in self.first.items()}
+        points = {key: carry_point(z, N, M, self.factor) for key, z in self.points.items()}
+        strides = {key: carry_squares(s, N, M, self.factor) for key, s in self.strides.items()}
+        second, peak = self.second, self.peak
+        if second is not None:
+            bound = None if self.bounding is None else first.get(self.bounding)
+            least = SEED_FLOOR * second.mean(-2, keepdim=True)
+            second = carry_second(second, bound, N, M, self.factor, bias_first=self.bias[0], bias_second=self.bias[1])
+            if self.factor == "A":
+                revived = (M == 0).all(-2).to(second.device)[..., None]
+                second = torch.where(revived, least.to(second.dtype), second)
+            if peak is not None:
+                peak = torch.maximum(carry_second(peak, None, N, M, self.factor), second)
+        return replace(self, first=first, points=points, strides=strides, second=second, peak=peak)
+
+    def over(self, value: Tensor) -> Moments:
+        """Of A' = diag(value) A, from those of A: the gradient of A' is that of A over `value` ``[r]`` or ``[1]``.
+
+        Rows whose value is 0 had no gradient; they start at 0, under the second moment they had.
+        """
+        zero = (value == 0)[:, None]
+
+        def divide(t: Tensor, power: int, otherwise: Tensor | float) -> Tensor:
+            divided = t.double() / torch.where(value == 0, 1.0, value.double().to(t.device))[:, None] ** power
+            bound = torch.finfo(t.dtype).max
+            return torch.where(zero.to(t.device), otherwise, divided.clamp(-bound, bound)).to(t.dtype)
+
+        def multiply(t: Tensor, power: int) -> Tensor:
+            bound = torch.finfo(t.dtype).max
+            return (t.double() * value.double().to(t.device)[:, None] ** power).clamp(-bound, bound).to(t.dtype)
+
+        return self._map(
+            lambda t: divide(t, 1, 0.0),
+            lambda t: divide(t, 2, t.double()),
+            lambda t: multiply(t, 1),
+            lambda t: multiply(t, 2),
+        )
+
+    def to(self, device: torch.device | str) -> Moments:
+        return self._map(*[lambda t: t.to(device)] * 4)
+
+    def grow(
+        self, new: Tensor, seed: SeedV, partner: Partner, level: Callable[[], Level | None], gate: float = 1.0
+    ) -> Moments:
+        """Append directions that are `new` in the factor, with first moments of 0 and a guessed second moment.
+
+        The gradient of a column of B scales with its row of A, so a sibling's mean is scaled by their squared norms:
+        an all-zero second moment under an old step count would overshoot, a plain mean would put a short direction to
+        sleep. Where there is no sibling with any history, like modules stand in for them; where none either, 0. Under
+        a `gate` all gradients are that many times what they would be without. Points start where the factor does, and
+        steps are as long as those of siblings.
+        """
+        dim = self.dim
+
+        def append(t: Tensor, tail: Tensor | float) -> Tensor:
+            added = torch.zeros(new.shape, dtype=t.dtype, device=t.device) + torch.as_tensor(tail, device=t.device)
+            return torch.cat([t, added.to(t.dtype)], dim)
+
+        def guess(t: Tensor) -> Tensor | float:
+            if seed == "zero":
+                return 0.0
+            if t.shape[dim] and bool(t.any()):
+                mean, old = t.mean(dim, keepdim=True), partner.old[..., None]
+            elif (like := level()) is not None:
+                mean, old = partner.old.new_tensor([[like.second]]), partner.old.new_tensor([like.partner])
+            else:
+                return 0.0
+            if seed == "mean":
+                return mean
+            ratio = torch.where(old > 0, partner.new / old.clamp(min=torch.finfo(old.dtype).tiny), 1.0)
+            ratio = ratio.clamp(min=SEED_FLOOR).to(t.device, t.dtype)
+            return mean * (ratio[..., :, None] if self.factor == "A" else ratio[..., None, :])
+
+        def like_siblings(t: Tensor) -> Tensor | float:
+            return t.mean(dim, keepdim=True) if t.shape[dim] and seed != "zero" else 0.0
+
+        return self._map(
+            lambda t: append(t, 0.0),
+            lambda t: append(t, guess(t) * gate**2),
+            lambda t: append(t, new),
+            lambda t: append(t, like_siblings(t)),
+        )
+
+    def _map(self, first: View, second: View, point: View, stride: View) -> Moments:
+        return replace(
+            self,
+            first={key: first(m) for key, m in self.first.items()},
+            points={key: point(z) for key, z in self.points.items()},
+            strides={key: stride(s) for key, s in self.strides.items()},
+            second=None if self.second is None else second(self.second),
+            peak=None if self.peak is None else second(self.peak),
+        )

@@ -1,0 +1,191 @@
+"""New directions start slowly: their updates, not their gradients, are scaled from 1 / warmup up to 1.
+
+Scaling gradients would do nothing under an optimizer that divides by their size. So the young rows of A and columns of
+B are noted before an optimizer step, and what the step did to them is scaled afterwards, in float32 or better. So is
+what it did to points beside them: an average of scaled steps is the average scaled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankflow.lora.adapter import Adapter
+from rankflow.lora.dtensor import part, rows
+from rankflow.lora.site import Site
+from rankflow.lora.transaction import Journal
+from rankflow.optim.carrier import Carrier
+from rankflow.plans.plan import Drop, Grow, Keep, Op, Open, Refactor
+
+
+class Youth(NamedTuple):
+    """Optimizer steps a direction has taken, and after how many it is grown up."""
+
+    age: int
+    span: int
+
+    @property
+    def scale(self) -> float:
+        """What its next update is multiplied by."""
+        return min(1.0, (self.age + 1) / self.span) if self.span > 0 else 1.0
+
+
+_GROWN = Youth(0, 0)
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What `before_step` leaves for `after_step`, of one factor in its stored shape."""
+
+    parameter: nn.Parameter
+    dim: int  # which counts directions
+    index: Tensor  # along it, of the directions whose update is scaled
+    scale: Tensor  # broadcastable
+    old: Tensor  # those directions before the step, times the weight decay that is not scaled; of shards this process's
+    points: dict[str, Tensor]  # and of the points that the optimizer keeps beside the parameter, by state key
+
+
+class Ramps:
+    """Ages of young directions. The controller calls `before_step` and `after_step` around each real optimizer step.
+
+    Through later resizes of a module, kept directions keep their age. A refactorisation mixes directions, so all of
+    the module take the age of the youngest.
+
+    Under an optimizer whose step depends on the shape of a parameter (Muon), the module's factor is held at what it
+    was at its first rank, so that a resize does not move the step size.
+    """
+
+    def __init__(self, adapter: Adapter, carrier: Carrier | None):
+        self._adapter = adapter
+        self._carrier = carrier
+        self._young: dict[str, tuple[Youth, ...]] = {}  # modules with a young direction, one Youth per direction
+        self._held: dict[str, int] = {}  # resized module -> rank whose shape factor is held
+        self._notes: list[_Note] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do around the next step."""
+        return bool(self._young or self._held)
+
+    def before_step(self) -> None:
+        self._notes = []
+        for name in {**self._young, **self._held} if self else ():
+            site = self._adapter.sites[name]
+            for role, dim in (("A", 0), ("B", 1)):
+                if (p := site.tensors().get(role)) is not None and p.grad is not None:
+                    self._note(name, site, p, dim)
+
+    def after_step(self) -> None:
+        """Must follow a step that was really taken."""
+        with torch.no_grad():
+            for note in self._notes:
+                moved = [(note.parameter, note.old)]
+                if note.points and self._carrier is not None:
+                    state = self._carrier.optimizer.state[note.parameter]
+                    moved += [(state[key], old) for key, old in note.points.items()]
+                for t, old in ((part(t), old) for t, old in moved):
+                    step = t.index_select(note.dim, note.index).to(old.dtype) - old
+                    t.index_copy_(note.dim, note.index, (old + step * note.scale).to(t.dtype))
+        stepped = {id(note.parameter) for note in self._notes}
+        self._notes = []
+        for name, youths in list(self._young.items()):
+            if not stepped & {id(p) for p in self._adapter.sites[name].tensors().values()}:
+                continue
+            older = tuple(Youth(y.age + 1, y.span) for y in youths)
+            if any(y.scale < 1 for y in older):
+                self._young[name] = older
+            else:
+                del self._young[name]
+
+    def _note(self, name: str, site: Site, p: nn.Parameter, dim: int) -> None:
+        youths = self._young.get(name, (_GROWN,) * site.rank)
+        held, decay = self._factors(name, site, p, dim)
+        scales = [youth.scale * held for youth in youths]
+        young = [i for i, scale in enumerate(scales) if scale != 1.0]
+        if not young:
+            return
+        r, experts = site.size, range(site.experts)  # stored expert-major in A, expert-minor in B
+        index = [e * r + i if dim == 0 else i * len(experts) + e for i in young for e in experts]
+        scales = [scales[i] for i in young for _ in experts]
+        if dim == 0:
+            here = rows(p)
+            scales = [scale for i, scale in zip(index, scales, strict=True) if i in here]
+            index = [i - here.start for i in index if i in here]
+        at = torch.tensor(index, dtype=torch.long, device=p.device)
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        scale = torch.tensor(scales, dtype=dtype, device=p.device)
+        scale = scale.reshape([-1 if d == dim else 1 for d in range(p.ndim)])
+        points = {
+            key: part(t.detach()).index_select(dim, at).to(dtype)  # a copy: steps write in place
+            for key, t in self._points(p).items()
+        }
+        self._notes.append(_Note(p, dim, at, scale, part(p.detach()).index_select(dim, at).to(dtype) * decay, points))
+
+    def _points(self, p: nn.Parameter) -> dict[str, Tensor]:
+        """What moves beside `p` in a step; where it is not there yet, the step makes it, as a copy of `p`."""
+        if self._carrier is None or self._carrier.handler is None:
+            return {}
+        state = self._carrier.optimizer.state.get(p, {})
+        return {key: state.get(key, p) for key in self._carrier.handler.points}
+
+    def _factors(self, name: str, site: Site, p: nn.Parameter, dim: int) -> tuple[float, float]:
+        """The correction of the step for the parameter's shape, and the part of weight decay that is not scaled."""
+        handler = self._carrier.handler if self._carrier is not None else None
+        if self._carrier is None or handler is None:
+            return 1.0, 1.0
+        group = self._carrier.group(p)
+        shape = list(p.shape)
+        shape[dim] = shape[dim] // site.rank * self._held.get(name, site.rank)
+        held = handler.shape_factor(group, torch.Size(shape)) / handler.shape_factor(group, p.shape)
+        return held, handler.decay(group)
+
+    # -- resizes ----------------------------------------------------------------------------------------------------
+
+    def after(self, name: str, ops: Sequence[Op], rank: int, warmup: int, rewarm: int | None) -> tuple[Youth, ...]:
+        """Youth of the directions that `ops` leave of a module of `rank`; with `rewarm`, all of them are new."""
+        youths = self._young.get(name, (_GROWN,) * rank)
+        for op in ops:
+            match op:
+                case Keep():
+                    youths = tuple(youths[i] for i in op.idx)
+                case Refactor():
+                    youngest = min(youths, key=lambda y: y.scale, default=_GROWN)
+                    youths = (youngest,) * op.N.shape[-2]
+                case Grow():
+                    youths += (Youth(0, warmup),) * op.n
+                case Open():
+                    youths = tuple(Youth(0, warmup) if i in op.idx else y for i, y in enumerate(youths))
+                case Drop():
+                    youths = ()
+        return youths if rewarm is None else (Youth(0, rewarm),) * len(youths)
+
+    def write(self, journal: Journal, youths: Mapping[str, tuple[Youth, ...]], before: Mapping[str, int]) -> None:
+        """Take over what `after` said of modules that had the ranks `before`."""
+        handler = self._carrier.handler if self._carrier is not None else None
+        young = {n: y for n, y in {**self._young, **youths}.items() if any(i.scale < 1 for i in y)}
+        if self._carrier is not None and handler is None and young:
+            warnings.warn(
+                f"{self._carrier.title} is an optimizer rankflow does not know: new directions start at full speed",
+                stacklevel=4,
+            )
+        journal.contents(self._young, young if handler is not None else {})
+        if handler is not None and handler.shape_dependent:
+            journal.contents(self._held, {**{n: before[n] for n in youths if before[n]}, **self._held})
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "young": {name: [[y.age, y.span] for y in youths] for name, youths in self._young.items()},
+            "held": dict(self._held),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], journal: Journal) -> None:
+        journal.keep(self, "_young", "_held", "_notes")
+        self._notes = []
+        self._young = {name: tuple(Youth(int(a), int(s)) for a, s in ys) for name, ys in state["young"].items()}
+        self._held = {name: int(rank) for name, rank in state["held"].items()}

@@ -1,0 +1,1 @@
+"""Layouts, plans, schedules, limits and budgets: pure data about ranks."""

@@ -1,0 +1,83 @@
+"""What policies have in common that give out ranks once, from a look at the data before the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rankflow.errors import ConfigError, PlanError
+from rankflow.plans.budget import Budget, allocate
+from rankflow.plans.margins import allocation_margin
+from rankflow.plans.plan import Grow, Layout, Op, RankPlan, Refactor, Slot
+from rankflow.plans.schedule import When
+from rankflow.plans.transitions import first, ops_to
+from rankflow.policies.base import Observation, Policy, Signal, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening(Policy):
+    """Gives out the ranks of a fresh adapter, which adds nothing to the model yet, and is never asked again.
+
+    Without a budget the total rank there is is spread anew. Nothing here changes what the model computes: directions
+    come and go, but B stays 0. Subclasses declare a `Study` (with `A` and `B` among its signals) and say what each
+    direction of each module is worth by it.
+    """
+
+    when: When = field(default_factory=lambda: When(stop=0))  # never due
+
+    first_only: ClassVar[bool] = True
+    meets_budget: ClassVar[bool] = True
+    unit_rows: ClassVar[bool] = False  # rows of A that `directions` gives have norm 1, not a fresh LoRA's 1/sqrt(3)
+
+    def gains(self, obs: Observation, layout: Layout, budget: Budget) -> Mapping[str, Sequence[float]]:
+        """What the first, second, ... direction of every module is worth, as `budget.allocate` takes it."""
+        raise NotImplementedError
+
+    def directions(self, record: Mapping[Signal, Tensor]) -> Tensor | None:
+        """Where A's rows are to point: ``[q, in]``, whose leading right singular directions they become. None: A stays,
+        as far as it goes."""
+        return None
+
+    def check(self, layout: Layout) -> None:
+        if self.when.events:
+            raise ConfigError("it gives out ranks once, before the first step, so leave `when` out")
+        self.held_total(layout)
+
+    def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
+        for name, record in obs.items():
+            for signal, value in record.items():
+                if not bool(value.isfinite().all()):
+                    return RankPlan(reason=f"{name}: {signal.value} is not finite; ranks stay as they are")
+            if bool(record[Signal.A].any()) and bool(record[Signal.B].any()):
+                raise PlanError(
+                    f"{name}: neither A nor B is zero, so the adapter adds something to the model already, and only a "
+                    "fresh one can be given other directions; make a new adapter (with PEFT's default "
+                    "init_lora_weights), hand attach(state=...) the run's state to go on with one of this policy's, or "
+                    "use increlora to grow this one and squeeze to shrink it"
+                )
+        budget = self.held_total(layout)
+        gains = self.gains(obs, layout, budget)
+        idle = [name for name in layout if not any(gains[name])]
+        if len(idle) == len(layout):
+            return RankPlan(reason="no module is worth anything: every score is zero; ranks stay as they are")
+        ranks = allocate(gains, layout, budget)
+        sketches = {name: self.directions(record) for name, record in obs.items()}
+        ops = {name: self._ops(slot, ranks[name], sketches.get(name)) for name, slot in layout.items()}
+        spent = budget.unit(budget.spent(layout.with_ranks(ranks)))
+        reason = f"ranks {min(ranks.values())} to {max(ranks.values())}, most at {max(ranks, key=lambda n: ranks[n])}"
+        reason += f"; {spent} of {budget}" + (f"; {len(idle)} modules are worth nothing" if idle else "")
+        margin = allocation_margin(gains, ranks, layout, budget)
+        return RankPlan(ops, reason, state="reset", margin=margin)  # there is none yet, and so nothing to ramp up
+
+    def _ops(self, slot: Slot, rank: int, sketch: Tensor | None) -> Sequence[Op]:
+        if rank == 0 or sketch is None:
+            return ops_to(rank, slot.rank, first(range(slot.rank)))
+        # From no rows at all: none of the old ones stands in a direction's way
+        grown = [*ops_to(0, slot.rank, first(())), Grow(rank, "grad", sketch)]
+        one = torch.eye(rank, dtype=torch.float64)
+        return [*grown, Refactor(math.sqrt(3) * one, one / math.sqrt(3))] if self.unit_rows else grown

@@ -1,0 +1,30 @@
+"""Hold: every rank stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from rankflow.errors import ConfigError
+from rankflow.plans.plan import Layout, RankPlan
+from rankflow.plans.schedule import When
+from rankflow.policies.base import Observation, Policy, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold(Policy):
+    """Changes nothing: for the last phase of a lifecycle, and as the plain LoRA to compare others with."""
+
+    when: When = field(default_factory=lambda: When(stop=0))  # never due: nothing is asked, nothing is recorded
+
+    grows: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
+    lowers: ClassVar[bool] = False
+    source: ClassVar[str] = "plain LoRA, arXiv 2106.09685"
+
+    def check(self, layout: Layout) -> None:
+        if self.budget is not None:
+            raise ConfigError(f"hold changes nothing, so a budget of {self.budget} means nothing to it; leave it out")
+
+    def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
+        return RankPlan(reason="ranks are held")

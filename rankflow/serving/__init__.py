@@ -1,0 +1,1 @@
+"""What engines serve, what they get wrong, and how to write for them."""

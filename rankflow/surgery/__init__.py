@@ -1,0 +1,1 @@
+"""The surgeon, the only writer of a live model."""

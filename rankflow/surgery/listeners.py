@@ -1,0 +1,96 @@
+"""Who is told that a resize has replaced parameters: lists for clipping, averages, other optimizers hold on to them."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from rankflow.lora.adapter import Adapter
+from rankflow.lora.transaction import Journal
+from rankflow.plans.plan import Op, RankPlan
+from rankflow.surgery.staging import Staged
+
+Parameters = Mapping[str, nn.Parameter]  # of one module, by role: A, B, bias, magnitude
+OnResize = Callable[[str, Parameters, Parameters, Sequence[Op]], object]
+
+
+class Follower(Protocol):
+    """A second model whose factors go through what those of the first go through (`rankflow.surgery.ema`)."""
+
+    def follow(self, plan: RankPlan, step: int, staged: Sequence[Staged], journal: Journal) -> None:
+        """`plan` was carried out; what is written goes through `journal`."""
+
+    def settle(self, rooms: Mapping[str, int], journal: Journal) -> None:
+        """Factors got room (`Surgeon.settle`)."""
+
+    def hold(self, ranks: Mapping[str, int], journal: Journal) -> None:
+        """They were loaded with room (`Surgeon.hold`)."""
+
+    def start(self, adapter: Adapter) -> None:
+        """A run begins on `adapter`, which may have got other ranks since."""
+
+
+class Listeners:
+    """Callbacks that are called with (module name, old, new, ops) for every module that a resize has changed.
+
+    `old` and `new` hold the module's parameters by role (`A`, `B`, and `bias` or `magnitude` where it has them); `old`
+    is empty for a module that comes back into the adapter, `new` for one that leaves it. Under `mode: mask` factors are
+    written in place, and both are the same; where they only get or lose room, `ops` is empty.
+
+    They are called when model and optimizer have the new parameters, as a part of the step, which is done wholly or not
+    at all. One that raises undoes the resize. Where a resize is undone, for whatever reason, they are called once more,
+    with `old` and `new` exchanged and no ops, when model and optimizer are back; so is one that raised, or that an
+    interrupt came before: let it replace what it finds.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: OrderedDict[int, OnResize] = OrderedDict()
+        self._followers: list[Follower] = []
+        self._parted = False
+        self._adapter: Callable[[], Adapter | None] = lambda: None  # of the run that is on
+
+    def add(self, callback: OnResize) -> RemovableHandle:
+        handle = RemovableHandle(self._callbacks)
+        self._callbacks[handle.id] = callback
+        return handle
+
+    @property
+    def followers(self) -> Sequence[Follower]:
+        return () if self._parted else self._followers
+
+    def add_follower(self, follower: Follower) -> None:
+        adapter = self._adapter()
+        if adapter is not None and (held := {n: site.rank for n, site in adapter.sites.items() if site.roomy}):
+            follower.hold(held, Journal())
+        self._followers.append(follower)
+
+    def start(self, adapter: Adapter) -> None:
+        """A run begins on `adapter`."""
+        self._parted = False
+        self._adapter = weakref.ref(adapter)
+        for follower in self._followers:
+            follower.start(adapter)
+
+    def part(self, journal: Journal) -> None:
+        """The run is over, and its best checkpoint is about to be loaded: followers stay as they are."""
+        journal.attr(self, "_parted", True)
+
+    def expect(self, journal: Journal) -> Journal:
+        """A journal in which `tell` notes whom it has told; made before anything is written, it is undone last."""
+        told = Journal()
+        journal.undo(told.rollback)
+        return told
+
+    def tell(self, told: Journal, staged: Sequence[Staged], ops: Mapping[str, Sequence[Op]]) -> None:
+        for s in staged:
+            if s.resized or s.fill is not None:
+                swap, name = s.swap, s.swap.site.name
+                for callback in list(self._callbacks.values()):
+                    told.undo(partial(callback, name, swap.new, swap.old, ()))
+                    callback(name, swap.old, swap.new, ops.get(name, ()))

@@ -1,0 +1,343 @@
+"""The only writer: applies a plan to a live adapter and its optimizer, whole or not at all."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from rankflow.errors import ConfigError, PlanError, RankFlowError
+from rankflow.gating.forward import Gates
+from rankflow.gating.parametrize import refuse_gates
+from rankflow.linalg.decompose import spectrum
+from rankflow.linalg.random import keyed_generator
+from rankflow.linalg.spectrum import Spectrum
+from rankflow.lora.adapter import Adapter
+from rankflow.lora.site import Site
+from rankflow.lora.transaction import Journal
+from rankflow.observe.averages import Averages
+from rankflow.optim.carrier import Carrier, OnUnknownState
+from rankflow.optim.moments import SeedV
+from rankflow.optim.warmup import Ramps
+from rankflow.plans.plan import Layout, RankPlan, Share, Train
+from rankflow.plans.transitions import best_cut, ops_to
+from rankflow.surgery.holders import Holders
+from rankflow.surgery.listeners import Listeners
+from rankflow.surgery.staging import Added, Stage, Staged, check_finite
+
+
+class Surgeon:
+    """Resizes one adapter.
+
+    Args:
+        adapter: what to resize.
+        optimizer: holds every trainable parameter of the adapter in exactly one group; None to resize without one.
+        seed: of new directions, together with step and module name.
+        on_unknown_state: `error` refuses optimizer state that nobody knows how to resize; `reset` starts the state of
+            resized modules afresh.
+        warmup: optimizer steps over which the updates of a new direction are ramped up.
+        seed_v: second moments of new directions: `siblings` scaled to the direction, their plain `mean`, or `zero`.
+        stage_device: where to compute, when it is not to be on the adapter's own device.
+        listeners: who is told of what it does.
+
+    Raises:
+        OptimizerError: an optimizer that a resize would break.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        optimizer: Optimizer | None = None,
+        *,
+        seed: int = 0,
+        on_unknown_state: OnUnknownState = "error",
+        warmup: int = 10,
+        seed_v: SeedV = "siblings",
+        stage_device: torch.device | str | None = None,
+        listeners: Listeners | None = None,
+    ):
+        self.adapter = adapter
+        self.listeners = listeners if listeners is not None else Listeners()
+        self.holders = Holders()
+        self.seed = seed
+        self.warmup = warmup
+        self.version = 0  # of the parameters: goes up whenever some are replaced
+        self.carrier = Carrier(optimizer, adapter, on_unknown_state) if optimizer is not None else None
+        if self.carrier is not None:
+            self.carrier.check((), {})
+        self._stage = Stage(adapter.config, self.carrier, seed_v, stage_device)
+        self._layout = adapter.layout()
+        self.ramps = Ramps(adapter, self.carrier)
+        self.gates = Gates(adapter, self.carrier, seed)
+        self.averages = Averages(adapter)
+
+    @property
+    def layout(self) -> Layout:
+        """What exists now, with the limits that were last set."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        self._agree(layout)
+        self._layout = layout
+
+    def apply(
+        self,
+        plan: RankPlan,
+        step: int = 0,
+        journal: Journal | None = None,
+        added: Mapping[str, Sequence[Added]] | None = None,
+    ) -> Layout:
+        """Carry out `plan` and return the layout after it. Whatever is raised, nothing has changed then.
+
+        With a `journal` it is undone, too, should that one be. `added` has the directions that another model got by
+        this plan, by module, where this one is to get the same.
+
+        Old parameters of resized modules are replaced by new ones, without gradients; whoever holds old ones holds
+        stale ones (`version` tells). Kept directions and their optimizer state stay bit for bit.
+
+        Raises:
+            PlanError: the plan was made from another layout, or breaks its limits.
+            AdapterError: the adapter can no longer be resized (merged, resized by somebody else, not finite), or never
+                could (`rankflow.plans.peft_inits`).
+            OptimizerError: the optimizer does not hold the adapter, or holds what cannot be carried.
+        """
+        self.adapter.check()
+        layout = self._agree(self._layout)
+        target = plan.apply_to(layout)
+        if not plan:
+            return self._layout
+        if any(not isinstance(op, Train) for ops in plan.ops.values() for op in ops):
+            self.adapter.refuse_resizing()
+        self.gates.check(plan)
+        lost = self._check_optimizer(plan, layout)
+        lost |= {name for name, ops in plan.ops.items() if any(isinstance(op, Share) and op.group for op in ops)}
+        carry = plan.state == "carry"
+        values = self.gates.values() if self.gates.scope == "component" else {}
+        staged = [
+            self._stage.module(
+                self.adapter.sites[name],
+                ops,
+                keyed_generator(self.seed, step, target[name].shared or name),  # what is shared starts alike
+                carry=carry and name not in lost,
+                gate=values.get(name),
+                added=None if added is None else iter(added[name]),
+            )
+            for name, ops in plan.ops.items()
+        ]
+        check_finite(staged)
+        youths = {
+            name: self.ramps.after(name, ops, layout[name].rank, self.warmup, self._rewarm(plan, name in lost))
+            for name, ops in plan.ops.items()
+        }
+        with Journal(journal) as journal:
+            told = self.listeners.expect(journal)
+            self.gates.follow(journal)
+            for s in staged:
+                self._commit(journal, s, target[s.swap.site.name].rank)
+            replaced = self._replace(journal, staged)
+            self.ramps.write(journal, youths, layout.ranks)
+            self.gates.write(journal, plan, target)
+            self.averages.carry(journal, plan.ops)
+            self._verify(staged, target)
+            journal.attr(self, "_layout", target)
+            journal.attr(self, "version", self.version + replaced)
+            self.listeners.tell(told, staged, plan.ops)
+            for follower in self.listeners.followers:
+                follower.follow(plan, step, staged, journal)
+        return target
+
+    def settle(self, rooms: Mapping[str, int], journal: Journal | None = None) -> bool:
+        """Give modules' factors room for more directions than they have (see `rankflow.lora.capacity`), and take it
+        from all that are not named; whether parameters were replaced. What the adapter computes stays, and its
+        optimizer state. With a `journal`, all of it is undone too if that is.
+
+        Raises:
+            PlanError: less room than a module's rank.
+        """
+        self._agree(self._layout)
+        sites = self.adapter.sites
+        if small := [name for name, size in rooms.items() if size < sites[name].rank]:
+            raise PlanError(f"{small[0]}: no room for its rank {sites[small[0]].rank} in {rooms[small[0]]} directions")
+        sizes = {name: rooms.get(name, site.rank) for name, site in sites.items()}
+        staged = [self._stage.settled(site, sizes[name]) for name, site in sites.items() if site.size != sizes[name]]
+        held = {name: site.rank if name in rooms and sizes[name] else None for name, site in sites.items()}
+        with Journal(journal) as journal:
+            told = self.listeners.expect(journal)
+            self.gates.follow(journal)
+            for s in staged:
+                self._commit(journal, s, 0)
+            for name, rank in held.items():
+                sites[name].hold(journal, rank)
+            replaced = self._replace(journal, staged)
+            self._verify(staged, self._layout)
+            journal.attr(self, "version", self.version + replaced)
+            self.listeners.tell(told, staged, {})
+            for follower in self.listeners.followers:
+                follower.settle(rooms, journal)
+        return replaced
+
+    def hold(self, ranks: Mapping[str, int], journal: Journal | None = None) -> None:
+        """Say what ranks factors of a checkpoint have that were saved with room for more.
+
+        Raises:
+            PlanError: less room than that.
+        """
+        with Journal(journal) as journal:
+            for name, rank in ranks.items():
+                if rank > (site := self.adapter.sites[name]).size:
+                    raise PlanError(f"{name}: the checkpoint has rank {rank}, but its factors {site.size} directions")
+                site.hold(journal, rank)
+            for follower in self.listeners.followers:
+                follower.hold(ranks, journal)
+            live = {name: site.rank for name, site in self.adapter.sites.items()}
+            journal.attr(self, "_layout", self._layout.with_ranks(live))
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Ranks of modules whose factors have room for more."""
+        return {name: site.rank for name, site in self.adapter.sites.items() if site.roomy}
+
+    # -- before anything is written ---------------------------------------------------------------------------------
+
+    def _agree(self, layout: Layout) -> Layout:
+        """`layout` with what its owner may have changed by other means (training, precision, scaling) as it is live."""
+        live = self.adapter.layout()
+        for name in {**layout, **live}:
+            if name not in layout or name not in live or layout[name].rank != live[name].rank:
+                ranks = [str(x[name].rank) if name in x else "unknown" for x in (layout, live)]
+                raise PlanError(f"{name}: rank is {ranks[0]} in the layout but {ranks[1]} in the model")
+        slots = {}
+        for name, slot in layout.items():
+            now = live[name]
+            slots[name] = replace(slot, trainable=now.trainable, itemsize=now.itemsize, scaling=now.scaling)
+        return Layout(slots)
+
+    def _check_optimizer(self, plan: RankPlan, layout: Layout) -> set[str]:
+        if self.carrier is None:
+            return set()
+        on = {
+            n: self.adapter.sites[n].switched
+            for n, ops in plan.ops.items()
+            if layout[n].rank and any(isinstance(op, Train) and op.on for op in ops)
+        }
+        touched = {
+            n
+            for n, ops in plan.ops.items()
+            if plan.state == "carry" and any(not isinstance(op, Train | Share) for op in ops)
+        }
+        return self.carrier.check(touched, on)
+
+    def _rewarm(self, plan: RankPlan, lost: bool) -> int | None:
+        if plan.state == "reset":
+            return plan.rewarm
+        return self.warmup if lost else None
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def _replace(self, journal: Journal, staged: Sequence[Staged]) -> bool:
+        """Let config and optimizer follow what was committed; whether parameters are others now."""
+        resized = [s for s in staged if s.resized]
+        if resized:
+            self.adapter.write_config(journal)
+        if self.carrier is not None:
+            self.carrier.write(journal, [s.swap for s in resized])
+            for s in staged:
+                if s.fill is not None:
+                    self.carrier.fill(journal, s.swap)
+            self.holders.watch(journal, [s.swap for s in resized])
+        return bool(resized)
+
+    def _commit(self, journal: Journal, staged: Staged, rank: int) -> None:
+        site, swap = staged.swap.site, staged.swap
+        if staged.fill is not None:
+            site.fill(journal, staged.fill["A"], staged.fill["B"], rank)
+        if staged.resized:
+            if staged.entries is not None and swap.new:
+                site.rejoin(journal, staged.entries)
+            if swap.new:
+                site.put(journal, swap.new["A"], swap.new["B"])
+            elif site.placed:
+                site.leave(journal)
+        if staged.train is not None:
+            site.train(journal, staged.train)
+
+    def _verify(self, staged: Sequence[Staged], target: Layout) -> None:
+        """Raise, within the journal, if model, config, optimizer and `target` do not all say the same."""
+        problem = None
+        live = self.adapter.layout()
+        for name, slot in target.items():
+            now = live[name]
+            if (now.rank, now.in_features, now.out_features) != (slot.rank, slot.in_features, slot.out_features):
+                problem = f"{name}: is {now} and should be {slot}"
+        for s in staged:
+            if live[s.swap.site.name].trainable != target[s.swap.site.name].trainable:
+                problem = f"{s.swap.site.name}: trainable is {live[s.swap.site.name].trainable}"
+        if self.carrier is not None:
+            problem = problem or self.carrier.verify([s.swap for s in staged])
+        if any(s.resized for s in staged):
+            problem = problem or self.adapter.config_problem()
+        if problem is not None:
+            raise RankFlowError(f"{problem} after a resize, which was undone; please report this")
+
+
+def resize(
+    model: nn.Module,
+    ranks: int | Mapping[str, int],
+    optimizer: Optimizer | None = None,
+    metric: str = "weights",
+    adapter_name: str = "default",
+    *,
+    seed: int = 0,
+    on_unknown_state: OnUnknownState = "error",
+) -> Layout:
+    """Give modules of a live adapter other ranks, once, and carry the optimizer's state along.
+
+    Args:
+        model: has a PEFT LoRA adapter.
+        ranks: one rank for all modules, or names or globs of names to ranks; of several that match, the last counts.
+            Smaller ranks keep the best approximation, larger ones add directions that do not change the output, 0
+            takes a module out.
+        optimizer: its state follows; None where there is none yet.
+        metric: `weights`; the others need data, which a policy collects.
+        adapter_name: which adapter.
+        seed: of new directions.
+        on_unknown_state: `reset` starts optimizer state that nobody knows how to resize afresh.
+
+    Returns:
+        The layout after it.
+
+    Raises:
+        ConfigError: a pattern that matches no module, or another metric.
+        AdapterError, OptimizerError, PlanError: see `Surgeon.apply`.
+    """
+    if metric != "weights":
+        raise ConfigError(f"metric {metric!r} needs statistics of data; attach the squeeze policy, or use 'weights'")
+    adapter = Adapter(model, adapter_name)
+    adapter.refuse_resizing()
+    refuse_gates(adapter.sites.values())
+    surgeon = Surgeon(adapter, optimizer, seed=seed, on_unknown_state=on_unknown_state, warmup=0)
+    layout = surgeon.layout
+    wanted: dict[str, int] = {}
+    for pattern, rank in ({"*": ranks} if isinstance(ranks, int) else ranks).items():
+        hits = [pattern] if pattern in layout else fnmatch.filter(layout, pattern)
+        if not hits:
+            raise ConfigError(
+                f"{pattern!r} matches no module of adapter {adapter_name!r}; its first is {next(iter(layout))}"
+            )
+        wanted |= dict.fromkeys(hits, rank)
+    sites = surgeon.adapter.sites
+    ops = {
+        name: ops_to(rank, layout[name].rank, best_cut(partial(_spectrum, sites[name])))
+        for name, rank in wanted.items()
+    }
+    return surgeon.apply(RankPlan(ops, reason="resize"))
+
+
+def _spectrum(site: Site) -> Spectrum:
+    return spectrum(site.a().detach(), site.b().detach(), site.scaling)

@@ -1,0 +1,1 @@
+"""Managed training: `attach`, the Trainer's callback, the controller, its state and ledger."""

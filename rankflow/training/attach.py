@@ -1,0 +1,125 @@
+"""The door for own training loops: `rankflow.attach`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankflow.config.load import PolicyLike, load_policy
+from rankflow.distributed.fsdp2 import at_rest
+from rankflow.distributed.replicas import own_ledger, processes_of, refuse, unwrapped
+from rankflow.lora.adapter import root_of
+from rankflow.optim.carrier import OnUnknownState
+from rankflow.surgery.listeners import Listeners, OnResize
+from rankflow.training.attachments import found
+from rankflow.training.controller import Controller
+from rankflow.training.gradients import PenaltyMode
+from rankflow.training.ledger import Ledger
+
+
+def detach(model: nn.Module, adapter_name: str = "default") -> None:
+    """Take a run off a model when its flow is lost, as after an interrupt in a notebook.
+
+    It does what the flow's own `detach()` does: hooks come off, ranks stay as they are, and gates become part of the
+    factors, which changes nothing of what the model computes. Nothing happens where there is no run.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+    """
+    there = found(root_of(unwrapped(model), adapter_name), adapter_name)
+    if there is not None:
+        there.take_off()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    policy: PolicyLike,
+    *,
+    total_steps: int,
+    adapter_name: str = "default",
+    batches: Iterable[Any] | None = None,
+    outer_batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    ledger: Ledger | str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    on_unknown_state: OnUnknownState = "error",
+    penalty: PenaltyMode = "gradient",
+    state: dict[str, Any] | None = None,
+    on_resize: OnResize | None = None,
+    timeout: float | None = None,
+) -> Controller:
+    """Manage the ranks of a PEFT LoRA adapter during training.
+
+    A resize replaces Parameters. Ask `model.parameters()` or `flow.parameters()` for them wherever they are used: a
+    list that was made once, for clipping, say, soon holds parameters that nobody trains any more (a warning says so).
+    Code that has to keep some is told of resizes by `flow.on_resize(callback)`; `rankflow.averaged_model` makes an
+    average of the weights that is resized with them.
+
+    Args:
+        model: a PeftModel, or any model that PEFT has put LoRA layers into. Train through it, not through the model
+            inside it: gates with noise (`bayesian_lora`) draw it when this one is called.
+        optimizer: holds the adapter's parameters; accelerate's wrapper is fine.
+        policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
+        total_steps: optimizer steps of the whole run; percentages in the policy refer to it.
+        batches, outer_batches: what policies that study data are given; `loss_fn(model, batch)` says how
+            (default: `model(**batch).loss`).
+        ledger: path of the JSONL record, or a `Ledger`; kept in memory when left out.
+        seed: of new directions; the global RNG is never touched.
+        penalty: a policy's penalty on the factors is added by `before_step` as a `gradient`, after clipping if that
+            is where you call it; with `in_loss` you add `flow.penalty()` to your loss.
+        state: the `state_dict()` of the controller to go on from, once model and optimizer hold that checkpoint's
+            tensors again.
+        on_unknown_state: `error` refuses optimizer state that nobody knows how to resize, `reset` starts it afresh.
+        timeout: seconds that a process waits for the others of a distributed run before it gives up; the environment's
+            RANKFLOW_TIMEOUT, or 60, when left out. Longer than one of them may evaluate or save by itself.
+        on_resize: the first callback for `flow.on_resize`, which hears of resizes before the first step, too.
+
+    Example::
+
+        flow = rankflow.attach(model, optimizer, "increlora", total_steps=1000)
+        for batch in loader:
+            model(**batch).loss.backward()
+            flow.before_step()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            flow.after_step()
+            optimizer.zero_grad()
+        flow.finish()
+
+    A flow that is dropped without `finish()` or `detach()` takes no further step: ranks stay, and a policy's gates stay
+    in the forward pass, without noise and untrained. When the model is attached to again they become part of the
+    factors, with a warning; `rankflow.detach(model)` does the same at once.
+
+    Raises:
+        ConfigError, AdapterError, OptimizerError: before anything is changed.
+        DistributedError: processes that train together have different settings, seeds, steps, versions or ranks, or do
+            not all attach; from every later call, they have parted.
+    """
+    refuse(model)
+    at_rest(model)
+    listeners = Listeners()
+    if on_resize is not None:
+        listeners.add(on_resize)
+    return Controller(
+        unwrapped(model),
+        optimizer,
+        load_policy(policy),
+        total_steps=total_steps,
+        adapter_name=adapter_name,
+        batches=batches,
+        outer_batches=outer_batches,
+        loss_fn=loss_fn,
+        ledger=own_ledger(ledger),
+        seed=seed,
+        on_unknown_state=on_unknown_state,
+        penalty=penalty,
+        state=state,
+        listeners=listeners,
+        processes=partial(processes_of, model, timeout=timeout),
+    )

@@ -1,0 +1,48 @@
+"""A policy's penalty on the factors: as a term of the loss, or as the gradient that term would have had."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankflow.lora.adapter import Adapter
+from rankflow.policies.base import Policy
+
+PenaltyMode = Literal["gradient", "in_loss"]
+
+
+def penalty_term(policy: Policy, adapter: Adapter) -> Tensor:
+    """Mean over the adapter's modules of the policy's penalty; 0 where it has none."""
+    sites = [site for site in adapter.sites.values() if site.present]
+    if policy.penalty is None or not sites:
+        return torch.zeros(())
+    terms = [policy.penalty(site.a(), site.b()) for site in sites]
+    return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+
+def add_penalty_gradient(policy: Policy, adapter: Adapter, scale: float) -> None:
+    """Add `scale` times the gradient of `penalty_term` to `.grad` of the adapter's trained parameters."""
+    factors = [p for p in adapter.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        term = penalty_term(policy, adapter) * scale
+        gradients = torch.autograd.grad(term, factors, allow_unused=True)
+    for p, g in zip(factors, gradients, strict=True):
+        if g is not None:
+            p.grad = g if p.grad is None else p.grad.add_(g)
+
+
+def unscaled(scaler: Any, optimizer: Optimizer) -> bool:
+    """Whether a loss scaler has divided the gradients already, and has looked for infinities in them."""
+    if scaler is None or not scaler.is_enabled():
+        return False
+    return scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED"
+
+
+def scale_in_force(scaler: Any, optimizer: Optimizer) -> float:
+    """What gradients are multiplied by at this moment: a loss scaler's factor, 1 once it has unscaled them."""
+    if scaler is None or not scaler.is_enabled() or unscaled(scaler, optimizer):
+        return 1.0
+    return float(scaler.get_scale())

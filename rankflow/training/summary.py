@@ -1,0 +1,60 @@
+"""What a run came to, in a few lines for whoever started it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rankflow.plans.names import arrange
+from rankflow.plans.plan import Layout
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How often a run decided, what came of it, and where it is written down.
+
+    policy: its phases by name. steps: optimizer steps taken, of `total_steps`. decisions: due steps on which it
+    decided. resizes: how often ranks changed, also as a phase began or ended. before, after: total rank. modules: how
+    many the layout has. ranks: type of module -> its lowest and highest rank. ledger: its file, None where it is in
+    memory alone.
+    """
+
+    policy: str
+    steps: int
+    total_steps: int
+    decisions: int
+    resizes: int
+    before: int
+    after: int
+    modules: int
+    ranks: Mapping[str, tuple[int, int]]
+    ledger: str | None
+
+    def __str__(self) -> str:
+        spans = (f"{kind} {low}" + (f" to {high}" if high > low else "") for kind, (low, high) in self.ranks.items())
+        total = f"{self.before} -> {self.after}" if self.before != self.after else str(self.after)
+        kept = "ledger: in memory only; give ledger='run.jsonl' to keep it"
+        report = ""
+        if self.ledger is not None:
+            kept, report = f"ledger: {self.ledger}", f"rankflow report {self.ledger}; "
+        did = f"{_times(self.decisions, 'decision')}, {_times(self.resizes, 'resize') if self.resizes else 'no resize'}"
+        lines = [
+            f"rankflow: {self.policy}: {did} in {self.steps} of {self.total_steps} steps; total rank {total}, mean "
+            f"{self.after / max(1, self.modules):.4g}",
+            f"ranks: {', '.join(spans)}",
+            kept,
+            f"next: {report}rankflow inspect ADAPTER, once it is saved; rankflow squeeze ADAPTER for a smaller one",
+        ]
+        return "\n  ".join(lines)
+
+
+def ranks_by_type(layout: Layout) -> dict[str, list[int]]:
+    """Type of module, as reports call it -> the ranks of its modules, in order of layers."""
+    found: dict[str, list[int]] = {}
+    for row in arrange(layout):
+        found.setdefault(row.label, []).append(layout[row.name].rank)
+    return found
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"

@@ -1,0 +1,461 @@
+"""The door for transformers' Trainer. The only file that imports it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from torch.utils.hooks import RemovableHandle
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import get_verbosity
+
+from rankflow.config.load import PolicyLike, load_policy
+from rankflow.distributed.replicas import own_ledger, processes_of, sharded
+from rankflow.errors import CheckpointError, ConfigError
+from rankflow.linalg.random import keyed_generator
+from rankflow.lora.adapter import Adapter
+from rankflow.lora.transaction import Journal
+from rankflow.observe.study import check_batches
+from rankflow.surgery.listeners import Listeners, OnResize
+from rankflow.training.checkpoint import (
+    FOLDER,
+    adapter_folder,
+    arriving,
+    checkpoint_of,
+    incomplete,
+    load_state,
+    match_layout,
+    save_state,
+    saved_layout,
+)
+from rankflow.training.controller import Controller, check_managed
+from rankflow.training.ledger import Ledger
+
+T = TypeVar("T")
+
+
+class RankFlowCallback(TrainerCallback):
+    """Manages the ranks of a PEFT LoRA adapter while the Trainer trains it.
+
+    ::
+
+        Trainer(model=peft_model, ..., callbacks=[RankFlowCallback("increlora")])
+
+    Total steps come from the Trainer; ranks go through its own log; its checkpoints carry a `rankflow` folder, and
+    `resume_from_checkpoint` and `load_best_model_at_end` work across changed ranks.
+
+    A resize replaces Parameters: callbacks and optimizers of your own that keep some are told of it by `on_resize`, and
+    `rankflow.averaged_model` makes an average of the weights that is resized with them. A warning names what still
+    holds old ones.
+
+    Args:
+        policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
+        adapter_name: which adapter of the model.
+        seed: of new directions; the Trainer's seed when left out.
+        ledger: path of the JSONL record, or a Ledger; `<output_dir>/rankflow.jsonl` when left out.
+        batches, outer_batches, loss_fn: for policies that study data. Their loss is `loss_fn(model, batch)`, by default
+            `model(**batch).loss`: give the same one as the Trainer's, where that has another (label smoothing,
+            `compute_loss_func`, a `compute_loss` of its own).
+        holdout: share of the Trainer's training data that is set aside for a policy that learns from held-out batches,
+            where no `outer_batches` are given. The Trainer then trains on the rest.
+        on_unknown_state: `error` or `reset`, for optimizer state nobody knows how to resize.
+        best: which checkpoints may be the best one. `at_budget`: only those within the lifecycle's final budget, and
+            early stopping counts its patience from there (with `save_strategy="best"`, evaluations before that all
+            save). `any`: the Trainer's own behaviour.
+        timeout: seconds that a process waits for the others (see `rankflow.attach`).
+
+    Raises:
+        ConfigError: the policy is wrong, here; or cannot do its job with this model and run, at train().
+    """
+
+    def __init__(
+        self,
+        policy: PolicyLike,
+        *,
+        adapter_name: str = "default",
+        seed: int | None = None,
+        ledger: Ledger | str | os.PathLike[str] | None = None,
+        batches: Iterable[Any] | None = None,
+        outer_batches: Iterable[Any] | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        holdout: float = 0.2,
+        on_unknown_state: Literal["error", "reset"] = "error",
+        best: Literal["at_budget", "any"] = "at_budget",
+        timeout: float | None = None,
+    ):
+        if best not in ("at_budget", "any"):
+            raise ConfigError(f"best: {best!r} is neither 'at_budget' nor 'any'")
+        if not 0 < holdout < 1:
+            raise ConfigError(f"holdout: {holdout} is not a share between 0 and 1")
+        for argument, data in (("batches", batches), ("outer_batches", outer_batches)):
+            if data is not None:
+                check_batches(data, argument, loss_fn)
+        self.lifecycle = load_policy(policy)
+        self.holdout = holdout
+        self.adapter_name = adapter_name
+        self.seed = seed
+        self.ledger = ledger
+        self.best = best
+        self.timeout = timeout
+        self.flow: Controller | None = None
+        self._outer_batches = outer_batches
+        self._options = {
+            "batches": batches,
+            "outer_batches": outer_batches,  # or made from each Trainer's data
+            "loss_fn": loss_fn,
+            "on_unknown_state": on_unknown_state,
+        }
+        self._over_budget = False  # at the last evaluation
+        self.listeners = Listeners()
+        self._state: TrainerState | None = None  # of the Trainer that trains
+        _callbacks.add(self)
+        _follow_ranks_when_loading()
+        _keep_a_whole_checkpoint()
+
+    def on_resize(self, callback: OnResize) -> RemovableHandle:
+        """As `Controller.on_resize`, for this and every later train(); also before the first."""
+        return self.listeners.add(callback)
+
+    # -- before training ------------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        model = kwargs.get("model")
+        if model is not None:
+            # Refused here, not an epoch later; an optimizer that the Trainer makes by itself is there at train() only
+            how, optimizer = self._options["on_unknown_state"], kwargs.get("optimizer")
+            check_managed(Adapter(model, self.adapter_name), self.lifecycle, optimizer, how)
+        if self._outer_batches is None and any(p.held_out for _, p, _ in self.lifecycle.policies):
+            self._hold_out(args)
+
+    def _hold_out(self, args: TrainingArguments) -> None:
+        """Set a part of the training data aside, before any DataLoader is made of it."""
+        trainer = _caller(Trainer)
+        data: Any = trainer.train_dataset if trainer is not None else None
+        if trainer is None or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise ConfigError(
+                "this policy learns from held-out batches, and the training data cannot be split by index; give a part "
+                "of them with outer_batches=..."
+            )
+        seed = args.seed if self.seed is None else self.seed
+        order = torch.randperm(len(data), generator=keyed_generator(seed, "held out")).tolist()
+        size = max(1, round(self.holdout * len(order)))
+        outer, rest = order[:size], sorted(order[size:])
+        if not rest:
+            raise ConfigError(f"{len(order)} training examples cannot be split; give outer_batches=...")
+        pick: Any = data.select if hasattr(data, "select") else functools.partial(Subset, data)
+        # The Trainer would keep a loader with persistent workers, and then evaluate on it.
+        persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+        try:
+            self._options["outer_batches"] = trainer.get_eval_dataloader(pick(outer))
+        finally:
+            args.dataloader_persistent_workers = persistent
+        trainer.train_dataset = pick(rest)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if optimizer is None:
+            raise ConfigError("the Trainer has no optimizer of its own here (DeepSpeed?); rankflow cannot resize it")
+        if sharded(model) and args.max_grad_norm:
+            raise ConfigError(
+                "the Trainer clips gradients before callbacks can reduce those of an adapter whose base is sharded; "
+                "set max_grad_norm=0, or use rankflow.attach in a loop of your own"
+            )
+        if sharded(model):
+            Adapter(model, self.adapter_name)  # refused in shards: the Trainer's checkpoints would not have it whole
+        if self.flow is not None:
+            # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
+            self.flow.detach()
+        for other in list(_callbacks):  # of a Trainer that was interrupted: this one trains now
+            flow = other.flow
+            if flow is not None and flow.attached and (flow.model, flow.adapter_name) == (model, self.adapter_name):
+                flow.detach()
+        self._state = state
+        ledger = self.ledger if self.ledger is not None else Path(str(args.output_dir)) / "rankflow.jsonl"
+        self.flow = Controller(
+            model,
+            optimizer,
+            self.lifecycle,
+            total_steps=state.max_steps,
+            adapter_name=self.adapter_name,
+            ledger=own_ledger(ledger),
+            seed=args.seed if self.seed is None else self.seed,
+            state=_state_to_resume(model, state) if state.global_step > 0 else None,
+            listeners=self.listeners,
+            processes=functools.partial(processes_of, model, timeout=self.timeout),
+            **self._options,
+        )
+        if self.best == "any" and args.load_best_model_at_end:
+            self._warn_any()
+        self._over_budget = state.global_step > 0 and not self.flow.within_budget
+        self._forget_best(state)
+        _log_first(self)
+
+    # -- while training -------------------------------------------------------------------------------------------
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.flow is not None:
+            self.flow.before_step()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._forget_best(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.flow is not None:
+            self.flow.after_step()
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._over_budget = self.flow is not None and not self.flow.within_budget
+        self._forget_best(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._forget_best(state)  # in the processes that have not saved it
+
+    def save_beside(self, state: TrainerState, file: Path) -> None:
+        """The Trainer is about to write `state`, the last `file` of a checkpoint: the rank state goes before it, and so
+        is there before the Trainer removes older checkpoints, which is before `on_save`."""
+        if state is self._state and self.flow is not None and file.parent.name == _folder_name(state):
+            self._forget_best(state)
+            save_state(self.flow, file.parent)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        logs = kwargs.get("logs")
+        if self.flow is not None and logs is not None and ("loss" in logs or "train_loss" in logs):
+            logs.update(self.flow.metrics())
+            if state.log_history:
+                state.log_history[-1].update(self.flow.metrics())
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.flow is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer looks in the checkpoint's root alone, where PEFT puts "default" and no other adapter.
+            best, model = Path(state.best_model_checkpoint), kwargs["model"]
+            if _loaded.get(model) != best and (best / self.adapter_name).is_dir():
+                model.load_adapter(str(best), self.adapter_name, is_trainable=True)
+        summary = self.flow.finish()
+        if state.is_world_process_zero and not _quiet():
+            print(summary)
+
+    # -- best model -----------------------------------------------------------------------------------------------
+
+    def _forget_best(self, state: TrainerState) -> None:
+        """A checkpoint above the final budget is no candidate: the next evaluation starts the comparison anew.
+
+        The Trainer notes the best metric after `on_evaluate`, where no callback runs, so it is taken back at the next
+        chance. Early stopping compares with the same number and starts counting when there is none.
+        """
+        if self.best == "at_budget" and self._over_budget:
+            state.best_metric = None
+            state.best_global_step = None
+            state.best_model_checkpoint = None
+
+    def _warn_any(self) -> None:
+        assert self.flow is not None
+        budgets = [p.policy.budget for p in self.flow.phases if p.policy.budget is not None]
+        if len(budgets) > 1:
+            warnings.warn(
+                f"best='any': the best model may be one at {budgets[0].kind} {budgets[0].amount:g} though the run ends "
+                f"at {budgets[-1].kind} {budgets[-1].amount:g}",
+                stacklevel=3,
+            )
+
+
+def _quiet() -> bool:
+    """Whether transformers was told to be (`log_level`), or `logging` shows what we have to say already."""
+    return get_verbosity() > logging.WARNING or logging.getLogger("rankflow").isEnabledFor(logging.INFO)
+
+
+# -- loading across changed ranks -------------------------------------------------------------------------------------
+
+_callbacks: weakref.WeakSet[RankFlowCallback] = weakref.WeakSet()
+_loaded: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()  # model -> checkpoint it was given
+
+
+def _follow_ranks_when_loading() -> None:
+    """Let `PeftModel.load_adapter` reshape an adapter before it loads a checkpoint of ours onto it.
+
+    PEFT refuses tensors of other ranks and ignores the saved scaling, and the Trainer resumes through it before any
+    callback runs. It is wrapped on the class, once, because the Trainer may make its model later than its callbacks;
+    other adapters and other checkpoints pass through.
+    """
+    load = PeftModel.load_adapter
+    if hasattr(load, "follows_ranks"):
+        return
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = checkpoint_of(model_id) if adapter_name in self.peft_config else None
+        _loaded.pop(self, None)
+        if checkpoint is None:
+            if adapter_name not in self.peft_config or not _callbacks:
+                return load(self, model_id, adapter_name, *args, **kwargs)
+            try:
+                with Journal() as journal, arriving(self, adapter_name, model_id, journal, whole=False):
+                    return load(self, model_id, adapter_name, *args, **kwargs)
+            except RuntimeError as e:
+                raise CheckpointError(
+                    f"{model_id}: its adapter does not fit this one, and it has no {FOLDER} folder with the ranks it "
+                    f"had come to. {_NO_STATE}"
+                ) from e
+        folder = str(adapter_folder(model_id, adapter_name))  # the Trainer offers the root, which is where "default" is
+        flows = [c.flow for c in _callbacks if c.flow is not None and c.flow.attached]
+        flow = next((f for f in flows if f.model is self and f.adapter_name == adapter_name), None)
+
+        def bring(journal: Journal) -> Any:
+            with arriving(self, adapter_name, folder, journal):
+                return load(self, folder, adapter_name, *args, **kwargs)
+
+        state = load_state(checkpoint)
+        if flow is None or state is None:
+            with Journal() as journal:
+                match_layout(self, folder, adapter_name, journal)
+                result = bring(journal)
+        else:  # the best model at the end of training: its parameters stay in the optimizer
+            init = getattr(self.peft_config[adapter_name], "init_lora_weights", True)
+            result = flow.go_back(saved_layout(folder, flow.layout, init), bring, state)
+        _loaded[self] = checkpoint
+        return result
+
+    load_adapter.follows_ranks = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+
+
+# -- whole checkpoints ------------------------------------------------------------------------------------------------
+
+
+def _keep_a_whole_checkpoint() -> None:
+    """Let rank state be in a checkpoint before its last file is, and let training resume from whole checkpoints only.
+
+    Methods are wrapped on their classes, once: no event comes between a checkpoint's files and the removal of older
+    ones, nor before a checkpoint to resume from is chosen. Trainers without our callback pass through.
+    """
+    if hasattr(Trainer.train, "keeps_whole"):
+        return
+    write, save, train = TrainerState.save_to_json, Trainer._save_checkpoint, Trainer.train
+
+    @functools.wraps(write)
+    def save_to_json(self: TrainerState, json_path: str) -> None:
+        for callback in list(_callbacks):
+            callback.save_beside(self, Path(json_path))
+        write(self, json_path)
+
+    @functools.wraps(save)
+    def _save_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.args.should_save and any(_ours(self)):  # of an earlier run: no longer whole from here on
+            (Path(str(self.args.output_dir)) / _folder_name(self.state) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        return save(self, *args, **kwargs)
+
+    @functools.wraps(train)
+    def guarded(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        callback = next(_ours(self), None)
+        if callback is not None and resume_from_checkpoint:
+            given = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            resume_from_checkpoint = _resumable(given, Path(str(self.args.output_dir)), callback.adapter_name)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
+
+    guarded.keeps_whole = True  # type: ignore[attr-defined]
+    TrainerState.save_to_json = save_to_json  # type: ignore[method-assign]
+    Trainer._save_checkpoint = _save_checkpoint  # type: ignore[method-assign]
+    Trainer.train = guarded  # type: ignore[method-assign]
+
+
+def _ours(trainer: Trainer) -> Iterator[RankFlowCallback]:
+    return (c for c in trainer.callback_handler.callbacks if isinstance(c, RankFlowCallback))
+
+
+def _folder_name(state: TrainerState) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _resumable(given: Path | None, output_dir: Path, adapter_name: str) -> str | bool:
+    """The checkpoint to resume from: the `given` one, else the newest in `output_dir` that is whole; True for the
+    Trainer to say that there is none.
+
+    Raises:
+        CheckpointError: it, or all of them, are not whole.
+    """
+    if given is not None and not given.is_dir():
+        return str(given)
+    problems: dict[Path, str] = {}
+    for checkpoint in [given] if given is not None else _checkpoints(output_dir):
+        problem = incomplete(checkpoint, adapter_name)
+        if problem is None:
+            for passed, why in problems.items():
+                warnings.warn(f"{passed} cannot be resumed from: {why}. Going on from {checkpoint}", stacklevel=3)
+            if not any(file.name.startswith("optimizer") for file in checkpoint.iterdir()):
+                warnings.warn(
+                    f"{checkpoint} was saved without its optimizer (save_only_model): training goes on from its "
+                    "weights, ranks and step, but the optimizer's state, the learning rate schedule and random "
+                    "numbers begin anew",
+                    stacklevel=3,
+                )
+            return str(checkpoint)
+        problems[checkpoint] = problem
+    if not problems:
+        return True
+    others = [c for c in _checkpoints((given or output_dir / "x").parent) if c not in problems]
+    whole = next((c for c in others if incomplete(c, adapter_name) is None), None)
+    found = f" Resume from {whole}, the newest whole one there." if whole is not None else ""
+    said = "; ".join(f"{checkpoint} cannot be resumed from: {why}" for checkpoint, why in problems.items())
+    raise CheckpointError(f"{said}.{found} {_NO_STATE}")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in a folder, newest first."""
+    named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [(int(m[1]), path) for path in folder.glob("*") if (m := named.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+_NO_STATE = (
+    "If the process was killed while it saved, resume from an earlier checkpoint; if it was saved without "
+    "RankFlowCallback, start anew from its adapter: rankflow.restore(model, checkpoint), then train()"
+)
+
+
+def _state_to_resume(model: nn.Module, state: TrainerState) -> dict[str, Any]:
+    checkpoint = _loaded.get(model)
+    saved = load_state(checkpoint) if checkpoint is not None else None
+    if saved is None:
+        raise CheckpointError(
+            f"training resumes at step {state.global_step} from a checkpoint that does not say how far its ranks had "
+            f"come. {_NO_STATE}"
+        )
+    return saved
+
+
+def _log_first(callback: RankFlowCallback) -> None:
+    """Move `callback` ahead of the reporters, so that what it adds to a log reaches TensorBoard and the others.
+
+    The Trainer hands its callbacks everything but the list they are in; the handler that is calling us holds it.
+    """
+    handler = _caller(CallbackHandler)
+    if handler is not None:
+        others = [c for c in handler.callbacks if c is not callback]
+        handler.callbacks = [callback, *others]  # a new list: the handler is walking the old one
+
+
+def _caller(kind: type[T]) -> T | None:
+    """The nearest object of that kind of which a method is calling us."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
+        frame = frame.f_back
+    return None

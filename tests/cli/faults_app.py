@@ -1,0 +1,27 @@
+"""What `test_app.py` must notice."""
+
+from fault import Fault
+
+FAULTS = [
+    Fault(
+        "read a PEFT folder as PEFT where another format was given",
+        "formats/open.py",
+        "if kind is not None and not inside and",
+        "if False and not inside and",
+        "-k peft_folder",
+    ),
+    Fault(
+        "ignore what goes with an adapter where a policy is checked",
+        "cli/runs.py",
+        "if of_adapters and is_policy:",
+        "if False:",
+        "-k would_ignore",
+    ),
+    Fault(
+        "let headings make columns wide",
+        "render/tables.py",
+        '"\\n".join(wrap(column, _HEADING, break_long_words=False))',
+        "column",
+        "-k heading",
+    ),
+]

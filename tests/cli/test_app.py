@@ -1,0 +1,305 @@
+"""The command line as people and scripts meet it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import minilm_base, minilm_folder
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+import rankflow
+from rankflow.analysis.blank import blank_layout
+from rankflow.cli.cli import app
+from rankflow.lora.adapter import Adapter
+from rankflow.plans.plan import Grow, Layout, RankPlan, Slot
+from rankflow.render.tables import new_table
+from rankflow.training.ledger import Ledger
+
+COMMANDS = [
+    *(
+        "squeeze",
+        "plan",
+        "calibrate",
+        "expand",
+        "canonicalize",
+        "pad",
+        "diff",
+        "inspect",
+        "check",
+        "policies",
+        "report",
+    ),
+]
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(2):
+        for name, width in (("q_proj", 16), ("up_proj", 24)):
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(6, 16, generator=g)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(width, 6, generator=g)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 6, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    layout = Layout({f"layers.{i}.{t}": Slot(2, 16, 16, 2.0) for i in range(2) for t in ("q", "up")})
+    written = Ledger(tmp_path / "rankflow.jsonl")
+    written.append("attach", 0, layout=layout.to_json(), total_steps=40, seed=0)
+    written.append("phase", 0, policy="increlora", end=41, notes=[])
+    plan = RankPlan({"layers.0.q": [Grow(3)]}, "highest score")
+    written.append("resize", 10, plan, policy="increlora", reason=plan.reason, ranks={"layers.0.q": 5})
+    written.append("skip", 20, policy="increlora", reason="layers.1.q is not finite")
+    written.append("finish", 40, total_rank=11, params=352)
+    return tmp_path / "rankflow.jsonl"
+
+
+def run(*args: object, status: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def refused(*args: object) -> str:
+    """The one line a mistake is answered with."""
+    result = run(*args, status=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("rankflow: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_every_command_shows_an_example():
+    for command in COMMANDS:
+        assert f"Example: rankflow {command} " in " ".join(run(command, "--help").stdout.split())
+    assert all(command in run("--help").stdout for command in COMMANDS)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, rankflow.cli.cli; print({'torch', 'peft', 'matplotlib', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def own(stderr: str) -> str:
+    """Without what bitsandbytes says on some CPUs when PEFT imports it."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if "gemm_4bit_forward" not in line)
+
+
+def test_as_a_module_with_its_exit_status(adapter: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "rankflow", "squeeze", str(adapter), "--target-rank"]
+    done = subprocess.run([*command, "2"], capture_output=True, text=True)
+    assert (done.returncode, own(done.stderr)) == (0, "")
+    assert (tmp_path / "adapter-r2" / "adapter_model.safetensors").is_file()
+    done = subprocess.run([*command, "2"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert own(done.stderr).count("\n") == 1
+    assert "is there already" in done.stderr
+
+
+def test_squeeze_writes_beside_the_source_and_reports(adapter: Path, tmp_path: Path):
+    before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in adapter.iterdir()}
+    result = run("squeeze", adapter, "--target-rank", 3, "--report", tmp_path / "out.json", "--dtype", "bf16")
+    assert "adapter-r3" in result.stdout.replace("\n", "")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {m["rank_after"] for m in report["modules"]} == {3}
+    assert report["serving_bucket"] == 8  # of vLLM's 1, 8, 16, ...
+    assert "largest rank 3: vLLM's --max-lora-rank 8" in " ".join(result.stdout.split())
+    assert report["out"] == str(tmp_path / "adapter-r3")
+    tensors = load_file(tmp_path / "adapter-r3" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in adapter.iterdir()} == before
+    run("squeeze", adapter, "--energy", 0.5, "-o", tmp_path / "half")
+    run("squeeze", adapter, "--max-params", 300, "-o", tmp_path / "half", "--force")
+    assert json.loads((tmp_path / "half" / "adapter_config.json").read_text())["rank_pattern"]
+
+
+def test_dry_run_writes_nothing(adapter: Path, tmp_path: Path):
+    result = run("squeeze", adapter, "--energy", 0.5, "--dry-run")
+    assert "Nothing was written" in result.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "no target"),
+        (("--target-rank", 0), "target_rank is 0"),
+        (("--target-rank", 2, "--energy", 0.5), "target_rank and energy are 2 targets"),
+        (("--energy", 95), "energy is 95"),
+        (("--energy", "nan"), "energy is nan"),
+        (("--max-params", 1), "does not buy"),
+        (("--target-rank", 2, "--metric", "loss"), "metric 'loss'"),
+        (("--target-rank", 2, "--backend", "abacus"), "abacus"),
+        (("--target-rank", 2, "--dtype", "int4"), "int4"),
+        (("--target-rank", 2, "--device", "cuda:99"), "cuda:99"),
+        (("--target-rank", 2, "-o", "{adapter}"), "its own source"),
+        (("--target-rank", 2, "--report", "{adapter}/nowhere/out.json"), "no such folder"),
+    ],
+)
+def test_mistakes_in_options(adapter: Path, tmp_path: Path, options: tuple, message: str):
+    options = tuple(str(o).format(adapter=adapter) for o in options)
+    assert message in refused("squeeze", adapter, *options)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
+    assert {p.name for p in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_mistakes_in_arguments(adapter: Path, tmp_path: Path):
+    assert "no such file or folder" in refused("squeeze", tmp_path / "nowhere", "--target-rank", 2)
+    assert "no such file or folder" in refused("inspect", tmp_path / "nowhere")
+    assert "no such ledger" in refused("report", tmp_path / "nowhere.jsonl")
+    assert "no such file" in refused("check", tmp_path / "nowhere.yaml")
+    assert "nobody" in refused("policies", "nobody")
+    assert "not a ledger event" in refused("report", adapter / "adapter_model.safetensors")
+    assert "a picture is one of" in refused("inspect", adapter, "--plot", tmp_path / "x.docx")
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_a_full_disk_is_one_line_too(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rankflow.formats.io import tensors
+
+    def full(self, key, tensor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors.SafetensorsWriter, "put", full)
+    assert "No space left" in refused("squeeze", adapter, "--target-rank", 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_unknown_options_and_wrong_types_have_status_2(adapter: Path):
+    assert "No such option" in run("squeeze", adapter, "--rnak", 2, status=2).stderr
+    assert "valid integer" in run("squeeze", adapter, "--target-rank", "two", status=2).stderr
+
+
+def test_runs_are_compared_by_their_decisions_and_the_status_says_so(ledger: Path, tmp_path: Path):
+    other = tmp_path / "other" / "rankflow.jsonl"
+    other.parent.mkdir()
+    other.write_text(ledger.read_text())
+    same = run("report", tmp_path, "--against", other.parent)
+    assert f"{ledger} and {other}: the same 2 decisions" in " ".join(same.stdout.split())
+    other.write_text(ledger.read_text().replace("layers.0.q", "layers.1.q"))
+    other.write_text("".join([ledger.read_text().splitlines(True)[0], *other.read_text().splitlines(True)[1:]]))
+    apart = run("report", ledger, "--against", other, status=1).stdout
+    assert "at step 10 they part" in apart
+    assert "2 to 5" in apart
+    told = json.loads(run("report", ledger, "--against", other, "--json", status=1).stdout)
+    assert (told["same"], told["step"], len(told["modules"])) == (False, 10, 2)
+    assert "no such ledger" in refused("report", ledger, "--against", tmp_path / "nowhere.jsonl")
+    assert "leave out -o and --html" in refused("report", ledger, "--against", other, "-o", tmp_path / "x.png")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_inspect_shows_every_module_and_its_json_is_nothing_but_json(adapter: Path, tmp_path: Path):
+    table = run("inspect", adapter).stdout
+    assert all(f"_proj {i} " in table for i in range(2))
+    result = run("inspect", adapter, "--json", "--plot", tmp_path / "x.png")
+    data = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert [set(m["energy"]) for m in data["modules"]] == [{"1", "2", "4", "8", "16"}] * 4
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_check_against_an_adapter(adapter: Path, tmp_path: Path):
+    policy = tmp_path / "mine.yaml"
+    policy.write_text("policy: squeeze\nbudget: {mean_rank: 3}\nlimits: {'*.q_proj': {max: 2}}\nwhen: {every: 25%}\n")
+    result = " ".join(run("check", policy, "--model", adapter, "--total-steps", 200).stdout.split())
+    assert "50, 100, 150, 200" in result
+    assert "total rank 12" in result
+    policy.write_text("policy: squeeze\nbudget: {mean_rank: 3}\nlimits: {'*.z_proj': {max: 2}}\n")
+    assert "z_proj" in refused("check", policy, "--model", adapter)
+    policy.write_text("policy: eva")
+    result = " ".join(run("check", policy, "--model", adapter, "--total-steps", 200).stdout.split())
+    assert "eva 0 to 200 1 0 as it is" in result, "one decision, before the first step"
+    policy.write_text("policy: squeeze\nbudget: {mean_rank: 30}\n")
+    assert "squeeze only lowers ranks" in refused("check", policy, "--model", adapter)
+    assert "well formed" in run("check", "increlora").stdout
+
+
+def test_check_refuses_options_that_it_would_ignore(adapter: Path, tmp_path: Path):
+    policy = tmp_path / "mine.yaml"
+    policy.write_text("policy: hold\n")
+    for subject in (policy, "hold"):
+        for option, *value in (("--for", "vllm"), ("--from", "peft"), ("--base", adapter), ("--json",)):
+            assert option in refused("check", subject, option, *value)
+    for options in (["--for", "vllm"], []):
+        assert "--base" in refused("check", adapter, "--model", adapter, *options)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "comfyui", "diffusers"])
+def test_a_peft_folder_is_refused_where_another_format_was_given(adapter: Path, tmp_path: Path, kind: str):
+    assert f"peft folder, not {kind}" in refused(
+        "squeeze", adapter, "--from", kind, "--target-rank", 1, "-o", tmp_path / "o"
+    )
+    assert not (tmp_path / "o").exists()
+    run("squeeze", adapter, "--from", "peft", "--target-rank", 1, "-o", tmp_path / "o")
+
+
+@pytest.mark.parametrize("columns", [["a step sends"], ["a resize, at most", "parameters"]])
+def test_a_heading_is_no_wider_than_the_numbers_below_it(columns: list[str]):
+    table = new_table("title", "module:", *columns)
+    table.add_row("m", *("1" for _ in columns))
+    headings = [str(column.header) for column in table.columns]
+    assert [heading.replace("\n", " ") for heading in headings] == ["module", *columns]
+    assert max(len(line) for heading in headings for line in heading.split("\n")) <= 10
+
+
+def test_check_against_a_model_that_has_no_adapter_yet(tmp_path: Path):
+    model = minilm_folder()
+    result = run(
+        "check", "increlora", "--model", model, "--target-modules", "query", "--target-modules", "value", "--rank", 2
+    ).stdout
+    assert "12 modules, total rank 24" in " ".join(result.split())
+    assert "PEFT cannot adapt" in refused("check", "increlora", "--model", model, "--target-modules", "nothing")
+    (tmp_path / "config.json").write_text("{}")
+    assert "no transformers model" in refused("check", "increlora", "--model", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [None, ["query", "value"]], ids=str)
+def test_check_foretells_what_the_real_model_turns_out_to_be(targets: list[str] | None):
+    """`check` reads a config and makes no weights; here the weights are loaded, the adapter is made, a run begins."""
+    folder = minilm_folder()
+    model = get_peft_model(minilm_base(), LoraConfig(r=4, target_modules=targets or "all-linear"))
+    assert blank_layout(folder, targets, 4) == Adapter(model).layout()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    options = [option for target in targets or () for option in ("--target-modules", target)]
+    told = run("check", "increlora", "--model", folder, *options, "--rank", 4, "--total-steps", 60).stdout
+    with rankflow.attach(model, optimizer, "increlora", total_steps=60) as flow:
+        layout = flow.layout
+    summary = f"{len(layout)} modules, total rank {layout.total_rank}, {layout.params:,} parameters at the start"
+    assert summary in " ".join(told.split())
+    assert len(layout) == (12 if targets else 37)
+
+
+def test_policies_shows_parameters_and_their_meaning():
+    listed = run("policies").stdout
+    assert all(name in listed for name in ("increlora", "squeeze", "hold"))
+    one = run("policies", "increlora").stdout
+    assert "grow_by" in one
+    assert "allocate" not in one
+
+
+def test_report_draws_and_tells(ledger: Path, tmp_path: Path):
+    result = run("report", ledger).stdout
+    assert all(word in result for word in ("highest", "finite", "increlora"))
+    assert "q 0" in result
+    assert (tmp_path / "rankflow.png").read_bytes().startswith(b"\x89PNG")
+    run("report", ledger, "-o", tmp_path / "other.svg")
+    assert "<svg" in (tmp_path / "other.svg").read_text()

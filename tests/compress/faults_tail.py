@@ -1,0 +1,25 @@
+"""What `test_tail.py` must notice."""
+
+from fault import Fault
+
+FAULTS = [
+    Fault(
+        "keep the wrong end of what was cut off",
+        "compress/cutting.py",
+        "_rounded(b[..., rank:], dtype, name))",
+        "_rounded(b[..., : slot.rank - rank], dtype, name))",
+    ),
+    Fault(
+        "add two adapters instead of subtracting",
+        "analysis/difference.py",
+        "else -1.0 for pair in present",
+        "else 1.0 for pair in present",
+    ),
+    Fault(
+        "bad files: believe a tail about any size",
+        "compress/tail.py",
+        "or math.prod(shape) > _LARGEST",
+        "or False",
+        "::test_a_tail_that_claims_more_than_there_can_be_is_none",
+    ),
+]

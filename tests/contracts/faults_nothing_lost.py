@@ -1,0 +1,108 @@
+"""What `test_nothing_lost.py` must notice."""
+
+from fault import Fault
+
+FAULTS = [
+    Fault(
+        "leave ramps those of a state that could not be loaded",
+        "optim/warmup.py",
+        'journal.keep(self, "_young", "_held", "_notes")',
+        "pass",
+        "-k go_back",
+    ),
+    Fault(
+        "leave gates those of a state that could not be loaded",
+        "gating/forward.py",
+        "        self._remember(journal)\n        self.remove()\n",
+        "        self.remove()\n",
+        "-k go_back",
+    ),
+    Fault(
+        "listen no more where a state could not be loaded",
+        "training/controller.py",
+        "        except BaseException:\n            self._listen()\n            raise\n",
+        "        finally:\n            pass\n",
+        "-k go_back",
+    ),
+    Fault(
+        "write what a state told of a ledger, whatever comes of it",
+        "training/ledger.py",
+        "        if self._waiting is not None:\n            yield\n            return\n",
+        "",
+        "-k go_back",
+    ),
+    Fault(
+        "lost: who is frozen by a step that has not happened",
+        "training/controller.py",
+        'journal.keep(self._operations, "frozen")',
+        "pass",
+    ),
+    Fault(
+        "lost: keep the event of a line that was not written",
+        "training/ledger.py",
+        "        del events[known:]\n",
+        "",
+        "tests/test_disk.py",
+    ),
+    Fault(
+        "lost: keep a line that was not synced",
+        "training/ledger.py",
+        "    except BaseException:\n        if path.is_file():  # not a pipe",
+        "    except OSError:\n        if path.is_file():  # not a pipe",
+    ),
+    Fault(
+        "lost: write each line of a step by itself",
+        "training/ledger.py",
+        'journal.attr(self, "_waiting", [])',
+        'journal.attr(self, "_waiting", None)',
+    ),
+    Fault(
+        "lost: forget what was heard when a step fails",
+        "training/controller.py",
+        '"step", "_pending", "_phase"',
+        '"step", "_phase"',
+    ),
+    Fault(
+        "lost: stay in the phase that could not be entered",
+        "training/controller.py",
+        '"_phase", "_state")',
+        '"_state")',
+    ),
+    Fault(
+        "lost: take averages twice",
+        "observe/averages.py",
+        '        journal.keep(self, "_running")',
+        "        pass",
+    ),
+    Fault(
+        "lost: leave gates off what they were taken off",
+        "surgery/surgeon.py",
+        "self.gates.follow(journal)\n            for s in staged:\n                self._commit(journal, s, target[",
+        "for s in staged:\n                self._commit(journal, s, target[",
+    ),
+    Fault(
+        "lost: keep the layout of a resize that was undone later",
+        "surgery/surgeon.py",
+        '            journal.attr(self, "_layout", target)',
+        "            self._layout = target",
+    ),
+    Fault(
+        "lost: keep a held-out update of a step that failed",
+        "gating/forward.py",
+        "self._remember(journal, lambda: self._resume(before))",
+        "self._remember(journal)",
+    ),
+    Fault(
+        "lost: go on to other held-out batches after a failure",
+        "training/controller.py",
+        'self._journal.undo(partial(setattr, held_out, "position", held_out.position))',
+        "pass",
+    ),
+    Fault(
+        "lost: leave hooks of probes that were not all put on",
+        "observe/probes.py",
+        "            recorder.install(self._handles)",
+        "            recorder.install(found := [])\n            self._handles += found",
+        "-m slow -k cut",
+    ),
+]

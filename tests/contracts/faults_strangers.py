@@ -1,0 +1,111 @@
+"""What `test_strangers.py` must notice."""
+
+from fault import Fault
+
+FAULTS = [
+    Fault(
+        "let transformers ask whether to run a stranger's code",
+        "formats/io/pretrained.py",
+        "TIME_OUT_REMOTE_CODE = 0  #",
+        "TIME_OUT_REMOTE_CODE = seconds  #",
+        "-k part_of_a_model",
+    ),
+    Fault(
+        "leave to transformers whether a stranger's code is run",
+        "formats/io/pretrained.py",
+        "str(source), trust_remote_code=False, **options",
+        "str(source), **options",
+        "-k every_call",
+    ),
+    Fault(
+        "compile an expression whatever its repeats come to",
+        "plans/peft_patterns.py",
+        "> _MOST_COPIES:",
+        "> 10**12:",
+        "-k measured_before_it_is_compiled",
+    ),
+    Fault(
+        "leave the expression of target_modules to PEFT",
+        "formats/peft_config.py",
+        "expressions = [value] if isinstance(value, str) else",
+        "expressions =",
+        "-k no_field_of_a_config",
+    ),
+    Fault(
+        "print what a file says as it is",
+        "cli/app.py",
+        "typer.echo(shown(text, lines=True, most=_LONGEST), err=",
+        "typer.echo(text, err=",
+        "-k terminal",
+    ),
+    Fault(
+        "put strings of files into pages as they are",
+        "render/html.py",
+        "undefined=StrictUndefined, finalize=_shown)",
+        "undefined=StrictUndefined)",
+        "-k terminal",
+    ),
+    Fault(
+        "let an error of torch's end in a traceback",
+        "cli/app.py",
+        "            if os.environ.get(_TRACEBACK):\n                raise\n",
+        "            raise\n",
+        "-k whatever_goes_wrong",
+    ),
+    Fault(
+        "take torch's word for no memory for a fault",
+        "cli/app.py",
+        "if isinstance(e, OSError) or _of_memory(e):",
+        "if isinstance(e, MemoryError | OSError):",
+        "-k whatever_goes_wrong",
+    ),
+    Fault(
+        "copy along what a link leads to, wherever that is",
+        "formats/io/links.py",
+        "if not real.is_relative_to(home) and",
+        "if False and",
+        "-k companions_that_lead_out",
+    ),
+    Fault(
+        "follow links into the blobs of any repository",
+        "formats/io/links.py",
+        'parent.parent / "blobs"',
+        "parent.parent.parent",
+        "-k snapshot_of_the_hub",
+    ),
+    Fault(
+        "read parts of an archive that share bytes",
+        "formats/io/tensors.py",
+        "            _check_parts(parts, path.stat().st_size)\n",
+        "",
+        "-k share_no_bytes",
+    ),
+    Fault(
+        "make a stranger's name part of a script",
+        "compress/accept.py",
+        "re.search(_SCRIPT, word) and shlex.quote(path) != path",
+        "not path",
+        "-k word_to_a_gate",
+    ),
+    Fault(
+        "let an expression take its time over each of many names",
+        "plans/peft_patterns.py",
+        "_slow[pattern] = _slow.get(pattern, 0.0) + took",
+        "_slow[pattern] = took",
+        "-k take_its_time",
+    ),
+    Fault(
+        "make of a small file whatever it says",
+        "formats/as_lora/parts.py",
+        "if factors.size > MOST:",
+        "if factors.size > 10**30:",
+        "-k small_file_would_grow",
+    ),
+    Fault(
+        "take any name of transformers' for an architecture",
+        "formats/io/pretrained.py",
+        "issubclass(found, PreTrainedModel) and found is not PreTrainedModel",
+        "found is not PreTrainedModel",
+        "-k architecture",
+    ),
+]

@@ -1,0 +1,241 @@
+"""How often `torch.compile` compiles anew under resizing, and the warning before it stops."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from loops import tiny_llama, token_batches
+from tiny import LAYERS, Tiny, batch, compiled_code_of_nobody_else, loss, tiny  # noqa: F401, the fixture
+
+import rankflow
+from rankflow.observe.compile import Recompiles, versions
+from rankflow.plans.limits import Limit, Limits
+from rankflow.plans.plan import Grow, Keep, Layout, RankPlan
+from rankflow.policies.base import Lifecycle
+from tests.training.test_controller import scripted
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
+
+
+def to(*ranks: int) -> Any:
+    """A plan that brings the four layers to these ranks."""
+
+    def make(layout: Layout) -> RankPlan:
+        ops = {}
+        for name, rank in zip(LAYERS, ranks, strict=True):
+            have = layout[name].rank
+            if rank != have:
+                ops[name] = [Keep(tuple(range(rank)))] if rank < have else [Grow(rank - have)]
+        return RankPlan(ops, "told")
+
+    return make
+
+
+def anywhere(steps: range) -> dict[int, Any]:
+    """Plans that bring all layers to ranks drawn anew at each step, of those that limits allow."""
+
+    def make(layout: Layout, rng: random.Random) -> RankPlan:
+        return to(*(rng.choice([r for r in range(1, 9) if slot.allows(r)]) for slot in layout.values()))(layout)
+
+    return {step: partial(make, rng=random.Random(step)) for step in steps}
+
+
+def lifecycle(plans: dict[int, Any], **options: Any) -> Lifecycle:
+    return replace(scripted(plans=plans)[0], **options)
+
+
+class Counted:
+    """A run whose model, or each of whose LoRA layers, is compiled by a backend that counts its graphs."""
+
+    def __init__(self, policy: Any, how: str, steps: int = 20, **options: Any):
+        self.graphs: list[int] = []  # after every step
+        made: list[Any] = []
+        self.run = Tiny(policy, steps, **options)
+        self.model: Any = self.run.model
+        self.shapes = {self.ranks}
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            made.append(graph)
+            return graph.forward
+
+        if how == "whole":
+            self.model = torch.compile(self.run.model, backend=backend)
+        elif how == "layers":
+            for name in LAYERS:
+                getattr(self.run.model.base_model.model, name).compile(backend=backend)
+        self._made = made
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(self.run.flow.layout.ranks.values())
+
+    def step(self) -> None:
+        flow, optimizer = self.run.flow, self.run.optimizer
+        self.shapes.add(self.ranks)
+        loss(self.model, batch(flow.step)).backward()
+        self.graphs.append(len(self._made))
+        flow.before_step()
+        optimizer.step()
+        flow.after_step()
+        optimizer.zero_grad()
+
+    def until(self, step: int) -> Counted:
+        while self.run.flow.step < step:
+            self.step()
+        return self
+
+
+def by_layer(shapes: set[tuple[int, ...]]) -> int:
+    """How many shapes the LoRA layers had, the second and the third being of the same size."""
+    sizes = ("5x7", "7x7", "7x7", "7x4")
+    return len({(size, rank) for ranks in shapes for size, rank in zip(sizes, ranks, strict=True)})
+
+
+# -- how many graphs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.* is under torch.compile")
+@pytest.mark.parametrize(("how", "expected"), [("layers", by_layer), ("whole", len)])
+def test_a_graph_for_every_combination_of_shapes_that_code_meets_and_no_more(how: str, expected: Any):
+    plans = {2: to(5, 3, 3, 3), 3: to(3, 3, 3, 3), 4: to(3, 5, 3, 3), 5: to(3, 3, 5, 3), 6: to(5, 3, 3, 3)}
+    counted = Counted(lifecycle(plans), how).until(8)
+    assert counted.graphs[-1] == expected(counted.shapes)
+    assert counted.graphs[2] > counted.graphs[1], "a rank that is new"
+    assert counted.graphs[3] == counted.graphs[2], "back to ranks that were there"
+    assert counted.graphs[6] == counted.graphs[5]
+    counted.run.flow.detach()
+
+
+@pytest.mark.filterwarnings("ignore:.* is under torch.compile")
+@pytest.mark.parametrize(
+    ("how", "expected"), [("layers", by_layer), pytest.param("whole", len, marks=pytest.mark.slow)]
+)
+def test_buckets_bound_the_graphs_of_a_run_with_many_decisions(how: str, expected: Any):
+    found = {}
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for buckets in ((), (2, 3)):
+            torch._dynamo.reset()
+            counted = Counted(lifecycle(anywhere(range(2, 13)), limits=Limits(buckets=buckets)), how).until(13)
+            counted.run.flow.detach()
+            found[len(buckets)] = counted.graphs[-1]
+            assert counted.graphs[-1] == expected(counted.shapes)
+    sizes = 3  # of the four layers two are alike
+    assert found[2] <= (sizes * 2 if how == "layers" else 2 ** len(LAYERS))
+    assert found[0] > 1.4 * found[2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # transformers' own
+def test_decoder_layers_whose_modules_are_tied_have_a_graph_for_each_bucket():
+    """And again for the first layer, whose input has no gradient."""
+    model: Any = tiny_llama(r=2, dropout=0.0).train()
+    made: list[Any] = []
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend=lambda graph, _: made.append(graph) or graph.forward)
+    ranks = ((4, 2), (2, 4), (4, 4), (2, 2), (4, 2), (2, 4))
+
+    def plan(layout: Layout, to: tuple[int, int]) -> RankPlan:
+        ops = {}
+        for name, slot in layout.items():
+            if (rank := to["layers.1." in name]) != slot.rank:
+                ops[name] = [Keep((0, 1))] if rank == 2 else [Grow(2)]
+        return RankPlan(ops, "told")
+
+    plans = {step: partial(plan, to=to) for step, to in enumerate(ranks, 1)}
+    limits = Limits(ties=((r"re:.*layers\.(\d+)\..*",),), buckets=(2, 4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    flow = rankflow.attach(model, optimizer, lifecycle(plans, limits=limits), total_steps=len(ranks) + 1)
+    for tokens in token_batches(len(ranks) + 1):
+        model(**tokens).loss.backward()
+        flow.before_step()
+        optimizer.step()
+        flow.after_step()
+        optimizer.zero_grad()
+    flow.finish()
+    assert sum(e["event"] == "resize" for e in flow.ledger.events) == len(ranks)
+    assert len(made) == 2 * 2
+
+
+# -- the warning ------------------------------------------------------------------------------------------------------
+
+
+def warned(policy: Any, how: str, until: int, limit: int = 8, **options: Any) -> list[tuple[int, int, str]]:
+    """(step, graphs before it, message) of every warning, and torch's silence until then."""
+    found = []
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        counted = Counted(policy, how, **options)
+        for _ in range(until):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                counted.step()
+            said = [str(w.message) for w in caught if "is under torch.compile" in str(w.message)]
+            found += [(counted.run.flow.step, counted.graphs[-1], text) for text in said]
+        counted.run.flow.detach()
+    return found
+
+
+@pytest.mark.parametrize("how", ["layers", "whole"])
+def test_many_decisions_are_warned_of_once_and_at_the_first(how: str):
+    ((step, graphs, text),) = warned(lifecycle(anywhere(range(2, 7))), how, until=7)
+    assert step == 2
+    assert graphs < 8
+    for remedy in ("rank_buckets", "mode: mask", "decide less often", "torch._dynamo.config.recompile_limit"):
+        assert remedy in text
+    assert ("Linear.forward" if how == "layers" else "PeftModel.forward") in text
+
+
+def test_with_buckets_the_warning_waits_until_the_limit_is_about_to_be_passed():
+    plans = {2: to(2, 2, 2, 2), 3: to(3, 2, 2, 2), 4: to(2, 2, 2, 2), 5: to(2, 3, 2, 2), 6: to(2, 2, 3, 2)}
+    policy = lifecycle(plans, limits=Limits(buckets=(2, 3)))
+    ((step, graphs, _),) = warned(policy, "whole", until=7, limit=4)
+    assert (step, graphs) == (6, 4)
+    torch._dynamo.reset()
+    assert not warned(policy, "whole", until=7, limit=5)
+
+
+def test_what_may_not_exceed_the_limit_is_not_warned_of():
+    rare = Lifecycle((("scripted", replace(scripted(every=8)[1], plans={1: to(5, 3, 3, 3), 9: to(3, 3, 3, 4)}), None),))
+    assert not warned(rare, "whole", until=10)
+    torch._dynamo.reset()
+    assert not warned(lifecycle(anywhere(range(2, 5))), "eagerly", until=5)
+    often = lifecycle(anywhere(range(2, 5)))
+    assert not warned(often, "whole", until=5, limit=64)
+
+
+def test_masked_ranks_change_no_shapes():
+    policy = lifecycle(anywhere(range(2, 7)), mode="mask", limits=Limits((Limit("*", max=8),)))
+    assert not warned(policy, "whole", until=7, limit=2)
+
+
+def test_a_compiled_model_is_known_before_it_has_run():
+    """All that ran so far was scored, and so eager."""
+    run = Tiny(lifecycle(anywhere(range(1, 9))), 20)
+    compiled: Any = torch.compile(run.model, backend="eager")
+    run.flow._recompiles = Recompiles(compiled, run.flow._adapter)
+    with pytest.warns(UserWarning, match="compiled 0 times so far"):
+        run.step()
+    run.flow.detach()
+
+
+def test_other_models_that_are_compiled_say_nothing_of_this_one():
+    other: Any = torch.compile(tiny(), backend="eager")
+    loss(other, batch(0))
+    run = Tiny(lifecycle(anywhere(range(2, 7))), 20)
+    assert versions(type(run.model).forward.__code__) == 1
+    run.until(4).flow.detach()
+
+
+def test_nothing_is_imported_for_it(monkeypatch: pytest.MonkeyPatch):
+    run = Tiny(lifecycle(anywhere(range(1, 9))), 20)
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, "torch._dynamo")
+        Recompiles(run.model, run.flow._adapter).look(99)
+        assert "torch._dynamo" not in sys.modules
+    run.flow.detach()

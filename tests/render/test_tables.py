@@ -1,0 +1,158 @@
+"""Tables say what they are given; pictures show every module and leave matplotlib's global state alone."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+from rich.table import Table
+
+from rankflow.analysis.inspection import InspectedModule, Inspection
+from rankflow.compress.report import SqueezedModule, SqueezeReport
+from rankflow.errors import CheckpointError, ConfigError
+from rankflow.plans.names import arrange
+from rankflow.plans.plan import Drop, Grow, Layout, RankPlan, Slot
+from rankflow.render.run_figure import plot_ledger, plot_spectra
+from rankflow.render.tables import events_table, gates_table, inspection_table, ranks_table, squeeze_table
+from rankflow.training.ledger import Ledger
+
+TYPES = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"]
+
+
+def text(table: Table) -> str:
+    console = Console(width=200, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+    console.print(table)
+    console.file.close()
+    return console.export_text()
+
+
+def names(layers: int) -> list[str]:
+    return [f"model.layers.{i}.{t}" for i in range(layers) for t in TYPES]
+
+
+def run(layers: int) -> Ledger:
+    layout = Layout({name: Slot(2, 16, 16, 2.0) for name in names(layers)})
+    ledger, rng = Ledger(), random.Random(0)
+    ledger.append("attach", 0, layout=layout.to_json(), total_steps=100)
+    ledger.append("phase", 0, policy="increlora", end=60)
+    for step in (10, 20, 30):
+        plan = RankPlan({name: [Grow(rng.randint(1, 3))] for name in rng.sample(list(layout), layers)}, "grew")
+        layout = plan.apply_to(layout)
+        ledger.append("resize", step, plan, policy="increlora", reason="grew", ranks={"x": 1}, total_rank=7, params=8)
+    ledger.append("phase", 60, policy="squeeze", end=101)
+    plan = RankPlan({names(layers)[0]: [Drop()]}, "dropped")
+    ledger.append("resize", 70, plan, policy="squeeze", reason="dropped", ranks={names(layers)[0]: 0})
+    ledger.append("skip", 80, policy="squeeze", reason="loss is not finite")
+    ledger.append("finish", 100)
+    return ledger
+
+
+def inspected(layers: int, rank: int = 4, *, zero: bool = False) -> Inspection:
+    sigma = tuple(0.0 if zero else 2.0**-i for i in range(rank))
+    energy = {1: 0.75, 2: 0.9, 4: 1.0, 8: 1.0, 16: 1.0}
+    modules = tuple(
+        InspectedModule(n, "linear", rank, 8, 8, 2.0, 64, sigma, rank, 2.5, 1.3, energy) for n in names(layers)
+    )
+    return Inspection("some/adapter", modules, 1000, 4000, 5000)
+
+
+def squeezed(layers: int) -> SqueezeReport:
+    modules = tuple(
+        SqueezedModule(n, 8, 3 + (i % 2), 0.9, 0.5, 80, 30, "weights", 0.3, 0.3) for i, n in enumerate(names(layers))
+    )
+    return SqueezeReport(
+        "a", "b", {"energy": 0.9}, "weights", "exact", "balanced", None, False, modules, 0.91, 2.0, 0.3, 0.3, 0.0,
+        4000, 1500, notes=("DoRA: an estimate",),
+    )  # fmt: skip
+
+
+def test_rows_are_grouped_by_type_and_ordered_by_layer():
+    rows = arrange(["m.layers.10.q", "m.layers.2.q", "m.layers.2.up", "m.layers.10.up", "m.head"])
+    assert [(r.type, r.layer) for r in rows] == [
+        ("layers.*.q", "2"),
+        ("layers.*.q", "10"),
+        ("layers.*.up", "2"),
+        ("layers.*.up", "10"),
+        ("head", ""),
+    ]
+    assert [r.type for r in arrange(["x.1.q", "x.0.q"])] == ["q", "q"]
+    assert [(r.type, r.layer) for r in arrange(["lin"])] == [("lin", "")]
+
+
+def test_squeeze_table_lists_modules_or_sums_them_up_by_type():
+    few, many = text(squeeze_table(squeezed(2))), text(squeeze_table(squeezed(40)))
+    assert all(row.short in few for row in arrange(names(2)))
+    assert "DoRA: an estimate" in few
+    assert "self_attn.q_proj  (40)" in many
+    assert "3 to 4" in many
+    assert "q_proj 7" not in many
+    assert "91.00%" in many
+
+
+def test_inspection_table_has_a_row_a_module():
+    shown = text(inspection_table(inspected(3)))
+    assert all(row.short in shown for row in arrange(names(3)))
+    assert "75%" in shown
+    assert "█▇" in shown
+    assert "zero" in text(inspection_table(inspected(1, zero=True)))
+
+
+def test_ledger_tables():
+    ledger = run(3)
+    events = text(events_table(ledger.events))
+    assert "loss is not finite" in events
+    assert "resize, squeeze" in events
+    ranks = text(ranks_table(ledger.history()))
+    assert all(row.short in ranks for row in arrange(names(3)))
+    assert ranks.split("all ")[1].split() == [
+        str(sum(ranks.values())) for _, ranks in ledger.history()[:: len(ledger.history()) - 1]
+    ]
+
+
+def test_gates_table_fits_a_terminal_and_sums_up():
+    numbers = {"rank": 2, "bits_a": 16, "bits_b": 8, "bops": 1234567.0, "relative_bops_with_frozen": 0.0123}
+    fold = {
+        "event": "fold", "step": 90, "policy": "bayesian_lora", "gates": dict.fromkeys(names(3), numbers),
+        "total": {"rank": 24, "bops": 3703701.0, "relative_bops_with_frozen": 0.01},
+    }  # fmt: skip
+    shown = text(gates_table(fold))
+    assert all(row.short in shown for row in arrange(names(3)))
+    assert "1.23e+06" in shown
+    last = shown.strip().splitlines()[-1].split()
+    assert last == ["all", "24", "3.7e+06", "0.01"]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("layers", [1, 3, 24])
+def test_pictures_are_drawn_without_touching_pyplot(tmp_path: Path, layers: int):
+    for path in (
+        plot_ledger(run(layers), tmp_path / "ranks.png"),
+        plot_spectra(inspected(layers), tmp_path / "deep" / "spectra.png"),
+        plot_spectra(inspected(layers, rank=1), tmp_path / "one.png"),
+        plot_spectra(inspected(layers, zero=True), tmp_path / "zero.png"),
+    ):
+        pixels = imread(path)[..., :3]
+        assert min(pixels.shape[:2]) >= 300
+        assert len(np.unique((pixels[::4, ::4] * 16).astype(int) @ [1, 17, 289])) > 8
+    assert "matplotlib.pyplot" not in sys.modules
+    assert {p.name for p in tmp_path.iterdir()} == {"ranks.png", "deep", "one.png", "zero.png"}
+
+
+def test_a_ledger_of_nothing_but_its_beginning_can_be_drawn(tmp_path: Path):
+    ledger = Ledger()
+    ledger.append("attach", 0, layout=Layout({"q": Slot(2, 8, 8, 1.0)}).to_json())
+    assert plot_ledger(ledger, tmp_path / "x.png").is_file()
+    assert "2" in text(ranks_table(ledger.history()))
+
+
+def test_bad_pictures(tmp_path: Path):
+    with pytest.raises(ConfigError, match="a picture is one of"):
+        plot_ledger(run(1), tmp_path / "x.docx")
+    with pytest.raises(CheckpointError, match="attach"):
+        plot_ledger(Ledger(), tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,47 @@
+"""What `test_mask.py` must notice."""
+
+from fault import Fault
+
+FAULTS = [
+    Fault(
+        "mask: leave what was there beyond the rank",
+        "lora/site.py",
+        "journal.tensor(p, value)",
+        "journal.tensor(p, torch.where(value != 0, value, p))",
+        "-k squeeze",
+    ),
+    Fault(
+        "mask: forget the optimizer's state with every decision",
+        "optim/carrier.py",
+        "new = swap.state.get(role) or self.fresh(p, swap.site)",
+        "new = self.fresh(p, swap.site)",
+        "-k squeeze",
+    ),
+    Fault(
+        "mask: keep the room of the phase before",
+        "training/controller.py",
+        "rooms(self._policy, self.layout), self._now)",
+        "{n: max(k, self._adapter.sites[n].size) for n, k in rooms(self._policy, self.layout).items()}, self._now)",
+    ),
+    Fault(
+        "mask: open gates of directions that are not there",
+        "gating/forward.py",
+        'F.pad(draw["value"], (0, site.size - site.rank))',
+        'F.pad(draw["value"], (site.size - site.rank, 0))',
+        "-k adalora",
+    ),
+    Fault(
+        "mask: resume without knowing ranks",
+        "training/controller.py",
+        'self._surgeon.hold(state.get("held", {}), journal)',
+        "pass",
+        "-k resume",
+    ),
+    Fault(
+        "mask: let Adafactor see zeros",
+        "optim/handlers/registry.py",
+        'AdafactorHandler(elementwise=False),\n    ("transformers"',
+        'AdafactorHandler(),\n    ("transformers"',
+        "-k refused",
+    ),
+]

@@ -1,0 +1,18 @@
+"""What `test_trainer.py` must notice."""
+
+from fault import Fault
+
+FAULTS = [
+    Fault(
+        "resume without reshaping",
+        "training/trainer.py",
+        "                match_layout(self, folder, adapter_name, journal)",
+        "                pass",
+    ),
+    Fault(
+        "believe in checkpoints above the budget",
+        "training/trainer.py",
+        "            state.best_metric = None",
+        "            pass",
+    ),
+]
