@@ -39,7 +39,7 @@ SPREAD = {
     "sv_ratio of each module": ("sv_ratio", 1.0, 1e4),
     "sv_cumulative of each module": ("sv_cumulative", 0.01, 1.0),
 }
-NOISE = "noise edge of each module"  # comes to a size of its own
+NOISE = "noise threshold of each module"  # comes to a size of its own
 KINDS = ("one rank for all", "all modules together", *SPREAD, NOISE)
 
 Settings = dict[str, Any]  # of rankflow.squeeze
@@ -73,7 +73,7 @@ def squeezed(job: Job, task: Task, known: set[tuple[Any, ...]]) -> None:
         for kind in KINDS
         for metric in METRICS
         for rank in (RANKS if kind != NOISE else RANKS[:1])
-        if (kind != NOISE or metric == "weights")  # no other has a noise edge
+        if (kind != NOISE or metric == "weights")  # no other has a noise threshold
         and (job.digest, kind, metric, rank) not in known
     ]
     if not wanted:

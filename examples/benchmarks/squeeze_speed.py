@@ -36,7 +36,7 @@ from rankflow.compress.squeeze import squeeze_each
 from rankflow.compress.target import Target
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.linalg.decompose import refactor, spectrum
-from rankflow.linalg.parallel import Crew
+from rankflow.linalg.parallel import Pool
 from rankflow.linalg.svd import low_rank
 from rankflow.plans.budget import Budget
 from rankflow.policies.base import Signal
@@ -85,7 +85,7 @@ def random_statistics(source: Path) -> Statistics:
         Signal.MEAN_DD: d.mT @ d / 4096,
         Signal.MEASURED: torch.full((rank,), 4096.0, dtype=torch.float64),
     }
-    digests = Crew(None, 0).each(lambda name: digest(*adapter.factors(name)), adapter.layout)
+    digests = Pool(None, 0).each(lambda name: digest(*adapter.factors(name)), adapter.layout)
     return Statistics(dict.fromkeys(digests, averages), digests, 4096)
 
 
@@ -156,7 +156,7 @@ def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None
 
     def read(_: int) -> None:
         adapter = PeftAdapter(source)
-        Crew(None, 0).each(adapter.factors, adapter.layout)
+        Pool(None, 0).each(adapter.factors, adapter.layout)
 
     def compute(_: int) -> None:
         adapter = PeftAdapter(source)
@@ -167,7 +167,7 @@ def files(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None
             cut = found.cut(k, "balanced")
             refactor(A, B, cut.N, cut.M, wide=found.wide)
 
-        Crew(None, 0).each(work, adapter.layout)
+        Pool(None, 0).each(work, adapter.layout)
 
     def squeeze(settings: dict[str, Any]) -> Callable[[int], None]:
         return lambda _: drop(rankflow.squeeze(source, folder / "small", force=True, **settings))

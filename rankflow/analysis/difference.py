@@ -14,7 +14,7 @@ from torch import Tensor
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.base import SavedAdapter
 from rankflow.formats.open import open_adapter
-from rankflow.linalg.parallel import Crew, Progress
+from rankflow.linalg.parallel import Pool, Progress
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def diff(
             distance=_norm(a, b),
         )
 
-    modules = tuple(Crew(progress, len(names)).each(compare, names).values())
+    modules = tuple(Pool(progress, len(names)).each(compare, names).values())
     if huge := [m.name for m in modules if not math.isfinite(m.distance + sum(m.norms))]:
         raise AdapterError(f"{huge[0]} is too large in {first} or {second} to be compared; restore the file")
     return Difference(

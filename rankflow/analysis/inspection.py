@@ -18,7 +18,7 @@ from rankflow.compress.target import above_noise
 from rankflow.errors import naming
 from rankflow.formats.open import open_adapter
 from rankflow.linalg.decompose import Metric
-from rankflow.linalg.parallel import Crew, Progress
+from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.plans.names import arrange
 from rankflow.plans.plan import Layout, Slot
@@ -50,8 +50,8 @@ class InspectedSpectrum:
 class InspectedModule:
     """One module: its size, and the spectrum of DeltaW, with the fields of an InspectedSpectrum.
 
-    noise_edge: the largest singular value that noise of the size of the median one has; 0 where only the leading ones
-    are known, as of a full update.
+    noise_threshold: the largest singular value that noise of the size of the median one has; 0 where only the leading
+    ones are known, as of a full update.
     rank_above_noise: how many are above it, at least 1 unless all are zero; the rank that `squeeze --auto` gives.
     tokens: over how many the direction that was measured least was; null without statistics of data.
     metrics: `outputs` and `loss` -> the spectrum in that metric, where it was measured enough.
@@ -70,7 +70,7 @@ class InspectedModule:
     rank_effective: float
     rank_stable: float
     energy: dict[int, float]
-    noise_edge: float = 0.0
+    noise_threshold: float = 0.0
     rank_above_noise: int = 0
     tokens: int | None = None
     metrics: dict[str, InspectedSpectrum] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def inspect(
         )
 
     with naming(adapter.path):
-        modules = tuple(Crew(None if base else progress, len(layout)).each(look, layout).values())
+        modules = tuple(Pool(None if base else progress, len(layout)).each(look, layout).values())
     notes = [*adapter.notes, *_unmeasured(yardsticks, layout)]
     if base is not None:
         against = compare(adapter, Path(base), top_k=top_k, epsilon=epsilon, progress=progress)
@@ -246,7 +246,7 @@ def _module(
         scaling=slot.scaling,
         params=slot.rank * slot.params_per_rank,
         **vars(_figures(found)),
-        noise_edge=edge,
+        noise_threshold=edge,
         rank_above_noise=above,
         tokens=tokens,
         metrics=metrics,

@@ -10,7 +10,7 @@ from rankflow.training.ledger import Ledger
 
 
 @dataclass(frozen=True)
-class RanEvent:
+class RunEvent:
     """One line of the ledger.
 
     event: attach, phase, resize, skip, fold or finish. step: the optimizer step that it came after.
@@ -31,7 +31,7 @@ class RanEvent:
 
 
 @dataclass(frozen=True)
-class RanModule:
+class RunModule:
     """`ranks`: one for each of the run's `steps`."""
 
     name: str
@@ -39,7 +39,7 @@ class RanModule:
 
 
 @dataclass(frozen=True)
-class Ran:
+class Run:
     """A run, as its ledger tells it.
 
     total_steps: that it was planned for. steps: 0 or where it began, and every step that a resize came after.
@@ -50,30 +50,30 @@ class Ran:
     total_steps: int | None
     steps: tuple[int, ...]
     total_ranks: tuple[int, ...]
-    modules: tuple[RanModule, ...]
-    events: tuple[RanEvent, ...]
+    modules: tuple[RunModule, ...]
+    events: tuple[RunEvent, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def ran(ledger: Ledger, source: str) -> Ran:
+def run_of(ledger: Ledger, source: str) -> Run:
     """
     Raises:
         CheckpointError: the ledger does not begin with an attach.
     """
     history = ledger.history()
-    return Ran(
+    return Run(
         source=source,
         total_steps=ledger.events[0].get("total_steps"),
         steps=tuple(step for step, _ in history),
         total_ranks=tuple(sum(ranks.values()) for _, ranks in history),
-        modules=tuple(RanModule(name, tuple(ranks[name] for _, ranks in history)) for name in history[0][1]),
+        modules=tuple(RunModule(name, tuple(ranks[name] for _, ranks in history)) for name in history[0][1]),
         events=tuple(_event(line) for line in ledger.events),
     )
 
 
-def _event(line: Mapping[str, Any]) -> RanEvent:
+def _event(line: Mapping[str, Any]) -> RunEvent:
     named = ("policy", "reason", "ranks", "total_rank", "gates", "total")
     margin = (line.get("plan") or {}).get("margin")
-    return RanEvent(line["event"], int(line["step"]), margin=margin, **{k: line[k] for k in named if k in line})
+    return RunEvent(line["event"], int(line["step"]), margin=margin, **{k: line[k] for k in named if k in line})

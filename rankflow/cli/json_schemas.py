@@ -7,14 +7,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rankflow.analysis.inspection import Inspection
-from rankflow.analysis.ran import Ran
+from rankflow.analysis.ran import Run
 from rankflow.analysis.run_comparison import Comparison
 from rankflow.compress.report import SqueezeReport
 
 _DOCUMENTS = {
     "inspection": (Inspection, "What `rankflow inspect --json` prints."),
     "squeeze": (SqueezeReport, "What `rankflow squeeze --report` writes; with --ranks, a list of such."),
-    "run": (Ran, "What `rankflow report --json` prints."),
+    "run": (Run, "What `rankflow report --json` prints."),
     "comparison": (Comparison, "What `rankflow report --against --json` prints."),
 }
 _WHOLE = {"type": "integer"}

@@ -27,7 +27,7 @@ Across = Annotated[
     bool, typer.Option("--global", help="With --energy or --error: of all modules together, not of each.")
 ]
 Auto = Annotated[
-    bool, typer.Option("--auto", help="Directions above the noise edge (Marchenko-Pastur, from the median).")
+    bool, typer.Option("--auto", help="Directions above the noise threshold (Marchenko-Pastur, from the median).")
 ]
 DynamicMethod = Annotated[
     str | None, typer.Option(metavar="RULE", help="As in sd-scripts: sv_ratio, sv_fro or sv_cumulative ...")

@@ -157,9 +157,9 @@ def report(
 
         write_page(run_page(read, str(ledger)), html, force=html in there)
     if as_json:
-        from rankflow.analysis.ran import ran
+        from rankflow.analysis.ran import run_of
 
-        print_json(ran(read, str(ledger)).to_json())
+        print_json(run_of(read, str(ledger)).to_json())
         return
     print_table(events_table(read.events))
     for fold in (e for e in read.events if e["event"] == "fold" and e["gates"]):

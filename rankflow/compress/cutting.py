@@ -20,7 +20,7 @@ from rankflow.formats.io.tensors import all_finite
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.linalg.decompose import refactor, spectra
 from rankflow.linalg.growth import new_rows
-from rankflow.linalg.parallel import Crew
+from rankflow.linalg.parallel import Pool
 from rankflow.linalg.random import keyed_generator
 from rankflow.linalg.spectrum import Gauge, Spectrum
 from rankflow.linalg.svd import Backend
@@ -56,17 +56,17 @@ class Cutting:
     def _plain(self) -> bool:
         return self.backend == "exact" and self.yardstick.metric == "weights"
 
-    def measure(self, crew: Crew) -> None:
-        """Let `crew` decompose all modules, and write nothing."""
+    def measure(self, pool: Pool) -> None:
+        """Let `pool` decompose all modules, and write nothing."""
         layout = self.adapter.layout
         dtypes = {name: entry.dtype for name, entry in self.adapter.entries.items()}
         groups = by_shape(layout, layout, dtypes) if self.batched else [(name,) for name in layout]
         with naming(self.adapter.path):
-            self.spectra = crew.together(self._measured, groups)
+            self.spectra = pool.together(self._measured, groups)
 
     def write(
         self,
-        crew: Crew,
+        pool: Pool,
         ranks: Mapping[str, int],
         out: Path,
         fitting: Fitting,
@@ -74,7 +74,7 @@ class Cutting:
         tail: Path | None = None,
         force: bool = False,
     ) -> None:
-        """Let `crew` write the adapter at these ranks to `out`, and what is cut off to `tail`; modules that were not
+        """Let `pool` write the adapter at these ranks to `out`, and what is cut off to `tail`; modules that were not
         decomposed before are now."""
         rows = fitting.ranks(ranks)
         with ExitStack() as files:
@@ -86,7 +86,7 @@ class Cutting:
             else:
                 put = files.enter_context(self.adapter.rewrite(out, rows, dtype=self.dtype, force=force))
             with naming(self.adapter.path):
-                self.spectra = crew.each(
+                self.spectra = pool.each(
                     lambda name: self._write(name, ranks[name], rows[name], put, put_tail), self.adapter.layout
                 )
 

@@ -15,7 +15,7 @@ from rankflow.compress.metric import Yardstick
 from rankflow.compress.report import SqueezeReport, report
 from rankflow.compress.target import Goal, Target
 from rankflow.gating.parametrize import refuse_gates
-from rankflow.linalg.parallel import Crew, Progress
+from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Gauge, Spectrum
 from rankflow.linalg.svd import Backend, check_backend
 from rankflow.lora.adapter import Adapter
@@ -61,7 +61,7 @@ def squeeze_model(
         site = adapter.sites[name]
         return yardstick.spectrum(name, site.a(), site.b(), layout[name].scaling, backend)
 
-    spectra = Crew(progress, len(layout)).each(measure, layout)
+    spectra = Pool(progress, len(layout)).each(measure, layout)
     ranks = goal.choose(layout, spectra)
     ops = {
         name: ops_to(

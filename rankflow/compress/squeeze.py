@@ -32,7 +32,7 @@ from rankflow.formats.io.tensors import TENSOR_FILES
 from rankflow.formats.open import open_adapter
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.linalg.devices import usable
-from rankflow.linalg.parallel import Crew, Progress
+from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Gauge
 from rankflow.linalg.svd import Backend, check_backend
 from rankflow.plans.plan import Layout
@@ -239,13 +239,13 @@ def squeeze_each(
     once = len(suffixes) == 1 and (not dry_run or gate is not None)
     at_once = once and not cutting.batched and not targets[0].needs_spectra
     passes = (0 if at_once else 1) + (0 if dry_run else len(targets))
-    crew = Crew(progress if gate is None else None, passes * len(layout))
+    pool = Pool(progress if gate is None else None, passes * len(layout))
     if not at_once:
-        cutting.measure(crew)
+        cutting.measure(pool)
 
     def produce(target: Target, ranks: Mapping[str, int], out: Path | None, tail: Path | None) -> SqueezeReport:
         if out is not None:
-            cutting.write(crew, ranks, out, fitting, tail=tail, force=out in there)
+            cutting.write(pool, ranks, out, fitting, tail=tail, force=out in there)
         return report(
             layout,
             sized.with_ranks(ranks),

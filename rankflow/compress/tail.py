@@ -28,7 +28,7 @@ from rankflow.formats.peft.adapter import PeftAdapter, write_adapter_files
 from rankflow.formats.peft.modules import Entry, read_entries
 from rankflow.formats.peft_config import check_config
 from rankflow.formats.wrappers import renamed
-from rankflow.linalg.parallel import Crew, Progress
+from rankflow.linalg.parallel import Pool, Progress
 
 _LARGEST = 1 << 48  # numbers in a tensor
 _CONFIG, _SHAPES = "rankflow_adapter_config", "rankflow_shapes"  # in the metadata of a tail
@@ -134,7 +134,7 @@ def expand(
             for key, t in zip((entry.a_key, entry.b_key), entry.raw(a, b), strict=True):
                 writer.put(key, t.to(specs[key][0]))
 
-        Crew(progress, len(entries)).each(put, entries)
+        Pool(progress, len(entries)).each(put, entries)
         for key in kept.keys() - factor_keys:
             writer.put(key, kept[key])
         writer.close()

@@ -8,7 +8,7 @@ error e         the fewest with |change of DeltaW|_F <= e |DeltaW|_F, which is e
 sv_ratio p      those above sigma_1 / p
 sv_fro p        the fewest with sqrt(sum(sigma_i^2)) >= p of the whole, which is energy p^2
 sv_cumulative p the fewest with sum(sigma_i) >= p of the whole
-auto            those above the noise edge (`noise_edge`)
+auto            those above the noise threshold (`noise_threshold`)
 =============== =====================================================================================================
 
 The three `sv_` rules are those of sd-scripts' `resize_lora.py`.
@@ -279,7 +279,7 @@ def every_rank(layout: Layout, **limits: Unpack[Goal]) -> list[Target]:
     return [replace(widest, target_rank=rank) for rank in ranks]
 
 
-def noise_edge(sigma: list[float], slot: Slot) -> float:
+def noise_threshold(sigma: list[float], slot: Slot) -> float:
     """The largest singular value that noise of the size of the median one has.
 
     Directions that only noise has moved have a DeltaW like the product of two random matrices of shapes [out, r] and
@@ -295,10 +295,10 @@ def noise_edge(sigma: list[float], slot: Slot) -> float:
 
 
 def above_noise(spectrum: Spectrum, slot: Slot) -> tuple[float, int]:
-    """The noise edge of a module's spectrum, and how many of its singular values are above: one at least, unless all
-    are nothing but rounding."""
+    """The noise threshold of a module's spectrum, and how many of its singular values are above: one at least, unless
+    all are nothing but rounding."""
     sigma = spectrum.gains[: spectrum.rank].sqrt()
-    edge = noise_edge(sigma.tolist(), slot)
+    edge = noise_threshold(sigma.tolist(), slot)
     return edge, max(int((sigma > edge).sum()), min(1, len(sigma)))
 
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.dtensor import REMEDY, part, rows, spread, whole
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 
 Role = tuple[str, str]  # a module's name, and what the parameter is to it
 _MADE_FROM = (
@@ -75,13 +75,13 @@ class Shards:
 
     @contextmanager
     def gathered(
-        self, optimizer: Optimizer | None, journal: Journal, attempt: Callable[[Callable[[], None]], object]
+        self, optimizer: Optimizer | None, transaction: Transaction, attempt: Callable[[Callable[[], None]], object]
     ) -> Iterator[None]:
         """Factors, their gradients and their state in `optimizer` are whole in the block; all processes have to enter
         it. Without `optimizer`, gradients alone may be written to.
 
-        `attempt` is handed the writing of the shards at its end. With `journal` all of it is undone, and it has to be
-        where the block raises.
+        `attempt` is handed the writing of the shards at its end. With `transaction` all of it is undone, and it has to
+        be where the block raises.
         """
         if self._open:
             yield
@@ -91,17 +91,17 @@ class Shards:
         self._open = True
         try:
             for piece in pieces.values():
-                _hold(journal, piece.managed._module_info, piece.whole)
+                _hold(transaction, piece.managed._module_info, piece.whole)
             if optimizer is None:
                 yield
                 for piece in pieces.values():
-                    _hold(journal, piece.managed._module_info, piece.sharded)
-                    _give_gradient(journal, piece)
+                    _hold(transaction, piece.managed._module_info, piece.sharded)
+                    _give_gradient(transaction, piece)
                 return
             state = {p.whole: {key: whole(v) for key, v in p.state.items()} for p in pieces.values() if p.state}
-            _exchange(journal, optimizer, {id(p.sharded): p.whole for p in pieces.values()}, state)
+            _exchange(transaction, optimizer, {id(p.sharded): p.whole for p in pieces.values()}, state)
             yield
-            attempt(lambda: self._spread(journal, optimizer, pieces))
+            attempt(lambda: self._spread(transaction, optimizer, pieces))
         finally:
             self._open = False
 
@@ -118,7 +118,7 @@ class Shards:
 
     # -- back into shards -------------------------------------------------------------------------------------------
 
-    def _spread(self, journal: Journal, optimizer: Optimizer, pieces: Mapping[Role, _Piece]) -> None:
+    def _spread(self, transaction: Transaction, optimizer: Optimizer, pieces: Mapping[Role, _Piece]) -> None:
         now = self._parameters()
         to: dict[int, nn.Parameter] = {}
         state: dict[nn.Parameter, dict[str, Any]] = {}
@@ -126,10 +126,10 @@ class Shards:
         members = {key: list(group.fsdp_params) for key, group in groups.items()}
         for role, piece in pieces.items():
             if now.get(role) is piece.whole:
-                self._refill(journal, piece)
+                self._refill(transaction, piece)
                 to[id(piece.whole)] = piece.sharded
             else:
-                _forget(journal, piece.managed)
+                _forget(transaction, piece.managed)
                 if role not in now:
                     members[id(piece.group)].remove(piece.managed)
         for role, p in now.items():
@@ -137,7 +137,7 @@ class Shards:
                 continue
             old = pieces.get(role)
             group = self._home(role) if old is None else old.group
-            new = self._made(journal, group, role, p)
+            new = self._made(transaction, group, role, p)
             to[id(p)] = new.sharded_param
             among = members[id(group)]
             if old is None:
@@ -149,34 +149,34 @@ class Shards:
         for p in now.values():
             if entries := optimizer.state.get(p):
                 had = by_whole[id(p)].state if id(p) in by_whole else {}
-                state[to[id(p)]] = {key: _put(journal, had.get(key), v, to[id(p)]) for key, v in entries.items()}
-        _exchange(journal, optimizer, to, state)
+                state[to[id(p)]] = {key: _put(transaction, had.get(key), v, to[id(p)]) for key, v in entries.items()}
+        _exchange(transaction, optimizer, to, state)
         for key, group in groups.items():
-            self._regroup(journal, group, members[key])
+            self._regroup(transaction, group, members[key])
 
-    def _refill(self, journal: Journal, piece: _Piece) -> None:
+    def _refill(self, transaction: Transaction, piece: _Piece) -> None:
         """The shards that there are take over what was written."""
         sharded, full = piece.sharded, piece.whole
-        _hold(journal, piece.managed._module_info, sharded)
-        _put(journal, sharded, full.detach(), sharded)
+        _hold(transaction, piece.managed._module_info, sharded)
+        _put(transaction, sharded, full.detach(), sharded)
         if sharded.requires_grad != full.requires_grad:
-            journal.attr(sharded, "requires_grad", full.requires_grad)
-        _give_gradient(journal, piece)
+            transaction.attr(sharded, "requires_grad", full.requires_grad)
+        _give_gradient(transaction, piece)
 
-    def _made(self, journal: Journal, group: Any, role: Role, p: nn.Parameter) -> Any:
+    def _made(self, transaction: Transaction, group: Any, role: Role, p: nn.Parameter) -> Any:
         """What FSDP2 keeps of a parameter, for one that is new."""
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 
         module, name = self._holder(role, p)
-        journal.contents(module._parameters, module._parameters)
+        transaction.contents(module._parameters, module._parameters)
         policies = (group.mp_policy, group.offload_policy)
         info = ParamModuleInfo(module, name)
         new = FSDPParam(p, info, group.mesh_info, group.post_forward_mesh_info, group.device, None, *policies)
-        journal.undo(lambda: new._post_load_hook_handle.remove())
+        transaction.undo(lambda: new._post_load_hook_handle.remove())
         new.init_dtype_attrs(group.mp_policy)
         return new
 
-    def _regroup(self, journal: Journal, group: Any, members: list[Any]) -> None:
+    def _regroup(self, transaction: Transaction, group: Any, members: list[Any]) -> None:
         moved = {of._module_info.module for of in members} != {of._module_info.module for of in group.fsdp_params}
         started = hasattr(group, "_orig_dtype")  # before the first forward it is yet to do all of this
 
@@ -194,8 +194,8 @@ class Shards:
                     held.clear()
                 group._register_state_dict_hooks()
 
-        journal.undo(follow)
-        journal.contents(group.fsdp_params, members)
+        transaction.undo(follow)
+        transaction.contents(group.fsdp_params, members)
         follow()
 
     # -- finding ----------------------------------------------------------------------------------------------------
@@ -269,45 +269,48 @@ class Shards:
         return None
 
 
-def _put(journal: Journal, held: Any, value: Any, like: Any) -> Any:
+def _put(transaction: Transaction, held: Any, value: Any, like: Any) -> Any:
     """`value` in shards as `like` is, in those that are `held` if there are any; what is not of its shape stays."""
     if not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     if not isinstance(held, DTensor) or held.shape != value.shape:
         return spread(value, like)
     mine = rows(held)
-    journal.tensor(part(held), value[mine.start : mine.stop])
+    transaction.tensor(part(held), value[mine.start : mine.stop])
     return held
 
 
-def _give_gradient(journal: Journal, piece: _Piece) -> None:
+def _give_gradient(transaction: Transaction, piece: _Piece) -> None:
     sharded, grad = piece.sharded, piece.whole.grad
     if grad is not None or sharded.grad is not None:
-        journal.attr(sharded, "grad", None if grad is None else _put(journal, sharded.grad, grad, sharded))
+        transaction.attr(sharded, "grad", None if grad is None else _put(transaction, sharded.grad, grad, sharded))
 
 
-def _hold(journal: Journal, info: Any, p: nn.Parameter) -> None:
-    journal.contents(info.module._parameters, {**info.module._parameters, info.param_name: p})
+def _hold(transaction: Transaction, info: Any, p: nn.Parameter) -> None:
+    transaction.contents(info.module._parameters, {**info.module._parameters, info.param_name: p})
 
 
-def _forget(journal: Journal, managed: Any) -> None:
+def _forget(transaction: Transaction, managed: Any) -> None:
     """Let FSDP2 not follow when weights are loaded into a module whose parameter is another now."""
 
     def again() -> None:
         register = managed._module_info.module.register_load_state_dict_post_hook
         managed._post_load_hook_handle = register(lambda *args, **kwargs: managed.reset_sharded_param())
 
-    journal.write(managed._post_load_hook_handle.remove, again)
+    transaction.write(managed._post_load_hook_handle.remove, again)
 
 
 def _exchange(
-    journal: Journal, optimizer: Optimizer, to: Mapping[int, nn.Parameter], state: Mapping[nn.Parameter, dict[str, Any]]
+    transaction: Transaction,
+    optimizer: Optimizer,
+    to: Mapping[int, nn.Parameter],
+    state: Mapping[nn.Parameter, dict[str, Any]],
 ) -> None:
     """Let the optimizer hold other parameters in the places of these, with this state."""
     for group in optimizer.param_groups:
-        journal.contents(group["params"], [to.get(id(p), p) for p in group["params"]])
+        transaction.contents(group["params"], [to.get(id(p), p) for p in group["params"]])
     kept = {p: entries for p, entries in optimizer.state.items() if id(p) not in to}
-    journal.contents(optimizer.state, {**kept, **state})  # type: ignore[arg-type, dict-item]
+    transaction.contents(optimizer.state, {**kept, **state})  # type: ignore[arg-type, dict-item]
 
 
 def _groups_of(state: Any) -> list[Any]:

@@ -32,10 +32,10 @@ from torch.optim import Optimizer
 
 from rankflow.distributed.comm import Wire, limit
 from rankflow.distributed.fsdp2 import Shards, at_rest
-from rankflow.distributed.single import Alone, T
+from rankflow.distributed.single import SingleProcess, T
 from rankflow.errors import ConfigError, DistributedError, PlanError
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Layout, RankPlan
 from rankflow.policies.base import Observation, Signal
 from rankflow.training.ledger import Ledger
@@ -46,7 +46,7 @@ _DRIFT = 1e-6  # relative: replicas get the same gradients and have the same bit
 Key = tuple[str, Signal]
 
 
-def processes_of(model: nn.Module, adapter: Adapter, timeout: float | None = None) -> Alone:
+def processes_of(model: nn.Module, adapter: Adapter, timeout: float | None = None) -> SingleProcess:
     """Who takes part in training `model`, which may be wrapped, and waits for the others for `timeout` seconds at most
     (`rankflow.distributed.comm.limit`).
 
@@ -56,7 +56,7 @@ def processes_of(model: nn.Module, adapter: Adapter, timeout: float | None = Non
     """
     limit(timeout)
     if not _grouped() or (dist.get_world_size() == 1 and not adapter.sharded):
-        return Alone()
+        return SingleProcess()
     refuse(model)
     return Replicas(model, adapter, Wire(timeout), Shards(model, adapter) if adapter.sharded else None)
 
@@ -103,7 +103,7 @@ def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-class Replicas(Alone):
+class Replicas(SingleProcess):
     """This process among others under DistributedDataParallel, or reducing gradients by hand.
 
     Raises:
@@ -239,11 +239,11 @@ class Replicas(Alone):
         for p, part, known in zip(everything, parts, summed[: len(there)].tolist(), strict=True):
             p.grad = (part / self._wire.size).reshape(p.shape).to(p.dtype) if known else None
 
-    def gathered(self, optimizer: Optimizer | None, journal: Journal) -> AbstractContextManager[None]:
+    def gathered(self, optimizer: Optimizer | None, transaction: Transaction) -> AbstractContextManager[None]:
         if self._shards is None:
             return nullcontext()
         self._wire.meet("factors that are put together")
-        return self._shards.gathered(optimizer, journal, self.attempt)
+        return self._shards.gathered(optimizer, transaction, self.attempt)
 
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
         self._same(layout, step)

@@ -9,14 +9,14 @@ from typing import TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Layout, RankPlan
 from rankflow.policies.base import Observation
 
 T = TypeVar("T")
 
 
-class Alone:
+class SingleProcess:
     """One process: what it saw is all there is to see, and nobody has to agree.
 
     All of them make every call, in the same order; `rankflow.distributed.replicas.Replicas` is the other kind.
@@ -45,10 +45,10 @@ class Alone:
         """Gradients are ready, `unscaled` if a loss scaler has been at them: where no wrapper reduces those of the
         adapter, make them the mean over processes."""
 
-    def gathered(self, optimizer: Optimizer | None, journal: Journal) -> AbstractContextManager[None]:
+    def gathered(self, optimizer: Optimizer | None, transaction: Transaction) -> AbstractContextManager[None]:
         """In the block this process has the adapter's factors whole, with gradients and their state in `optimizer`, and
         what is written to them stays. Without an optimizer, only gradients may be written to. All of it is undone with
-        `journal`, as it has to be where the block raises."""
+        `transaction`, as it has to be where the block raises."""
         return nullcontext()
 
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:

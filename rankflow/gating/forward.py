@@ -18,18 +18,18 @@ from torch.nn import functional as F
 
 from rankflow.errors import OptimizerError, PlanError
 from rankflow.gating.parametrize import fit, gated, unfit
-from rankflow.gating.state import Learnt
+from rankflow.gating.state import GateState
 from rankflow.linalg.decompose import Factor
 from rankflow.linalg.random import keyed_generator
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.site import Site
-from rankflow.lora.transaction import Journal
-from rankflow.optim.carrier import Carrier
+from rankflow.lora.transaction import Transaction
+from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.plan import Open, RankPlan, Refactor, Slot
 from rankflow.policies.gate import Gate
 
 Params = dict[str, nn.Parameter]
-Draws = dict[str, dict[str, Tensor]]
+Noise = dict[str, dict[str, Tensor]]
 _FACTORS: tuple[Factor, Factor] = ("A", "B")
 _KEPT = ("gate", "_theta", "_adam", "_rates", "_gradient", "_stored", "_step", "_micro")  # what draws are made from
 
@@ -41,21 +41,21 @@ class Gates:
 
     Args:
         adapter: whose modules are gated.
-        carrier: the optimizer of the factors, whose learning rates gates follow.
+        optimizer_state: the optimizer of the factors, whose learning rates gates follow.
         seed: of initial values and noise, together with step and module.
     """
 
-    def __init__(self, adapter: Adapter, carrier: Carrier | None, seed: int = 0):
+    def __init__(self, adapter: Adapter, optimizer_state: OptimizerState | None, seed: int = 0):
         self.seed = seed
         self.gate: Gate | None = None
         self._adapter = adapter
-        self._carrier = carrier
+        self._optimizer_state = optimizer_state
         self._theta: dict[str, Params] = {}
         self._adam: torch.optim.Adam | None = None
         self._rates: list[tuple[int, str]] = []  # of each of Adam's groups: which group it follows, and its key
-        self._live: Draws = {}  # what forwards read now; the dicts are those that the fitted factors hold
-        self._still: Draws = {}  # the last ones without noise: what is saved and merged
-        self._drawn: list[tuple[Draws | None, Draws]] = []  # (noise, leaves) of every draw since the last step
+        self._live: Noise = {}  # what forwards read now; the dicts are those that the fitted factors hold
+        self._still: Noise = {}  # the last ones without noise: what is saved and merged
+        self._drawn: list[tuple[Noise | None, Noise]] = []  # (noise, leaves) of every draw since the last step
         self._gradient: dict[str, Tensor] = {}
         self._step = 0  # optimizer steps done
         self._micro = 0  # noisy draws since the last step
@@ -77,24 +77,24 @@ class Gates:
 
     # -- coming and going -------------------------------------------------------------------------------------------
 
-    def install(self, gate: Gate, step: int = 0, journal: Journal | None = None) -> None:
+    def install(self, gate: Gate, step: int = 0, transaction: Transaction | None = None) -> None:
         """Put every module that is in the adapter under `gate`, with fresh parameters."""
-        if self._carrier is None:
+        if self._optimizer_state is None:
             raise OptimizerError("gates are trained beside the factors and need their optimizer")
-        if any(group["lr"] is None for group in self._carrier.optimizer.param_groups):
+        if any(group["lr"] is None for group in self._optimizer_state.optimizer.param_groups):
             raise OptimizerError(
                 "gates follow the optimizer's learning rate and it has none of its own (Adafactor with relative_step); "
                 "give it a learning rate"
             )
-        with Journal(journal) as journal:
-            self._remember(journal)
+        with Transaction(transaction) as transaction:
+            self._remember(transaction)
             self.gate, self._step = gate, step
             self._train(
                 {n: self._fresh(n, site, site.slot()) for n, site in self._adapter.sites.items() if site.present}, {}
             )
             self._refit()
 
-    def fold(self, journal: Journal | None = None) -> dict[str, dict[str, float]]:
+    def fold(self, transaction: Transaction | None = None) -> dict[str, dict[str, float]]:
         """Write what the gates make of the factors into them, and take the gates off; what they report, by module.
 
         The function stays. So does the direction of the optimizer's next step of each entry: with A' = diag(v) A the
@@ -104,12 +104,12 @@ class Gates:
             return {}
         reports = {name: dict(self.gate.report(theta)) for name, theta in self._theta.items()}
         stored = self.stored()
-        with Journal(journal) as journal, torch.no_grad():
-            self._remember(journal)
+        with Transaction(transaction) as transaction, torch.no_grad():
+            self._remember(transaction)
             self._draw(None)  # the last forward may have been one with noise
             for name in self._theta:
                 site = self._adapter.sites[name]
-                self._fold_site(journal, site, self.gate.value(self._live[name])[: site.rank])
+                self._fold_site(transaction, site, self.gate.value(self._live[name])[: site.rank])
             self.remove()
             self._stored = stored
         return {name: report for name, report in reports.items() if report}
@@ -134,26 +134,26 @@ class Gates:
         self._theta, self._gradient, self._rates = {}, {}, []
         self._refit()
 
-    def _remember(self, journal: Journal, values: Callable[[], None] = lambda: None) -> None:
-        """What follows is undone with `journal`; of updates of parameters in place that is for `values` to do."""
-        self.follow(journal)
-        journal.undo(values)
-        journal.keep(self, *_KEPT)
+    def _remember(self, transaction: Transaction, values: Callable[[], None] = lambda: None) -> None:
+        """What follows is undone with `transaction`; of updates of parameters in place that is for `values` to do."""
+        self.follow(transaction)
+        transaction.undo(values)
+        transaction.keep(self, *_KEPT)
 
-    def follow(self, journal: Journal) -> None:
-        """Once all that is written to `journal` from here on is undone, factors are under the gates there are then."""
-        journal.undo(self._refit)
+    def follow(self, transaction: Transaction) -> None:
+        """Put factors under the gates there are then, once what is written to `transaction` from here on is undone."""
+        transaction.undo(self._refit)
 
-    def _fold_site(self, journal: Journal, site: Site, value: Tensor) -> None:
+    def _fold_site(self, transaction: Transaction, site: Site, value: Tensor) -> None:
         for factor, (module, name) in site.holders.items():
             p = module._parameters[name]
             assert p is not None
             new, old = gated(module, name).detach().clone(), p.detach().clone()
             if torch.equal(new, old):
                 continue
-            journal.write(lambda p=p, new=new: p.data.copy_(new), lambda p=p, old=old: p.data.copy_(old))
-            if factor == "A" and self._carrier is not None:
-                self._carrier.rescale(journal, site, value)
+            transaction.write(lambda p=p, new=new: p.data.copy_(new), lambda p=p, old=old: p.data.copy_(old))
+            if factor == "A" and self._optimizer_state is not None:
+                self._optimizer_state.rescale(transaction, site, value)
 
     def _fresh(self, name: str, site: Site, slot: Slot) -> dict[str, Tensor]:
         assert self.gate is not None
@@ -184,7 +184,7 @@ class Gates:
         if self.gate is not None:
             self._draw(None)
 
-    def _draw(self, noise: Draws | None, *, outer: bool = False) -> None:
+    def _draw(self, noise: Noise | None, *, outer: bool = False) -> None:
         assert self.gate is not None
         wanted = self.gate.trained_on == ("outer" if outer else "inner")
         with torch.no_grad():
@@ -327,12 +327,12 @@ class Gates:
                 self._update(self._step)
             self._settle()
 
-    def outer_step(self, loss: Callable[[], Tensor], step: int, journal: Journal | None = None) -> Tensor:
+    def outer_step(self, loss: Callable[[], Tensor], step: int, transaction: Transaction | None = None) -> Tensor:
         """One update of gates that are trained on held-out data; of the factors nothing changes, not even `.grad`."""
         assert self.gate is not None
-        if journal is not None:
+        if transaction is not None:
             before = {name: self._learnt(name).copy() for name in self._theta}
-            self._remember(journal, lambda: self._resume(before))
+            self._remember(transaction, lambda: self._resume(before))
         self._drawn = []
         self._draw(None, outer=True)
         leaves = [leaf for draw in self._live.values() for leaf in draw.values() if leaf.requires_grad]
@@ -384,14 +384,14 @@ class Gates:
     def _followed(self, name: str) -> int:
         """The place of the optimizer's group that holds the module's A, else its B; loading a state makes new group
         dicts. Of a module that is in none, whose gate does not learn either, the first."""
-        assert self._carrier is not None
-        site, groups = self._adapter.sites[name], self._carrier.optimizer.param_groups
+        assert self._optimizer_state is not None
+        site, groups = self._adapter.sites[name], self._optimizer_state.optimizer.param_groups
         places = ((i, p) for p in (site.A, site.B) for i, g in enumerate(groups) if any(p is q for q in g["params"]))
         return next((i for i, _ in places), 0)
 
     def _lr(self, followed: int) -> float:
-        assert self._carrier is not None
-        return float(self._carrier.optimizer.param_groups[followed]["lr"])
+        assert self._optimizer_state is not None
+        return float(self._optimizer_state.optimizer.param_groups[followed]["lr"])
 
     # -- resizes ----------------------------------------------------------------------------------------------------
 
@@ -411,7 +411,7 @@ class Gates:
                         f"{name}: plan opens gates, but its phase has none of a value of its own for each direction"
                     )
 
-    def write(self, journal: Journal, plan: RankPlan, slots: Mapping[str, Slot]) -> None:
+    def write(self, transaction: Transaction, plan: RankPlan, slots: Mapping[str, Slot]) -> None:
         """Let gates follow a plan whose factors are in place; `slots` are those after it."""
         if self.gate is None:
             return
@@ -419,11 +419,11 @@ class Gates:
         for name, ops in plan.ops.items():
             learnt[name] = learnt[name].through(ops, partial(self._directions, name, slots[name]))
         learnt = {name: of for name, of in learnt.items() if slots[name].rank}
-        journal.keep(self, "_theta", "_adam", "_rates")  # `_train` makes new ones
+        transaction.keep(self, "_theta", "_adam", "_rates")  # `_train` makes new ones
         self._resume(learnt)
         self._refit()
 
-    def _resume(self, learnt: Mapping[str, Learnt]) -> None:
+    def _resume(self, learnt: Mapping[str, GateState]) -> None:
         self._train({n: of.theta for n, of in learnt.items()}, {n: of.adam for n, of in learnt.items()})
 
     def _directions(self, name: str, slot: Slot, n: int) -> dict[str, Tensor]:
@@ -431,12 +431,12 @@ class Gates:
         site = self._adapter.sites[name]
         return self._fresh(name, site, replace(slot, rank=n)) if site.present else {}
 
-    def _learnt(self, name: str) -> Learnt:
+    def _learnt(self, name: str) -> GateState:
         assert self.gate is not None
         assert self._adam is not None
         params = self._theta.get(name, {})
         theta = {key: p.detach() for key, p in params.items()}
-        return Learnt(self.gate, theta, {key: self._adam.state.get(p, {}) for key, p in params.items()})
+        return GateState(self.gate, theta, {key: self._adam.state.get(p, {}) for key, p in params.items()})
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -451,17 +451,17 @@ class Gates:
             "raw": {n: {f: getattr(self._adapter.sites[n], f).detach() for f in _FACTORS} for n in self._theta},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], gate: Gate | None, step: int, journal: Journal) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], gate: Gate | None, step: int, transaction: Transaction) -> None:
         """Go on from `state_dict` under `gate`, on an adapter that has the checkpoint's (folded) factors."""
-        self._remember(journal)
+        self._remember(transaction)
         self.remove()
         self._step, self._micro = step, 0
         if gate is None or not state:
             return
-        self.install(gate, step, journal)
+        self.install(gate, step, transaction)
         for name, factors in state["raw"].items():
             for factor, raw in factors.items():
-                journal.tensor(getattr(self._adapter.sites[name], factor), raw)
+                transaction.tensor(getattr(self._adapter.sites[name], factor), raw)
         to = {name: self._adapter.sites[name].A.device for name in state["theta"]}
         theta = {n: {k: t.to(to[n], copy=True) for k, t in of.items()} for n, of in state["theta"].items()}
         adam = {

@@ -17,24 +17,24 @@ Change = Callable[[str, Tensor], Tensor]  # of what belongs to the parameter of 
 
 
 @dataclass(frozen=True)
-class Learnt:
+class GateState:
     """Parameters of one module's gate by name, none where it has left, and Adam's entries of each."""
 
     gate: Gate
     theta: Mapping[str, Tensor]
     adam: Mapping[str, Mapping[str, Any]]
 
-    def copy(self) -> Learnt:
+    def copy(self) -> GateState:
         """The same in tensors of its own, which updates in place of this one do not reach."""
         return self._map(lambda key, t: t.clone(), lambda key, t: t.clone() if isinstance(t, Tensor) else t)
 
-    def through(self, ops: Iterable[Op], fresh: Callable[[int], Mapping[str, Tensor]]) -> Learnt:
+    def through(self, ops: Iterable[Op], fresh: Callable[[int], Mapping[str, Tensor]]) -> GateState:
         """After `ops`; `fresh` gives the parameters of so many new directions."""
         out = self
         for op in ops:
             match op:
                 case Drop():
-                    out = Learnt(self.gate, {}, {})
+                    out = GateState(self.gate, {}, {})
                 case Keep():
                     out = out._keep(op)
                 case Open():
@@ -43,23 +43,23 @@ class Learnt:
                     out = out._grow(fresh(op.n))
         return out
 
-    def _keep(self, op: Keep) -> Learnt:
+    def _keep(self, op: Keep) -> GateState:
         return self._each(lambda key, t: t[list(op.idx)], lambda key, t: t[list(op.idx)])
 
-    def _open(self, op: Open) -> Learnt:
+    def _open(self, op: Open) -> GateState:
         def fill(value: float) -> Change:
             return lambda key, t: t.index_fill(0, torch.tensor(op.idx, device=t.device), value) if key == "value" else t
 
         return self._each(fill(op.to), fill(0.0))
 
-    def _grow(self, fresh: Mapping[str, Tensor]) -> Learnt:
+    def _grow(self, fresh: Mapping[str, Tensor]) -> GateState:
         if not self.theta:
             return replace(self, theta=fresh)
         return self._each(
             lambda key, t: torch.cat([t, fresh[key]]), lambda key, t: torch.cat([t, torch.zeros_like(fresh[key])])
         )
 
-    def _each(self, theta: Change, adam: Change) -> Learnt:
+    def _each(self, theta: Change, adam: Change) -> GateState:
         """With the directions of all that has some changed: not of a module's own parameter, nor of a step count."""
 
         def along(change: Change, key: str, t: Any) -> Any:
@@ -68,8 +68,8 @@ class Learnt:
 
         return self._map(partial(along, theta), partial(along, adam))
 
-    def _map(self, theta: Callable[[str, Any], Any], adam: Callable[[str, Any], Any]) -> Learnt:
-        return Learnt(
+    def _map(self, theta: Callable[[str, Any], Any], adam: Callable[[str, Any], Any]) -> GateState:
+        return GateState(
             self.gate,
             {key: theta(key, t) for key, t in self.theta.items()},
             {key: {e: adam(key, t) for e, t in entries.items()} for key, entries in self.adam.items()},

@@ -12,7 +12,7 @@ Progress = Callable[[int, int], None]  # (modules done, modules in all)
 T = TypeVar("T")
 
 
-class Crew:
+class Pool:
     """Work spread over modules: one thread each, every torch operation on one.
 
     Threads inside such small factorisations only get into each other's way.

@@ -14,8 +14,8 @@ from torch import nn
 
 from rankflow.errors import AdapterError
 from rankflow.linalg.random import keyed_generator
-from rankflow.lora.site import Site, left_with
-from rankflow.lora.transaction import Journal
+from rankflow.lora.site import Site, dormant_with
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.peft_inits import loadable_init, refuse_init
 from rankflow.plans.peft_patterns import anchored, exclude_modules, rank_config
 from rankflow.plans.plan import Layout, Slot
@@ -102,20 +102,20 @@ class Adapter:
                 f"is_trainable=True), or call model.set_adapter({self.name!r}), then make the optimizer"
             )
 
-    def write_config(self, journal: Journal) -> None:
+    def write_config(self, transaction: Transaction) -> None:
         """Let the PEFT config say what the layers now are, so that what is saved can be loaded anywhere."""
         sites = [s for s in self.sites.values() if not s.inner]
         present = {s.name: s for s in sites if s.placed}
         absent = [s.name for s in sites if not s.placed]
         fields = rank_config({n: s.size for n, s in present.items()}, {n: s.alpha for n, s in present.items()})
         for field, value in fields._asdict().items():
-            journal.attr(self.config, field, value)
+            transaction.attr(self.config, field, value)
         current = self.config.exclude_modules
         excluded = exclude_modules(current, [*present], absent)
         if excluded != current and not (isinstance(current, set) and excluded == sorted(current)):
-            journal.attr(self.config, "exclude_modules", excluded)
+            transaction.attr(self.config, "exclude_modules", excluded)
         if (init := loadable_init(self.config.init_lora_weights)) != self.config.init_lora_weights:
-            journal.attr(self.config, "init_lora_weights", init)
+            transaction.attr(self.config, "init_lora_weights", init)
 
     def config_problem(self) -> str | None:
         """What the PEFT config says otherwise than the layers, or None."""
@@ -149,12 +149,12 @@ class Adapter:
                     site.tie, site.min_rank = sites[0].name, 1
 
 
-def reshape(adapter: Adapter, target: Mapping[str, int] | Layout, journal: Journal | None = None) -> Layout:
+def reshape(adapter: Adapter, target: Mapping[str, int] | Layout, transaction: Transaction | None = None) -> Layout:
     """Bring live modules to the ranks (from a `Layout` also the scalings) of `target`, to have weights loaded.
 
     Modules whose rank differs get fresh factors (A as PEFT draws it, B zero) and lose what they held; an optimizer
-    made before still holds the old ones. Modules that `target` does not name stay. With a `journal` it is undone, too,
-    should that one be.
+    made before still holds the old ones. Modules that `target` does not name stay. With a `transaction` it is undone,
+    too, should that one be.
 
     Raises:
         AdapterError: `target` names a module that the adapter does not have, or a rank it cannot have; or the adapter
@@ -171,21 +171,21 @@ def reshape(adapter: Adapter, target: Mapping[str, int] | Layout, journal: Journ
         raise AdapterError("no module would stay in the adapter; PEFT cannot load an adapter without one")
     if any(rank != adapter.sites[name].rank for name, rank in ranks.items()):
         adapter.refuse_resizing()
-    with Journal(journal) as journal:
+    with Transaction(transaction) as transaction:
         for name, want in target.items():
             site, rank = adapter.sites[name], ranks[name]
             scaling = want.scaling if isinstance(want, Slot) else None
             if rank == 0:
                 if site.present:
-                    site.leave(journal)
+                    site.leave(transaction)
                 continue
             if not site.present:
-                site.rejoin(journal, site.build(adapter.config, rank))
+                site.rejoin(transaction, site.build(adapter.config, rank))
             slot = site.slot()
             if rank != slot.rank or scaling not in (None, slot.scaling):
                 a, b = (site.A, site.B) if rank == slot.rank else _fresh(site, slot, rank)
-                site.put(journal, a, b, scaling)
-        adapter.write_config(journal)
+                site.put(transaction, a, b, scaling)
+        adapter.write_config(transaction)
     return adapter.layout()
 
 
@@ -240,7 +240,7 @@ def _adapted(root: nn.Module, adapter: str, shards: bool) -> Iterator[tuple[str,
     for path, layer in modules.items():
         if not isinstance(layer, LoraLayer):
             continue
-        left = left_with(layer, adapter)
+        left = dormant_with(layer, adapter)
         if adapter not in layer.r and left is None:
             continue
         parts, kept = path.split("."), []

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
-from rankflow.optim.carrier import Carrier
+from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.plan import Layout
 from rankflow.policies.base import Phase, Policy
 
@@ -26,15 +26,15 @@ def rooms(policy: Policy, layout: Layout) -> dict[str, int]:
     return {name: max(slot.rank, slot.max_rank if policy.grows else 0) for name, slot in layout.items()}
 
 
-def check_rooms(phases: Sequence[Phase], layout: Layout, carrier: Carrier | None) -> None:
+def check_rooms(phases: Sequence[Phase], layout: Layout, optimizer_state: OptimizerState | None) -> None:
     """
     Raises:
         ConfigError: an optimizer under which zeros would not stay as they are, or no end to what there may be.
     """
-    if carrier is not None and (carrier.handler is None or not carrier.handler.elementwise):
+    if optimizer_state is not None and (optimizer_state.handler is None or not optimizer_state.handler.elementwise):
         raise ConfigError(
-            f"mode: mask does not come to what resizing does under {carrier.title}, which does not step each entry by "
-            "what it alone has seen; use AdamW, or mode: resize"
+            f"mode: mask does not come to what resizing does under {optimizer_state.title}, which does not step each "
+            "entry by what it alone has seen; use AdamW, or mode: resize"
         )
     for phase in phases:
         if not phase.policy.grows:

@@ -18,16 +18,16 @@ from torch.nn import functional as F
 
 from rankflow.errors import AdapterError
 from rankflow.linalg.decompose import Factor
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.peft_patterns import alpha_for
 from rankflow.plans.plan import Slot
 
-_MEMO = "_rankflow_left"  # attribute of a LoraLayer: adapter name -> Left
+_MEMO = "_rankflow_dormant"  # attribute of a LoraLayer: adapter name -> Dormant
 _ABSENT: Any = object()
 
 
 @dataclass
-class Left:
+class Dormant:
     """What a module that left the adapter needs to come back as it was."""
 
     slot: Slot  # at rank 0
@@ -116,7 +116,7 @@ class Site:
 
     @property
     def scaling(self) -> float:
-        return float(self.layer.scaling[self._adapter]) if self.placed else self._left.slot.scaling
+        return float(self.layer.scaling[self._adapter]) if self.placed else self._dormant.slot.scaling
 
     @property
     def dora(self) -> bool:
@@ -125,7 +125,7 @@ class Site:
     @property
     def trainable(self) -> bool:
         if not self.placed:
-            return self._left.slot.trainable
+            return self._dormant.slot.trainable
         return any(p.requires_grad for p in self.tensors().values())
 
     @property
@@ -148,7 +148,7 @@ class Site:
 
     def slot(self) -> Slot:
         if not self.placed:
-            return self._left.slot
+            return self._dormant.slot
         a, b = canonical_a(self.A.detach(), self.experts), canonical_b(self.B.detach(), self.experts)
         if not (a.shape[-2] == b.shape[-1] == self.size and self._sizes_agree()):
             raise AdapterError(
@@ -215,7 +215,7 @@ class Site:
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
-    def put(self, journal: Journal, A: nn.Parameter, B: nn.Parameter, scaling: float | None = None) -> None:
+    def put(self, transaction: Transaction, A: nn.Parameter, B: nn.Parameter, scaling: float | None = None) -> None:
         """Make `A` and `B`, in stored shape, the factors, and everything PEFT keeps beside them agree.
 
         Scaling stays, and alpha follows the rank, unless another `scaling` is given.
@@ -225,37 +225,37 @@ class Site:
         kept = self._config_scaling() if scaling is None else scaling
         alpha = alpha_for(kept, rank, bool(layer.use_rslora.get(name)))
         for (module, key), p in zip(self.holders.values(), (A, B), strict=True):
-            journal.contents(module._parameters, {**module._parameters, key: p})
+            transaction.contents(module._parameters, {**module._parameters, key: p})
         if self.kind != "embedding":
             down, up = layer.lora_A[name], layer.lora_B[name]
             width = "channels" if self.kind == "conv" else "features"
-            journal.attr(down, f"out_{width}", A.shape[0])
-            journal.attr(up, f"in_{width}", B.shape[1])
-        journal.contents(layer.r, {**layer.r, name: rank})
-        journal.contents(layer.lora_alpha, {**layer.lora_alpha, name: alpha})
+            transaction.attr(down, f"out_{width}", A.shape[0])
+            transaction.attr(up, f"in_{width}", B.shape[1])
+        transaction.contents(layer.r, {**layer.r, name: rank})
+        transaction.contents(layer.lora_alpha, {**layer.lora_alpha, name: alpha})
         if scaling is not None:
-            journal.contents(layer.scaling, {**layer.scaling, name: scaling})
+            transaction.contents(layer.scaling, {**layer.scaling, name: scaling})
 
-    def fill(self, journal: Journal, A: Tensor, B: Tensor, rank: int) -> None:
+    def fill(self, transaction: Transaction, A: Tensor, B: Tensor, rank: int) -> None:
         """Make `rank` directions the module's, of factors with room for more: in place, in stored shape, zeros beyond
         them. Gradients go, as they do with factors that are replaced."""
         for p, value in ((self.A, A), (self.B, B)):
-            journal.tensor(p, value)
-            journal.attr(p, "grad", None)
-        journal.attr(self, "_held", rank)
+            transaction.tensor(p, value)
+            transaction.attr(p, "grad", None)
+        transaction.attr(self, "_held", rank)
 
-    def hold(self, journal: Journal, rank: int | None) -> None:
+    def hold(self, transaction: Transaction, rank: int | None) -> None:
         """Say that the factors have room for more than `rank`, and zeros there; None: they have not."""
-        journal.attr(self, "_held", rank)
+        transaction.attr(self, "_held", rank)
 
-    def leave(self, journal: Journal) -> None:
+    def leave(self, transaction: Transaction) -> None:
         """Rank 0: this adapter's entries leave the layer, whose wrapper, active adapters and other adapters stay.
 
         Differs: `LoraLayer.delete_adapter` would make another adapter the active one.
         """
         layer, name = self.layer, self._adapter
         stores = layer.lora_embedding_A if self.kind == "embedding" else layer.lora_A
-        left = Left(
+        left = Dormant(
             slot=replace(self.slot(), rank=0),
             config_scaling=self._config_scaling(),
             dtype=self.A.dtype,
@@ -264,25 +264,25 @@ class Site:
             dropout=layer.lora_dropout._modules.get(name),
         )
         memo = vars(layer).setdefault(_MEMO, {})
-        journal.contents(memo, {**memo, name: left})
+        transaction.contents(memo, {**memo, name: left})
         for store in _stores(layer):
             if name in store:
-                journal.contents(store, {k: v for k, v in store.items() if k != name})
+                transaction.contents(store, {k: v for k, v in store.items() if k != name})
 
-    def recall(self, journal: Journal, scaling: float) -> None:
+    def recall(self, transaction: Transaction, scaling: float) -> None:
         """Take over the scaling that a checkpoint knows: a module that has left takes it up when it returns.
 
         One that is there has its own, and only loses what rounding alpha and dividing by the rank again have changed.
         """
         if self.placed:
             if math.isclose(self.scaling, scaling, rel_tol=1e-9):
-                journal.contents(self.layer.scaling, {**self.layer.scaling, self._adapter: scaling})
+                transaction.contents(self.layer.scaling, {**self.layer.scaling, self._adapter: scaling})
             return
-        left = self._left
+        left = self._dormant
         times = scaling / left.slot.scaling
         left = replace(left, slot=replace(left.slot, scaling=scaling), config_scaling=times * left.config_scaling)
         memo = vars(self.layer)[_MEMO]
-        journal.contents(memo, {**memo, self._adapter: left})
+        transaction.contents(memo, {**memo, self._adapter: left})
 
     @property
     def switched(self) -> tuple[str, ...]:
@@ -294,32 +294,32 @@ class Site:
 
     def _flags(self) -> dict[str, bool]:
         if not self.placed:
-            return self._left.requires_grad
+            return self._dormant.requires_grad
         return {role: p.requires_grad for role, p in self.tensors().items()}
 
-    def train(self, journal: Journal, on: bool) -> None:
+    def train(self, transaction: Transaction, on: bool) -> None:
         """Switch training of the module's parameters; off, they lose their gradients. Also while it has left.
 
         What its owner had frozen before it was switched off stays frozen when it is switched on again.
         """
         roles = self.switched
-        journal.attr(self, "_paused", None if on else roles)
+        transaction.attr(self, "_paused", None if on else roles)
         flags = {role: on if role in roles else was for role, was in self._flags().items()}
         if not self.placed:
             memo = vars(self.layer)[_MEMO]
-            left = replace(self._left, slot=replace(self._left.slot, trainable=on), requires_grad=flags)
-            journal.contents(memo, {**memo, self._adapter: left})
+            left = replace(self._dormant, slot=replace(self._dormant.slot, trainable=on), requires_grad=flags)
+            transaction.contents(memo, {**memo, self._adapter: left})
         for role, p in self.tensors().items():
-            journal.attr(p, "requires_grad", flags[role])
+            transaction.attr(p, "requires_grad", flags[role])
             if not flags[role]:
-                journal.attr(p, "grad", None)
+                transaction.attr(p, "grad", None)
 
     def build(self, config: LoraConfig, rank: int) -> Entries:
         """Fresh entries for a module that is to come back, made by the layer itself; the layer stays as it is.
 
         The global random state stays as it is too. Hand the result to `rejoin`.
         """
-        layer, name, left = self.layer, self._adapter, self._left
+        layer, name, left = self.layer, self._adapter, self._dormant
         plain = copy.copy(config)
         plain.init_lora_weights = True  # the factors are ours to fill; other schemes change the base weight
         plain.inference_mode = False
@@ -350,25 +350,25 @@ class Site:
             vars(layer).pop("adapter_layer_names", None)
             vars(layer).update(attrs)
 
-    def rejoin(self, journal: Journal, entries: Entries) -> None:
+    def rejoin(self, transaction: Transaction, entries: Entries) -> None:
         """Put the entries of `build` back in their old place among the layer's adapters."""
         layer, name = self.layer, self._adapter
-        place = {adapter: i for i, adapter in enumerate(self._left.order)}
+        place = {adapter: i for i, adapter in enumerate(self._dormant.order)}
         for store, entry in zip(_stores(layer), entries.values, strict=True):
             if entry is not _ABSENT:
                 new = {**store, name: entry}
-                journal.contents(store, dict(sorted(new.items(), key=lambda kv: place.get(kv[0], len(place)))))
+                transaction.contents(store, dict(sorted(new.items(), key=lambda kv: place.get(kv[0], len(place)))))
         memo = vars(layer)[_MEMO]
-        journal.contents(memo, {k: v for k, v in memo.items() if k != name})
+        transaction.contents(memo, {k: v for k, v in memo.items() if k != name})
 
     @property
-    def _left(self) -> Left:
+    def _dormant(self) -> Dormant:
         return vars(self.layer)[_MEMO][self._adapter]
 
     def _config_scaling(self) -> float:
         """Scaling as rank and alpha give it; `set_scale` and `scale_layer` may have put another one in force."""
         if not self.placed:
-            return self._left.config_scaling
+            return self._dormant.config_scaling
         size = self.size
         return self.alpha / (math.sqrt(size) if self.layer.use_rslora.get(self._adapter) else size)
 
@@ -411,6 +411,6 @@ def _update_arguments(update: Any, config: LoraConfig, target_name: str) -> dict
     return {field: getattr(config, field) for field in wanted if field not in skip and hasattr(config, field)}
 
 
-def left_with(layer: LoraLayer, adapter: str) -> Left | None:
+def dormant_with(layer: LoraLayer, adapter: str) -> Dormant | None:
     """What the layer remembers of an adapter that has left it."""
     return vars(layer).get(_MEMO, {}).get(adapter)

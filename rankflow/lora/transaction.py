@@ -13,14 +13,14 @@ from torch import Tensor
 from rankflow.lora.interrupts import HeldBack
 
 
-class Journal:
+class Transaction:
     """Remembers how to undo each write made through it, and does so when its `with` block is left by an exception.
 
     With an `outer` one, what was written is undone too when that one is left by an exception later. The outermost one
     holds back interrupts (`rankflow.lora.interrupts`).
     """
 
-    def __init__(self, outer: Journal | None = None) -> None:
+    def __init__(self, outer: Transaction | None = None) -> None:
         # One list for all: an inner one has nothing to hand over when it ends, which an interrupt could prevent
         self._undo: list[Callable[[], object]] = [] if outer is None else outer._undo
         self._first = len(self._undo)
@@ -78,7 +78,7 @@ class Journal:
         if failures:
             raise failures[0]
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Transaction:
         if self._outer is None:
             self._held_back.__enter__()
             self.undo(partial(torch.set_grad_enabled, torch.is_grad_enabled()))

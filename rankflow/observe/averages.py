@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.observe.statistics import Running
 from rankflow.plans.plan import Op
 from rankflow.policies.base import Observation, Signal
@@ -37,9 +37,9 @@ class Averages:
         self._adapter = adapter
         self._running: dict[str, Running] = {}
 
-    def remember(self, journal: Journal) -> None:
-        """What is taken from here on is undone with `journal`."""
-        journal.keep(self, "_running")
+    def remember(self, transaction: Transaction) -> None:
+        """What is taken from here on is undone with `transaction`."""
+        transaction.keep(self, "_running")
 
     def take(self, observed: Observation, wanted: frozenset[Signal], decay: float) -> Observation:
         """Add what was heard on a step that listened to `sources(wanted)`, and give the Observation that was wanted.
@@ -61,10 +61,10 @@ class Averages:
             self._running[name] = running.add(S_A, summed, record[Signal.TOKENS], decay)
         return observed.only(wanted, {name: _signals(running) for name, running in self._running.items()})
 
-    def carry(self, journal: Journal, ops: Mapping[str, Sequence[Op]]) -> None:
+    def carry(self, transaction: Transaction, ops: Mapping[str, Sequence[Op]]) -> None:
         """Take the averages through what a plan does to each module."""
         moved = {name: running.after(ops.get(name, ())) for name, running in self._running.items()}
-        journal.contents(self._running, moved)
+        transaction.contents(self._running, moved)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

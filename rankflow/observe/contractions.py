@@ -94,7 +94,7 @@ def _scatter(index: Tensor, size: int, g: Tensor) -> Tensor:
     return g.new_zeros(len(g), size).index_add_(1, index, g.flatten(1))
 
 
-class Draws:
+class RandomProjection:
     """The random choices of one module at one step: the same in every micro-batch, on every process, after a resume.
 
     They wait for their first use, on the device that asks.

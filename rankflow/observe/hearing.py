@@ -14,7 +14,7 @@ from torch import Tensor
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.dtensor import part
 from rankflow.lora.site import Site
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Layout
 from rankflow.policies.base import Observation, Signal
 
@@ -65,8 +65,8 @@ class Hearing:
     def state_dict(self) -> dict[str, list[str]]:
         return {"reached": sorted(self.reached), "had": sorted(self._had)}
 
-    def load_state_dict(self, state: Mapping[str, Iterable[str]], journal: Journal) -> None:
-        journal.keep(self, "reached", "_had")
+    def load_state_dict(self, state: Mapping[str, Iterable[str]], transaction: Transaction) -> None:
+        transaction.keep(self, "reached", "_had")
         self.reached, self._had = frozenset(state.get("reached", ())), frozenset(state.get("had", ()))
 
     def unheard(self, layout: Layout) -> frozenset[str]:

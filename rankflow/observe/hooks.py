@@ -19,7 +19,7 @@ from rankflow.lora.base_weight import base_weight
 from rankflow.lora.site import Site
 from rankflow.observe.contractions import (
     Contract,
-    Draws,
+    RandomProjection,
     conv_contraction,
     delta_score,
     embedding_contraction,
@@ -45,7 +45,7 @@ class Recorder:
     is there, since |W0 * mean G| is not the mean of |W0 * G|.
     """
 
-    def __init__(self, site: Site, adapter: str, signals: frozenset[Signal], mask: Mask, draws: Draws):
+    def __init__(self, site: Site, adapter: str, signals: frozenset[Signal], mask: Mask, draws: RandomProjection):
         self.site = site
         self.sums: dict[Signal, Tensor] = {}
         self.trained = False  # a gradient reached A or B

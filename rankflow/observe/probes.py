@@ -20,7 +20,7 @@ from rankflow.linalg.decompose import spectrum
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.base_weight import check_base_weight
 from rankflow.lora.site import Site
-from rankflow.observe.contractions import Draws
+from rankflow.observe.contractions import RandomProjection
 from rankflow.observe.eagerness import stay_eager
 from rankflow.observe.hooks import DELTA, GRAMS, INPUT, Mask, Recorder
 from rankflow.policies.base import GATE_SIGNALS, Lazy, Observation, Signal
@@ -102,7 +102,7 @@ class Probes:
             return
         mask = Mask()
         for name, site in sites.items():
-            draws = Draws((self.seed, step, name), *self._sizes)
+            draws = RandomProjection((self.seed, step, name), *self._sizes)
             self._recorders[name] = recorder = Recorder(site, self._adapter.name, hooked, mask, draws)
             recorder.install(self._handles)
         if hooked & (GRAMS | INPUT):

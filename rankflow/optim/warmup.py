@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.dtensor import part, rows
 from rankflow.lora.site import Site
-from rankflow.lora.transaction import Journal
-from rankflow.optim.carrier import Carrier
+from rankflow.lora.transaction import Transaction
+from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.plan import Drop, Grow, Keep, Op, Open, Refactor
 
 
@@ -60,9 +60,9 @@ class Ramps:
     was at its first rank, so that a resize does not move the step size.
     """
 
-    def __init__(self, adapter: Adapter, carrier: Carrier | None):
+    def __init__(self, adapter: Adapter, optimizer_state: OptimizerState | None):
         self._adapter = adapter
-        self._carrier = carrier
+        self._optimizer_state = optimizer_state
         self._young: dict[str, tuple[Youth, ...]] = {}  # modules with a young direction, one Youth per direction
         self._held: dict[str, int] = {}  # resized module -> rank whose shape factor is held
         self._notes: list[_Note] = []
@@ -84,8 +84,8 @@ class Ramps:
         with torch.no_grad():
             for note in self._notes:
                 moved = [(note.parameter, note.old)]
-                if note.points and self._carrier is not None:
-                    state = self._carrier.optimizer.state[note.parameter]
+                if note.points and self._optimizer_state is not None:
+                    state = self._optimizer_state.optimizer.state[note.parameter]
                     moved += [(state[key], old) for key, old in note.points.items()]
                 for t, old in ((part(t), old) for t, old in moved):
                     step = t.index_select(note.dim, note.index).to(old.dtype) - old
@@ -127,17 +127,17 @@ class Ramps:
 
     def _points(self, p: nn.Parameter) -> dict[str, Tensor]:
         """What moves beside `p` in a step; where it is not there yet, the step makes it, as a copy of `p`."""
-        if self._carrier is None or self._carrier.handler is None:
+        if self._optimizer_state is None or self._optimizer_state.handler is None:
             return {}
-        state = self._carrier.optimizer.state.get(p, {})
-        return {key: state.get(key, p) for key in self._carrier.handler.points}
+        state = self._optimizer_state.optimizer.state.get(p, {})
+        return {key: state.get(key, p) for key in self._optimizer_state.handler.points}
 
     def _factors(self, name: str, site: Site, p: nn.Parameter, dim: int) -> tuple[float, float]:
         """The correction of the step for the parameter's shape, and the part of weight decay that is not scaled."""
-        handler = self._carrier.handler if self._carrier is not None else None
-        if self._carrier is None or handler is None:
+        handler = self._optimizer_state.handler if self._optimizer_state is not None else None
+        if self._optimizer_state is None or handler is None:
             return 1.0, 1.0
-        group = self._carrier.group(p)
+        group = self._optimizer_state.group(p)
         shape = list(p.shape)
         shape[dim] = shape[dim] // site.rank * self._held.get(name, site.rank)
         held = handler.shape_factor(group, torch.Size(shape)) / handler.shape_factor(group, p.shape)
@@ -163,18 +163,21 @@ class Ramps:
                     youths = ()
         return youths if rewarm is None else (Youth(0, rewarm),) * len(youths)
 
-    def write(self, journal: Journal, youths: Mapping[str, tuple[Youth, ...]], before: Mapping[str, int]) -> None:
+    def write(
+        self, transaction: Transaction, youths: Mapping[str, tuple[Youth, ...]], before: Mapping[str, int]
+    ) -> None:
         """Take over what `after` said of modules that had the ranks `before`."""
-        handler = self._carrier.handler if self._carrier is not None else None
+        handler = self._optimizer_state.handler if self._optimizer_state is not None else None
         young = {n: y for n, y in {**self._young, **youths}.items() if any(i.scale < 1 for i in y)}
-        if self._carrier is not None and handler is None and young:
+        if self._optimizer_state is not None and handler is None and young:
             warnings.warn(
-                f"{self._carrier.title} is an optimizer rankflow does not know: new directions start at full speed",
+                f"{self._optimizer_state.title} is an optimizer rankflow does not know: new directions start at full "
+                "speed",
                 stacklevel=4,
             )
-        journal.contents(self._young, young if handler is not None else {})
+        transaction.contents(self._young, young if handler is not None else {})
         if handler is not None and handler.shape_dependent:
-            journal.contents(self._held, {**{n: before[n] for n in youths if before[n]}, **self._held})
+            transaction.contents(self._held, {**{n: before[n] for n in youths if before[n]}, **self._held})
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -184,8 +187,8 @@ class Ramps:
             "held": dict(self._held),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], journal: Journal) -> None:
-        journal.keep(self, "_young", "_held", "_notes")
+    def load_state_dict(self, state: Mapping[str, Any], transaction: Transaction) -> None:
+        transaction.keep(self, "_young", "_held", "_notes")
         self._notes = []
         self._young = {name: tuple(Youth(int(a), int(s)) for a, s in ys) for name, ys in state["young"].items()}
         self._held = {name: int(rank) for name, rank in state["held"].items()}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _FOOTER = "Written by rankflow. This file is complete in itself; click a heading to sort by it."
 _EFFECTIVE = Column("effective", "Effective rank: exp of the entropy of the singular values over their sum")
 _STABLE = Column("stable", "Stable rank: sum of squared singular values over the largest square")
-_ABOVE = Column("above noise", "Singular values above the noise edge; the rank that squeeze --auto gives")
+_ABOVE = Column("above noise", "Singular values above the noise threshold; the rank that squeeze --auto gives")
 
 
 def inspection_page(found: Inspection) -> Page:
@@ -186,7 +186,7 @@ def _types(found: Inspection) -> Table:
 
 
 def _modules_about(found: Inspection) -> str:
-    about = "Bars: logarithms of the singular values over three decades, with the noise edge as a line."
+    about = "Bars: logarithms of the singular values over three decades, with the noise threshold as a line."
     return f"{about} Intruders: {intruders_mean(found)}." if found.base else about
 
 
@@ -196,7 +196,7 @@ def _modules(found: Inspection) -> Table:
         Column("module", text=True),
         Column("rank"),
         *(_EFFECTIVE, _STABLE),
-        Column("noise edge", "The largest singular value that noise of the size of the median one has"),
+        Column("noise threshold", "The largest singular value that noise of the size of the median one has"),
         _ABOVE,
         *_intruders_column(found),
         Column("largest", "The largest singular value"),
@@ -215,11 +215,11 @@ def _modules(found: Inspection) -> Table:
             word(short, m.name),
             number(m.rank),
             *(number(x, "{:.1f}") for x in (m.rank_effective, m.rank_stable)),
-            number(m.noise_edge, "{:.3g}"),
+            number(m.noise_threshold, "{:.3g}"),
             number(m.rank_above_noise),
             *([number(None if m.intruders is None else len(m.intruders.found))] if found.base else []),
             number(m.sigma[0], "{:.3g}"),
-            curve(m.sigma, top, m.noise_edge),
+            curve(m.sigma, top, m.noise_threshold),
             *(number(energy, "{:.0%}") for energy in m.energy.values()),
             Cell(f"{m.out_features} x {m.in_features}", value=m.params),
             *([number(m.tokens)] if measured else []),

@@ -22,8 +22,8 @@ _EFFECTIVE, _EDGE = "#39d0d8", "#ffffff"
 
 
 def spectra_figure(inspection: Inspection, paper: Paper = LIGHT, *, titled: bool = True) -> Figure:
-    """Singular values of every module as heat maps, with its effective rank and its noise edge on them; `titled` with
-    what it shows."""
+    """Singular values of every module as heat maps, with its effective rank and its noise threshold on them; `titled`
+    with what it shows."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm

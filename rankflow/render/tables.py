@@ -210,7 +210,7 @@ def inspection_table(inspection: Inspection) -> Table:
             f"{m.rank_effective:.1f}",
             f"{m.rank_stable:.1f}",
             f"{m.sigma[0]:.3g}",
-            f"{m.noise_edge:.3g}",
+            f"{m.noise_threshold:.3g}",
             str(m.rank_above_noise),
             _bars(m.sigma),
             *(f"{share:.0%}" for share in m.energy.values()),

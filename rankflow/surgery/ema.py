@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from rankflow.gating.parametrize import as_used, ungate
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Grow, Keep, Op, Open, RankPlan, Share, Train
 from rankflow.plans.transitions import first, ops_to
 from rankflow.surgery.holders import ours
@@ -93,17 +93,17 @@ class _Following:
         self._averaged = averaged
         self._surgeon = Surgeon(Adapter(averaged.module, adapter_name))
 
-    def follow(self, plan: RankPlan, step: int, staged: Sequence[Staged], journal: Journal) -> None:
+    def follow(self, plan: RankPlan, step: int, staged: Sequence[Staged], transaction: Transaction) -> None:
         layout, added = self._surgeon.layout, {s.swap.site.name: s.added for s in staged}
         ops = {name: tuple(_without_gates(ops, layout[name].rank)) for name, ops in plan.ops.items()}
         resizing = RankPlan({name: of for name, of in ops.items() if of}, plan.reason)
-        self._surgeon.apply(resizing, step, journal, added)
+        self._surgeon.apply(resizing, step, transaction, added)
 
-    def settle(self, rooms: Mapping[str, int], journal: Journal) -> None:
-        self._surgeon.settle(rooms, journal)
+    def settle(self, rooms: Mapping[str, int], transaction: Transaction) -> None:
+        self._surgeon.settle(rooms, transaction)
 
-    def hold(self, ranks: Mapping[str, int], journal: Journal) -> None:
-        self._surgeon.hold(ranks, journal)
+    def hold(self, ranks: Mapping[str, int], transaction: Transaction) -> None:
+        self._surgeon.hold(ranks, transaction)
 
     def start(self, adapter: Adapter) -> None:
         """A checkpoint may have been loaded into the model since: of other ranks no average can be gone on with."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankflow.lora.transaction import Journal
-from rankflow.optim.carrier import Swap
+from rankflow.lora.transaction import Transaction
+from rankflow.optim.optimizer_state import Swap
 
 Watched = Sequence[tuple[str, "weakref.ref[nn.Parameter]"]]
 _ROLES = {"A", "B", "bias", "magnitude"}
@@ -40,7 +40,7 @@ class Holders:
         self._warned = False
         self._warned_of_hooks = False
 
-    def watch(self, journal: Journal, swaps: Iterable[Swap]) -> None:
+    def watch(self, transaction: Transaction, swaps: Iterable[Swap]) -> None:
         """Remember what these have replaced."""
         old = [
             (swap.site.name, weakref.ref(p))
@@ -54,8 +54,8 @@ class Holders:
             for role, p in swap.new.items()
             if role in swap.old and p is not swap.old[role] and _has_hooks(swap.old[role])
         ]
-        journal.attr(self, "_watched", (*self._watched, *old))
-        journal.attr(self, "_hooked", (*self._hooked, *hooked))
+        transaction.attr(self, "_watched", (*self._watched, *old))
+        transaction.attr(self, "_hooked", (*self._hooked, *hooked))
 
     def look(self) -> None:
         """To be called a step later, when the graph of the step before is gone, and before gradients are clipped."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Op, RankPlan
 from rankflow.surgery.staging import Staged
 
@@ -23,13 +23,13 @@ OnResize = Callable[[str, Parameters, Parameters, Sequence[Op]], object]
 class Follower(Protocol):
     """A second model whose factors go through what those of the first go through (`rankflow.surgery.ema`)."""
 
-    def follow(self, plan: RankPlan, step: int, staged: Sequence[Staged], journal: Journal) -> None:
-        """`plan` was carried out; what is written goes through `journal`."""
+    def follow(self, plan: RankPlan, step: int, staged: Sequence[Staged], transaction: Transaction) -> None:
+        """`plan` was carried out; what is written goes through `transaction`."""
 
-    def settle(self, rooms: Mapping[str, int], journal: Journal) -> None:
+    def settle(self, rooms: Mapping[str, int], transaction: Transaction) -> None:
         """Factors got room (`Surgeon.settle`)."""
 
-    def hold(self, ranks: Mapping[str, int], journal: Journal) -> None:
+    def hold(self, ranks: Mapping[str, int], transaction: Transaction) -> None:
         """They were loaded with room (`Surgeon.hold`)."""
 
     def start(self, adapter: Adapter) -> None:
@@ -67,7 +67,7 @@ class Listeners:
     def add_follower(self, follower: Follower) -> None:
         adapter = self._adapter()
         if adapter is not None and (held := {n: site.rank for n, site in adapter.sites.items() if site.roomy}):
-            follower.hold(held, Journal())
+            follower.hold(held, Transaction())
         self._followers.append(follower)
 
     def start(self, adapter: Adapter) -> None:
@@ -77,17 +77,17 @@ class Listeners:
         for follower in self._followers:
             follower.start(adapter)
 
-    def part(self, journal: Journal) -> None:
+    def part(self, transaction: Transaction) -> None:
         """The run is over, and its best checkpoint is about to be loaded: followers stay as they are."""
-        journal.attr(self, "_parted", True)
+        transaction.attr(self, "_parted", True)
 
-    def expect(self, journal: Journal) -> Journal:
-        """A journal in which `tell` notes whom it has told; made before anything is written, it is undone last."""
-        told = Journal()
-        journal.undo(told.rollback)
+    def expect(self, transaction: Transaction) -> Transaction:
+        """A transaction in which `tell` notes whom it has told; made before anything is written, it is undone last."""
+        told = Transaction()
+        transaction.undo(told.rollback)
         return told
 
-    def tell(self, told: Journal, staged: Sequence[Staged], ops: Mapping[str, Sequence[Op]]) -> None:
+    def tell(self, told: Transaction, staged: Sequence[Staged], ops: Mapping[str, Sequence[Op]]) -> None:
         for s in staged:
             if s.resized or s.fill is not None:
                 swap, name = s.swap, s.swap.site.name

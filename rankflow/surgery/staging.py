@@ -15,8 +15,8 @@ from rankflow.errors import AdapterError, PlanError
 from rankflow.linalg.decompose import Factor, refactor
 from rankflow.linalg.growth import new_rows, rows_from_sketch
 from rankflow.lora.site import Entries, Site
-from rankflow.optim.carrier import Carrier, Swap
 from rankflow.optim.moments import Moments, Partner, SeedV
+from rankflow.optim.optimizer_state import OptimizerState, Swap
 from rankflow.plans.plan import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
 
 ROLES: tuple[Factor, Factor] = ("A", "B")
@@ -44,13 +44,13 @@ class Stage:
 
     Args:
         config: of the adapter, from which a module that comes back is built.
-        carrier: the optimizer; None without one.
+        optimizer_state: the optimizer; None without one.
         seed_v: see `Moments.grow`.
         device: where to compute; None for the adapter's own.
     """
 
     config: LoraConfig
-    carrier: Carrier | None
+    optimizer_state: OptimizerState | None
     seed_v: SeedV
     device: torch.device | str | None = None
 
@@ -131,8 +131,8 @@ class Stage:
         if not site.present:
             a, b = a[..., :0, :], b[..., :0]
         moments: dict[Factor, Moments] = {}
-        if carry and self.carrier is not None:
-            found: dict[Factor, Moments | None] = {role: self.carrier.moments(site, role) for role in ROLES}
+        if carry and self.optimizer_state is not None:
+            found: dict[Factor, Moments | None] = {role: self.optimizer_state.moments(site, role) for role in ROLES}
             moments = {role: m for role, m in found.items() if m is not None}
         if self.device is not None:
             a, b = a.to(self.device), b.to(self.device)
@@ -163,7 +163,9 @@ class Stage:
         factors.A, factors.B = torch.cat([factors.A, rows], -2), torch.cat([factors.B, columns], -1)
         factors.gate = torch.cat([factors.gate, factors.gate.new_full((rows.shape[-2],), gate)])
         for role, m in factors.moments.items():
-            level = partial(self.carrier.level, site, role) if self.carrier is not None else lambda: None
+            level = (
+                partial(self.optimizer_state.level, site, role) if self.optimizer_state is not None else lambda: None
+            )
             factors.moments[role] = m.grow(new[role], self.seed_v, partners[role], level, gate)
 
     def _states(
@@ -174,10 +176,12 @@ class Stage:
         new: Mapping[str, nn.Parameter],
         size: int | None = None,
     ) -> dict[str, dict[str, Any]]:
-        if self.carrier is None:
+        if self.optimizer_state is None:
             return {}
-        states = {role: self.carrier.stored(site, role, m, size) for role, m in factors.moments.items()}
-        fresh = {r: self.carrier.fresh(p, site) for r, p in new.items() if r not in states and p is not old.get(r)}
+        states = {role: self.optimizer_state.stored(site, role, m, size) for role, m in factors.moments.items()}
+        fresh = {
+            r: self.optimizer_state.fresh(p, site) for r, p in new.items() if r not in states and p is not old.get(r)
+        }
         return {**states, **fresh}
 
 

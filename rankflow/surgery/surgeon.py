@@ -19,10 +19,10 @@ from rankflow.linalg.random import keyed_generator
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.site import Site
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import Averages
-from rankflow.optim.carrier import Carrier, OnUnknownState
 from rankflow.optim.moments import SeedV
+from rankflow.optim.optimizer_state import OnUnknownState, OptimizerState
 from rankflow.optim.warmup import Ramps
 from rankflow.plans.plan import Layout, RankPlan, Share, Train
 from rankflow.plans.transitions import best_cut, ops_to
@@ -67,13 +67,13 @@ class Surgeon:
         self.seed = seed
         self.warmup = warmup
         self.version = 0  # of the parameters: goes up whenever some are replaced
-        self.carrier = Carrier(optimizer, adapter, on_unknown_state) if optimizer is not None else None
-        if self.carrier is not None:
-            self.carrier.check((), {})
-        self._stage = Stage(adapter.config, self.carrier, seed_v, stage_device)
+        self.optimizer_state = OptimizerState(optimizer, adapter, on_unknown_state) if optimizer is not None else None
+        if self.optimizer_state is not None:
+            self.optimizer_state.check((), {})
+        self._stage = Stage(adapter.config, self.optimizer_state, seed_v, stage_device)
         self._layout = adapter.layout()
-        self.ramps = Ramps(adapter, self.carrier)
-        self.gates = Gates(adapter, self.carrier, seed)
+        self.ramps = Ramps(adapter, self.optimizer_state)
+        self.gates = Gates(adapter, self.optimizer_state, seed)
         self.averages = Averages(adapter)
 
     @property
@@ -90,12 +90,12 @@ class Surgeon:
         self,
         plan: RankPlan,
         step: int = 0,
-        journal: Journal | None = None,
+        transaction: Transaction | None = None,
         added: Mapping[str, Sequence[Added]] | None = None,
     ) -> Layout:
         """Carry out `plan` and return the layout after it. Whatever is raised, nothing has changed then.
 
-        With a `journal` it is undone, too, should that one be. `added` has the directions that another model got by
+        With a `transaction` it is undone, too, should that one be. `added` has the directions that another model got by
         this plan, by module, where this one is to get the same.
 
         Old parameters of resized modules are replaced by new ones, without gradients; whoever holds old ones holds
@@ -135,27 +135,27 @@ class Surgeon:
             name: self.ramps.after(name, ops, layout[name].rank, self.warmup, self._rewarm(plan, name in lost))
             for name, ops in plan.ops.items()
         }
-        with Journal(journal) as journal:
-            told = self.listeners.expect(journal)
-            self.gates.follow(journal)
+        with Transaction(transaction) as transaction:
+            told = self.listeners.expect(transaction)
+            self.gates.follow(transaction)
             for s in staged:
-                self._commit(journal, s, target[s.swap.site.name].rank)
-            replaced = self._replace(journal, staged)
-            self.ramps.write(journal, youths, layout.ranks)
-            self.gates.write(journal, plan, target)
-            self.averages.carry(journal, plan.ops)
+                self._commit(transaction, s, target[s.swap.site.name].rank)
+            replaced = self._replace(transaction, staged)
+            self.ramps.write(transaction, youths, layout.ranks)
+            self.gates.write(transaction, plan, target)
+            self.averages.carry(transaction, plan.ops)
             self._verify(staged, target)
-            journal.attr(self, "_layout", target)
-            journal.attr(self, "version", self.version + replaced)
+            transaction.attr(self, "_layout", target)
+            transaction.attr(self, "version", self.version + replaced)
             self.listeners.tell(told, staged, plan.ops)
             for follower in self.listeners.followers:
-                follower.follow(plan, step, staged, journal)
+                follower.follow(plan, step, staged, transaction)
         return target
 
-    def settle(self, rooms: Mapping[str, int], journal: Journal | None = None) -> bool:
+    def settle(self, rooms: Mapping[str, int], transaction: Transaction | None = None) -> bool:
         """Give modules' factors room for more directions than they have (see `rankflow.lora.capacity`), and take it
         from all that are not named; whether parameters were replaced. What the adapter computes stays, and its
-        optimizer state. With a `journal`, all of it is undone too if that is.
+        optimizer state. With a `transaction`, all of it is undone too if that is.
 
         Raises:
             PlanError: less room than a module's rank.
@@ -167,36 +167,36 @@ class Surgeon:
         sizes = {name: rooms.get(name, site.rank) for name, site in sites.items()}
         staged = [self._stage.settled(site, sizes[name]) for name, site in sites.items() if site.size != sizes[name]]
         held = {name: site.rank if name in rooms and sizes[name] else None for name, site in sites.items()}
-        with Journal(journal) as journal:
-            told = self.listeners.expect(journal)
-            self.gates.follow(journal)
+        with Transaction(transaction) as transaction:
+            told = self.listeners.expect(transaction)
+            self.gates.follow(transaction)
             for s in staged:
-                self._commit(journal, s, 0)
+                self._commit(transaction, s, 0)
             for name, rank in held.items():
-                sites[name].hold(journal, rank)
-            replaced = self._replace(journal, staged)
+                sites[name].hold(transaction, rank)
+            replaced = self._replace(transaction, staged)
             self._verify(staged, self._layout)
-            journal.attr(self, "version", self.version + replaced)
+            transaction.attr(self, "version", self.version + replaced)
             self.listeners.tell(told, staged, {})
             for follower in self.listeners.followers:
-                follower.settle(rooms, journal)
+                follower.settle(rooms, transaction)
         return replaced
 
-    def hold(self, ranks: Mapping[str, int], journal: Journal | None = None) -> None:
+    def hold(self, ranks: Mapping[str, int], transaction: Transaction | None = None) -> None:
         """Say what ranks factors of a checkpoint have that were saved with room for more.
 
         Raises:
             PlanError: less room than that.
         """
-        with Journal(journal) as journal:
+        with Transaction(transaction) as transaction:
             for name, rank in ranks.items():
                 if rank > (site := self.adapter.sites[name]).size:
                     raise PlanError(f"{name}: the checkpoint has rank {rank}, but its factors {site.size} directions")
-                site.hold(journal, rank)
+                site.hold(transaction, rank)
             for follower in self.listeners.followers:
-                follower.hold(ranks, journal)
+                follower.hold(ranks, transaction)
             live = {name: site.rank for name, site in self.adapter.sites.items()}
-            journal.attr(self, "_layout", self._layout.with_ranks(live))
+            transaction.attr(self, "_layout", self._layout.with_ranks(live))
 
     @property
     def held(self) -> dict[str, int]:
@@ -219,7 +219,7 @@ class Surgeon:
         return Layout(slots)
 
     def _check_optimizer(self, plan: RankPlan, layout: Layout) -> set[str]:
-        if self.carrier is None:
+        if self.optimizer_state is None:
             return set()
         on = {
             n: self.adapter.sites[n].switched
@@ -231,7 +231,7 @@ class Surgeon:
             for n, ops in plan.ops.items()
             if plan.state == "carry" and any(not isinstance(op, Train | Share) for op in ops)
         }
-        return self.carrier.check(touched, on)
+        return self.optimizer_state.check(touched, on)
 
     def _rewarm(self, plan: RankPlan, lost: bool) -> int | None:
         if plan.state == "reset":
@@ -240,35 +240,35 @@ class Surgeon:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def _replace(self, journal: Journal, staged: Sequence[Staged]) -> bool:
+    def _replace(self, transaction: Transaction, staged: Sequence[Staged]) -> bool:
         """Let config and optimizer follow what was committed; whether parameters are others now."""
         resized = [s for s in staged if s.resized]
         if resized:
-            self.adapter.write_config(journal)
-        if self.carrier is not None:
-            self.carrier.write(journal, [s.swap for s in resized])
+            self.adapter.write_config(transaction)
+        if self.optimizer_state is not None:
+            self.optimizer_state.write(transaction, [s.swap for s in resized])
             for s in staged:
                 if s.fill is not None:
-                    self.carrier.fill(journal, s.swap)
-            self.holders.watch(journal, [s.swap for s in resized])
+                    self.optimizer_state.fill(transaction, s.swap)
+            self.holders.watch(transaction, [s.swap for s in resized])
         return bool(resized)
 
-    def _commit(self, journal: Journal, staged: Staged, rank: int) -> None:
+    def _commit(self, transaction: Transaction, staged: Staged, rank: int) -> None:
         site, swap = staged.swap.site, staged.swap
         if staged.fill is not None:
-            site.fill(journal, staged.fill["A"], staged.fill["B"], rank)
+            site.fill(transaction, staged.fill["A"], staged.fill["B"], rank)
         if staged.resized:
             if staged.entries is not None and swap.new:
-                site.rejoin(journal, staged.entries)
+                site.rejoin(transaction, staged.entries)
             if swap.new:
-                site.put(journal, swap.new["A"], swap.new["B"])
+                site.put(transaction, swap.new["A"], swap.new["B"])
             elif site.placed:
-                site.leave(journal)
+                site.leave(transaction)
         if staged.train is not None:
-            site.train(journal, staged.train)
+            site.train(transaction, staged.train)
 
     def _verify(self, staged: Sequence[Staged], target: Layout) -> None:
-        """Raise, within the journal, if model, config, optimizer and `target` do not all say the same."""
+        """Raise, within the transaction, if model, config, optimizer and `target` do not all say the same."""
         problem = None
         live = self.adapter.layout()
         for name, slot in target.items():
@@ -278,8 +278,8 @@ class Surgeon:
         for s in staged:
             if live[s.swap.site.name].trainable != target[s.swap.site.name].trainable:
                 problem = f"{s.swap.site.name}: trainable is {live[s.swap.site.name].trainable}"
-        if self.carrier is not None:
-            problem = problem or self.carrier.verify([s.swap for s in staged])
+        if self.optimizer_state is not None:
+            problem = problem or self.optimizer_state.verify([s.swap for s in staged])
         if any(s.resized for s in staged):
             problem = problem or self.adapter.config_problem()
         if problem is not None:

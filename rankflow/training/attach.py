@@ -14,7 +14,7 @@ from rankflow.config.load import PolicyLike, load_policy
 from rankflow.distributed.fsdp2 import at_rest
 from rankflow.distributed.replicas import own_ledger, processes_of, refuse, unwrapped
 from rankflow.lora.adapter import root_of
-from rankflow.optim.carrier import OnUnknownState
+from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.attachments import found
 from rankflow.training.controller import Controller

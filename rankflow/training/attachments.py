@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rankflow.distributed.single import Alone
+from rankflow.distributed.single import SingleProcess
 from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.observe.probes import Probes
@@ -36,7 +36,7 @@ class Attachment:
     has put on the model comes off when that is attached to again, or by `rankflow.detach`.
     """
 
-    def __init__(self, run: Controller, adapter: Adapter, surgeon: Surgeon, probes: Probes, processes: Alone):
+    def __init__(self, run: Controller, adapter: Adapter, surgeon: Surgeon, probes: Probes, processes: SingleProcess):
         self.run = weakref.ref(run)
         self.hooks: list[Any] = []
         self._adapter = adapter

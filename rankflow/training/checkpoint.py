@@ -22,7 +22,7 @@ from rankflow.formats.io.atomic import atomic_folder
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.gating.parametrize import refuse_gates
 from rankflow.lora.adapter import Adapter, reshape
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.peft_inits import changes_base
 from rankflow.plans.plan import Layout, Slot
 from rankflow.training.controller import Controller
@@ -90,9 +90,9 @@ def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: 
         AdapterError: the model has no such adapter, or it cannot be resized.
     """
     folder = adapter_folder(checkpoint, adapter_name)
-    with Journal() as journal:
-        layout = match_layout(model, folder, adapter_name, journal)
-        with arriving(model, adapter_name, folder, journal):
+    with Transaction() as transaction:
+        layout = match_layout(model, folder, adapter_name, transaction)
+        with arriving(model, adapter_name, folder, transaction):
             set_peft_model_state_dict(model, load_peft_weights(os.fspath(folder), device="cpu"), adapter_name)
     return layout
 
@@ -104,21 +104,21 @@ def adapter_folder(checkpoint: str | os.PathLike[str], adapter_name: str) -> Pat
 
 
 def match_layout(
-    model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str, journal: Journal | None = None
+    model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str, transaction: Transaction | None = None
 ) -> Layout:
     """Reshape a live adapter to the ranks and scalings of a saved one; its weights are then for the caller to load."""
     adapter = Adapter(model, adapter_name)
     refuse_gates(adapter.sites.values())
     saved = saved_layout(checkpoint, adapter.layout(), adapter.config.init_lora_weights)
-    return reshape(adapter, saved, journal)
+    return reshape(adapter, saved, transaction)
 
 
 @contextmanager
 def arriving(
-    model: nn.Module, adapter_name: str, source: object, journal: Journal, *, whole: bool = True
+    model: nn.Module, adapter_name: str, source: object, transaction: Transaction, *, whole: bool = True
 ) -> Iterator[None]:
     """The state dict that `model` loads in the block is looked at before any of it is copied, and put back with
-    `journal`. If `whole`, it has to hold all of the adapter, and nothing else than what there is and is finite.
+    `transaction`. If `whole`, it has to hold all of the adapter, and nothing else than what there is and is finite.
 
     Raises:
         CheckpointError: it does not.
@@ -134,7 +134,7 @@ def arriving(
                     raise CheckpointError(f"{source}: {key} {problem}; nothing was loaded")
         for key in state:
             if key in live:
-                journal.tensor(live[key], live[key].detach())
+                transaction.tensor(live[key], live[key].detach())
 
     handle = model._register_load_state_dict_pre_hook(look)
     try:

@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import rankflow
-from rankflow.distributed.single import Alone
+from rankflow.distributed.single import SingleProcess
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.gating.held_out import HeldOut
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.capacity import check_rooms, lasting, rooms
 from rankflow.lora.dtensor import check_shards
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import AVERAGED, sources
 from rankflow.observe.compile import Recompiles
 from rankflow.observe.hearing import Hearing
@@ -40,8 +40,8 @@ from rankflow.observe.study import (
     surroundings,
     with_a_batch,
 )
-from rankflow.optim.carrier import Carrier, OnUnknownState
 from rankflow.optim.handlers.registry import innermost
+from rankflow.optim.optimizer_state import OnUnknownState, OptimizerState
 from rankflow.plans.last_direction import spare_last
 from rankflow.plans.plan import Layout, RankPlan, Share
 from rankflow.plans.shrink import direction_sizes
@@ -94,7 +94,7 @@ class Controller:
         penalty: PenaltyMode = "gradient",
         state: dict[str, Any] | None = None,
         listeners: Listeners | None = None,
-        processes: Callable[[Adapter], Alone] = lambda adapter: Alone(),
+        processes: Callable[[Adapter], SingleProcess] = lambda adapter: SingleProcess(),
     ):
         self._adapter = Adapter(model, adapter_name, shards=True)
         make_way(self._adapter)
@@ -152,7 +152,7 @@ class Controller:
         in_loss = penalty == "in_loss"
         check_shards(self._adapter, lifecycle, self._phases, in_loss=in_loss, resumes=state is not None)
         if lifecycle.mode == "mask":
-            check_rooms(self._phases, layout, self._surgeon.carrier)
+            check_rooms(self._phases, layout, self._surgeon.optimizer_state)
             layout = lasting(self._adapter, layout)
         if state is None:
             if self._processes.leads and (idle := idle_phases(layout, self._phases)):
@@ -165,7 +165,7 @@ class Controller:
         self._phase = -1
         self._state: State = {}
         self._pending: Observation | None = None
-        self._journal: Journal | None = None  # of the call in progress, which happens wholly or not at all
+        self._transaction: Transaction | None = None  # of the call in progress, which happens wholly or not at all
         self._spared = False  # whether a plan had to be kept from taking out all that trains; said once
         self._rewound = False  # to an earlier state than the run had come to: the best checkpoint, say
         self._attachment = Attachment(self, self._adapter, self._surgeon, self._probes, self._processes)
@@ -199,7 +199,7 @@ class Controller:
         self._processes.reduce(self.model, unscaled=unscaled(scaler, self._optimizer))
         penalised = self._penalty == "gradient" and self._policy.penalty is not None
         if self._adapter.sharded and (penalised or self._probes.on_gradients or self.layout.sharing):
-            with Journal() as journal, self._processes.gathered(None, journal):
+            with Transaction() as transaction, self._processes.gathered(None, transaction):
                 self._observe(scaler, penalised)
         else:
             self._observe(scaler, penalised)
@@ -256,23 +256,23 @@ class Controller:
         """All of `work` is done and in the ledger, or what fails leaves everything as it was before. Without `factors`
         it does not look at them.
 
-        What is undone is in the journal alone, and nothing here is left to the end of a generator: an interrupt at its
-        last line would have it ended by whoever lets go of the traceback, any number of steps later.
+        What is undone is in the transaction alone, and nothing here is left to the end of a generator: an interrupt at
+        its last line would have it ended by whoever lets go of the traceback, any number of steps later.
         """
-        with Journal() as journal:
-            self.ledger.begin(journal)
-            with self._gathered(journal, factors):
-                journal.undo(self._probes.disarm)
-                self._surgeon.averages.remember(journal)
-                journal.keep(self._operations, "frozen")
-                journal.keep(self, "step", "_pending", "_phase", "_state")
-                journal.attr(self, "_journal", journal)
+        with Transaction() as transaction:
+            self.ledger.begin(transaction)
+            with self._gathered(transaction, factors):
+                transaction.undo(self._probes.disarm)
+                self._surgeon.averages.remember(transaction)
+                transaction.keep(self._operations, "frozen")
+                transaction.keep(self, "step", "_pending", "_phase", "_state")
+                transaction.attr(self, "_transaction", transaction)
                 work()
-            self.ledger.write(journal, self._processes.attempt)
-            self._journal = None
+            self.ledger.write(transaction, self._processes.attempt)
+            self._transaction = None
 
-    def _gathered(self, journal: Journal, wanted: bool = True) -> AbstractContextManager[None]:
-        return self._processes.gathered(self._optimizer, journal) if wanted else nullcontext()
+    def _gathered(self, transaction: Transaction, wanted: bool = True) -> AbstractContextManager[None]:
+        return self._processes.gathered(self._optimizer, transaction) if wanted else nullcontext()
 
     def _looks_at_factors(self) -> bool:
         """Whether what comes after this step does: the same in all processes, and false on most steps. Of factors that
@@ -301,7 +301,7 @@ class Controller:
             return value
 
         with own_random_numbers(self.seed, self.step, "outer"), evaluating(self.model):
-            return self._gates.outer_step(loss, self.step + 1, self._journal)
+            return self._gates.outer_step(loss, self.step + 1, self._transaction)
 
     def penalty(self) -> Tensor:
         """The policy's penalty as a term of the loss, for controllers made with `penalty="in_loss"`; else 0."""
@@ -331,8 +331,8 @@ class Controller:
             self._operations.settle({}, self._now)
         layout = self.layout
         self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
-        assert self._journal is not None
-        self._journal.attr(self, "_ended", True)
+        assert self._transaction is not None
+        self._transaction.attr(self, "_ended", True)
 
     def summary(self) -> Summary:
         """What has come of the run so far."""
@@ -475,18 +475,18 @@ class Controller:
         """
         self._to(partial(self._go_on, check_seal(state)))
 
-    def go_back(self, layout: Layout, load: Callable[[Journal], T], state: dict[str, Any]) -> T:
+    def go_back(self, layout: Layout, load: Callable[[Transaction], T], state: dict[str, Any]) -> T:
         """Go on from a checkpoint at other ranks: the adapter is reshaped to `layout`, `load` brings its weights, and
         its `state` is taken over as `load_state_dict` does. Parameters stay in the optimizer, their state afresh.
 
-        Where it raises, nothing has changed; `load` writes through the journal it is given.
+        Where it raises, nothing has changed; `load` writes through the transaction it is given.
         """
         loaded: list[T] = []
 
         def work() -> None:
-            assert self._journal is not None
+            assert self._transaction is not None
             self._reshape(layout)
-            loaded.append(load(self._journal))
+            loaded.append(load(self._transaction))
             self._go_on(state)
 
         check_seal(state)
@@ -503,11 +503,11 @@ class Controller:
             raise
 
     def _go_on(self, state: dict[str, Any]) -> None:
-        journal = self._journal
-        assert journal is not None
+        transaction = self._transaction
+        assert transaction is not None
         check_lifecycle(state, self.lifecycle)
         layout = Layout.from_json(state["layout"])
-        self._surgeon.hold(state.get("held", {}), journal)
+        self._surgeon.hold(state.get("held", {}), transaction)
         if (live := self._adapter.layout().ranks) != layout.ranks:
             wrong = next(n for n in {**layout.ranks, **live} if layout.ranks.get(n) != live.get(n))
             raise CheckpointError(
@@ -521,36 +521,36 @@ class Controller:
                 "now mean other steps",
                 stacklevel=2,
             )
-        journal.keep(self, "_first_layout", "_phases", "_rewound", "_counted")
+        transaction.keep(self, "_first_layout", "_phases", "_rewound", "_counted")
         self._first_layout = Layout.from_json(state["first_layout"])
         _, self._phases = self.lifecycle.resolve(self.total_steps, self._first_layout)
         self._rewound = int(state["step"]) < self.step
         self.step = self._counted = int(state["step"])
         for seeded in (self, self._surgeon, self._gates, self._probes, self._held_out):
             if seeded is not None:
-                journal.attr(seeded, "seed", int(state["seed"]))
+                transaction.attr(seeded, "seed", int(state["seed"]))
         self._phase = int(state["phase"])
         self._state = dict(state["policy"])
         self._pending = None
-        journal.keep(self._surgeon, "_layout", "version")
+        transaction.keep(self._surgeon, "_layout", "version")
         self._surgeon.layout = layout
         for name, slot in layout.items():
-            self._adapter.sites[name].recall(journal, slot.scaling)
+            self._adapter.sites[name].recall(transaction, slot.scaling)
         self._operations.freeze(set(state.get("frozen", ())), self._now)
-        self._hearing.load_state_dict(state.get("hearing", {}), journal)
+        self._hearing.load_state_dict(state.get("hearing", {}), transaction)
         self._surgeon.version = int(state["version"])
-        self._surgeon.ramps.load_state_dict(state["ramps"], journal)
-        self._gates.load_state_dict(state["gates"], self._policy.gate, self.step, journal)
+        self._surgeon.ramps.load_state_dict(state["ramps"], transaction)
+        self._gates.load_state_dict(state["gates"], self._policy.gate, self.step, transaction)
         if self._held_out is not None and state["held_out"] is not None:
-            journal.attr(self._held_out, "position", state["held_out"])
+            transaction.attr(self._held_out, "position", state["held_out"])
         self._surgeon.averages.load_state_dict(state.get("averages", {}))
         self.ledger.restore(state["ledger"], self.step)
         self._listen()
 
     def _reshape(self, layout: Layout) -> None:
         """Bring the adapter to the ranks of `layout`. Not an event of the run."""
-        assert self._journal is not None
-        self.listeners.part(self._journal)
+        assert self._transaction is not None
+        self.listeners.part(self._transaction)
         least = {name: min(layout[name].rank, slot.rank) for name, slot in self.layout.items()}
         wanted = least if self._surgeon.held else layout.ranks  # with room for more, how much is held is not known yet
         ops = {name: ops_to(wanted[name], slot.rank, first(range(slot.rank))) for name, slot in self.layout.items()}
@@ -566,7 +566,7 @@ class Controller:
 
     @property
     def _now(self) -> Now:
-        return Now(self.step, self.phase.name, self._journal)
+        return Now(self.step, self.phase.name, self._transaction)
 
     def _step_begins(self) -> None:
         """Before a step of the optimizer; of one within another, as where a subclass calls super().step(), nothing."""
@@ -611,7 +611,7 @@ class Controller:
             self._operations.settle(rooms(self._policy, self.layout), self._now)
         if (gate := self._policy.gate) is not None:
             self._part()
-            self._gates.install(gate, self.step, self._journal)
+            self._gates.install(gate, self.step, self._transaction)
         self._state = self._policy.init(self.layout)
         for note in self._policy.notes:
             logger.info(note)
@@ -639,7 +639,7 @@ class Controller:
         """The phase ends: its policy leaves, and its gates become part of the factors."""
         self._change(lambda: self._policy.leave(self._state, self.layout))
         if (gate := self._gates.gate) is not None:
-            reports = self._gates.fold(self._journal)
+            reports = self._gates.fold(self._transaction)
             self.ledger.append("fold", self.step, policy=self.phase.name, gates=reports, total=gate.total(reports))
 
     def _outer_when_due(self) -> None:
@@ -647,9 +647,9 @@ class Controller:
         if gate is not None and gate.outer(self.step + 1) and self._adapter.enabled and self.step < self.total_steps:
             held_out = self._held_out
             assert held_out is not None, "checked at attach"
-            if self._journal is not None:
-                self._journal.undo(partial(setattr, held_out, "position", held_out.position))
-                self._journal.undo(surroundings(self.model, self._adapter))
+            if self._transaction is not None:
+                self._transaction.undo(partial(setattr, held_out, "position", held_out.position))
+                self._transaction.undo(surroundings(self.model, self._adapter))
             self.outer_step(held_out.take())
 
     def _listen(self) -> None:
@@ -752,8 +752,8 @@ class Controller:
             if study.when == when:
                 data = self._data[study.split]
                 assert data is not None, "checked at attach"
-                if self._journal is not None:
-                    self._journal.undo(surroundings(self.model, self._adapter))
+                if self._transaction is not None:
+                    self._transaction.undo(surroundings(self.model, self._adapter))
                 study_of = (study, self._adapter, self.model, data, self._loss_fn)
                 work = partial(run_study, *study_of, seed=self.seed, step=self.step)
                 observed = self._processes.average(self._processes.attempt(work))
@@ -798,10 +798,10 @@ def check_managed(
     if lifecycle.resizes:
         adapter.refuse_resizing()
     if optimizer is not None:
-        carrier = Carrier(optimizer, adapter, on_unknown_state)
-        carrier.check((), {})
+        optimizer_state = OptimizerState(optimizer, adapter, on_unknown_state)
+        optimizer_state.check((), {})
         if lifecycle.resizes:
-            carrier.check_carried()
+            optimizer_state.check_carried()
 
 
 def _while_there(method: Callable[[], None]) -> Callable[..., None]:

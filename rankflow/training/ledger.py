@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from rankflow.disk import make_folder, sync, sync_open
 from rankflow.errors import CheckpointError
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Layout, RankPlan, replay
 
 Event = dict[str, Any]
@@ -156,17 +156,17 @@ class Ledger:
         self.events = _followed(self.events, line)
         return line
 
-    def begin(self, journal: Journal) -> None:
-        """What is appended from here on waits for `write`, and is undone with `journal`: in memory and in the file."""
-        journal.undo(partial(self._forget, self.events, len(self.events)))
-        journal.attr(self, "_waiting", [])
+    def begin(self, transaction: Transaction) -> None:
+        """Let what is appended from here on wait for `write`; `transaction` undoes it, in memory and in the file."""
+        transaction.undo(partial(self._forget, self.events, len(self.events)))
+        transaction.attr(self, "_waiting", [])
 
-    def write(self, journal: Journal, attempt: Callable[[Callable[[], None]], object]) -> None:
+    def write(self, transaction: Transaction, attempt: Callable[[Callable[[], None]], object]) -> None:
         """Write what waits, all of it or nothing; `attempt` is handed the writing, if there is anything to write."""
         lines, self._waiting = self._waiting, None
         if lines:
             if self.path is not None:
-                journal.undo(partial(_cut, self.path, self.path.stat().st_size if self.path.exists() else 0))
+                transaction.undo(partial(_cut, self.path, self.path.stat().st_size if self.path.exists() else 0))
             attempt(lambda: self._write(lines))
 
     @contextmanager
@@ -176,10 +176,10 @@ class Ledger:
         if self._waiting is not None:
             yield
             return
-        with Journal() as journal:
-            self.begin(journal)
+        with Transaction() as transaction:
+            self.begin(transaction)
             yield
-            self.write(journal, lambda write: write())
+            self.write(transaction, lambda write: write())
 
     def _write(self, lines: list[Event]) -> None:
         if self._waiting is not None:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rankflow.distributed.single import Alone
-from rankflow.lora.transaction import Journal
+from rankflow.distributed.single import SingleProcess
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import RankPlan, Train
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.ledger import Ledger
@@ -19,13 +19,13 @@ class Now:
 
     step: int
     policy: str
-    journal: Journal | None
+    transaction: Transaction | None
 
 
 class Operations:
     """What the surgeon is told to do in the course of one run."""
 
-    def __init__(self, surgeon: Surgeon, processes: Alone, ledger: Ledger):
+    def __init__(self, surgeon: Surgeon, processes: SingleProcess, ledger: Ledger):
         self.frozen: set[str] = set()  # modules whose training this phase has switched off
         self._surgeon = surgeon
         self._processes = processes
@@ -58,9 +58,9 @@ class Operations:
     def perform(self, plan: RankPlan, now: Now) -> None:
         """Carry out a plan that the ledger need not know."""
         before = self._trained
-        with Journal(now.journal) as journal:
-            journal.undo(self._processes.undone)
-            self._processes.attempt(lambda: self._surgeon.apply(plan, now.step, journal))
+        with Transaction(now.transaction) as transaction:
+            transaction.undo(self._processes.undone)
+            self._processes.attempt(lambda: self._surgeon.apply(plan, now.step, transaction))
             self._processes.resized(self._surgeon.layout, now.step, replaced=self._trained != before)
 
     @property
@@ -70,9 +70,9 @@ class Operations:
 
     def settle(self, rooms: Mapping[str, int], now: Now) -> None:
         """Give factors this room, and no more (`Surgeon.settle`)."""
-        with Journal(now.journal) as journal:
-            journal.undo(self._processes.undone)
-            if self._processes.attempt(lambda: self._surgeon.settle(rooms, journal)):
+        with Transaction(now.transaction) as transaction:
+            transaction.undo(self._processes.undone)
+            if self._processes.attempt(lambda: self._surgeon.settle(rooms, transaction)):
                 self._processes.resized(self._surgeon.layout, now.step, replaced=True)
 
     def freeze(self, names: set[str], now: Now) -> None:

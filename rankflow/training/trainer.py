@@ -29,7 +29,7 @@ from rankflow.distributed.replicas import own_ledger, processes_of, sharded
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.linalg.random import keyed_generator
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.observe.study import check_batches
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.checkpoint import (
@@ -305,7 +305,7 @@ def _follow_ranks_when_loading() -> None:
             if adapter_name not in self.peft_config or not _callbacks:
                 return load(self, model_id, adapter_name, *args, **kwargs)
             try:
-                with Journal() as journal, arriving(self, adapter_name, model_id, journal, whole=False):
+                with Transaction() as transaction, arriving(self, adapter_name, model_id, transaction, whole=False):
                     return load(self, model_id, adapter_name, *args, **kwargs)
             except RuntimeError as e:
                 raise CheckpointError(
@@ -316,15 +316,15 @@ def _follow_ranks_when_loading() -> None:
         flows = [c.flow for c in _callbacks if c.flow is not None and c.flow.attached]
         flow = next((f for f in flows if f.model is self and f.adapter_name == adapter_name), None)
 
-        def bring(journal: Journal) -> Any:
-            with arriving(self, adapter_name, folder, journal):
+        def bring(transaction: Transaction) -> Any:
+            with arriving(self, adapter_name, folder, transaction):
                 return load(self, folder, adapter_name, *args, **kwargs)
 
         state = load_state(checkpoint)
         if flow is None or state is None:
-            with Journal() as journal:
-                match_layout(self, folder, adapter_name, journal)
-                result = bring(journal)
+            with Transaction() as transaction:
+                match_layout(self, folder, adapter_name, transaction)
+                result = bring(transaction)
         else:  # the best model at the end of training: its parameters stay in the optimizer
             init = getattr(self.peft_config[adapter_name], "init_lora_weights", True)
             result = flow.go_back(saved_layout(folder, flow.layout, init), bring, state)

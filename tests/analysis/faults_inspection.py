@@ -4,10 +4,10 @@ from fault import Fault
 
 FAULTS = [
     Fault(
-        "inspect another noise edge than squeeze cuts at",
+        "inspect another noise threshold than squeeze cuts at",
         "analysis/inspection.py",
-        "noise_edge=edge,",
-        "noise_edge=edge / 2,",
+        "noise_threshold=edge,",
+        "noise_threshold=edge / 2,",
     ),
     Fault(
         "inspect types by the modules' number and not their energy",

@@ -13,7 +13,7 @@ import rankflow
 from rankflow.analysis.blank import blank_layout
 from rankflow.analysis.forecast import foretell
 from rankflow.config.load import load_policy
-from rankflow.distributed.single import Alone
+from rankflow.distributed.single import SingleProcess
 from rankflow.lora.adapter import Adapter
 
 STEPS = 8
@@ -37,9 +37,11 @@ def test_a_run_takes_and_sends_what_was_foretold(monkeypatch: pytest.MonkeyPatch
     layout, phases = load_policy(POLICIES[name]).resolve(STEPS, Adapter(model).layout())
     start = foretell(layout, phases)[0]
     heard, plans = [], []
-    average, agree = Alone.average, Alone.agree
-    monkeypatch.setattr(Alone, "average", lambda self, seen: heard.append(seen.measured()) or average(self, seen))
-    monkeypatch.setattr(Alone, "agree", lambda self, *args: plans.append(agree(self, *args)) or plans[-1])
+    average, agree = SingleProcess.average, SingleProcess.agree
+    monkeypatch.setattr(
+        SingleProcess, "average", lambda self, seen: heard.append(seen.measured()) or average(self, seen)
+    )
+    monkeypatch.setattr(SingleProcess, "agree", lambda self, *args: plans.append(agree(self, *args)) or plans[-1])
     flow = rankflow.attach(model, optimizer, POLICIES[name], total_steps=STEPS, batches=token_batches(2))
     for batch in token_batches(0 if any(plans) else STEPS):
         model(**batch).loss.backward()

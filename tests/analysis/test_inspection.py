@@ -64,7 +64,7 @@ def test_ranks_above_the_noise_are_those_that_squeeze_gives_by_itself(tmp_path: 
     assert {m.name: m.rank_above_noise for m in found.modules} == squeeze(src, auto=True, dry_run=True).ranks
     assert len({m.rank_above_noise for m in found.modules}) > 2
     for m in found.modules:
-        assert sum(s > m.noise_edge for s in m.sigma) == m.rank_above_noise
+        assert sum(s > m.noise_threshold for s in m.sigma) == m.rank_above_noise
 
 
 def test_types_are_means_over_their_modules(tmp_path: Path):

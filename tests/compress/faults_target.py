@@ -10,7 +10,7 @@ FAULTS = [
         "for k, have in enumerate(shares, 2)",
     ),
     Fault(
-        "take the noise edge at the median itself",
+        "take the noise threshold at the median itself",
         "compress/target.py",
         "return middle * (1 + math.sqrt(slot.rank / slot.in_features)) *",
         "return middle * (1 + 0 * math.sqrt(slot.rank / slot.in_features)) *",

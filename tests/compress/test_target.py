@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from rankflow import ConfigError, Target, inspect, squeeze, squeeze_each
 from rankflow.cli.cli import app
-from rankflow.compress.target import noise_edge
+from rankflow.compress.target import noise_threshold
 from rankflow.linalg.decompose import spectrum
 from rankflow.plans.budget import Budget, allocate
 from rankflow.plans.knapsack import allocate_exactly, cover, upper_bound
@@ -80,7 +80,7 @@ def test_auto_tells_what_was_learnt_from_what_only_noise_has_moved():
         layout = Layout({"m": Slot(r, columns, rows, 1.0)})
         assert Target(auto=True).choose(layout, {"m": found}) == {"m": spikes}
         noise = spectrum(a, b / torch.linalg.vector_norm(b, dim=0), 1.0)
-        assert float(noise.sigma[0]) < 1.02 * noise_edge(noise.sigma.tolist(), layout["m"])
+        assert float(noise.sigma[0]) < 1.02 * noise_threshold(noise.sigma.tolist(), layout["m"])
 
 
 def test_across_spends_on_the_module_that_has_the_energy():

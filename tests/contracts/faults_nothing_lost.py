@@ -6,14 +6,14 @@ FAULTS = [
     Fault(
         "leave ramps those of a state that could not be loaded",
         "optim/warmup.py",
-        'journal.keep(self, "_young", "_held", "_notes")',
+        'transaction.keep(self, "_young", "_held", "_notes")',
         "pass",
         "-k go_back",
     ),
     Fault(
         "leave gates those of a state that could not be loaded",
         "gating/forward.py",
-        "        self._remember(journal)\n        self.remove()\n",
+        "        self._remember(transaction)\n        self.remove()\n",
         "        self.remove()\n",
         "-k go_back",
     ),
@@ -34,7 +34,7 @@ FAULTS = [
     Fault(
         "lost: who is frozen by a step that has not happened",
         "training/controller.py",
-        'journal.keep(self._operations, "frozen")',
+        'transaction.keep(self._operations, "frozen")',
         "pass",
     ),
     Fault(
@@ -53,8 +53,8 @@ FAULTS = [
     Fault(
         "lost: write each line of a step by itself",
         "training/ledger.py",
-        'journal.attr(self, "_waiting", [])',
-        'journal.attr(self, "_waiting", None)',
+        'transaction.attr(self, "_waiting", [])',
+        'transaction.attr(self, "_waiting", None)',
     ),
     Fault(
         "lost: forget what was heard when a step fails",
@@ -71,31 +71,32 @@ FAULTS = [
     Fault(
         "lost: take averages twice",
         "observe/averages.py",
-        '        journal.keep(self, "_running")',
+        '        transaction.keep(self, "_running")',
         "        pass",
     ),
     Fault(
         "lost: leave gates off what they were taken off",
         "surgery/surgeon.py",
-        "self.gates.follow(journal)\n            for s in staged:\n                self._commit(journal, s, target[",
-        "for s in staged:\n                self._commit(journal, s, target[",
+        "self.gates.follow(transaction)\n            for s in staged:\n"
+        "                self._commit(transaction, s, target[",
+        "for s in staged:\n                self._commit(transaction, s, target[",
     ),
     Fault(
         "lost: keep the layout of a resize that was undone later",
         "surgery/surgeon.py",
-        '            journal.attr(self, "_layout", target)',
+        '            transaction.attr(self, "_layout", target)',
         "            self._layout = target",
     ),
     Fault(
         "lost: keep a held-out update of a step that failed",
         "gating/forward.py",
-        "self._remember(journal, lambda: self._resume(before))",
-        "self._remember(journal)",
+        "self._remember(transaction, lambda: self._resume(before))",
+        "self._remember(transaction)",
     ),
     Fault(
         "lost: go on to other held-out batches after a failure",
         "training/controller.py",
-        'self._journal.undo(partial(setattr, held_out, "position", held_out.position))',
+        'self._transaction.undo(partial(setattr, held_out, "position", held_out.position))',
         "pass",
     ),
     Fault(

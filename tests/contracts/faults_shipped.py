@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "forget what scaling a module left with",
         "training/controller.py",
-        "self._adapter.sites[name].recall(journal, slot.scaling)",
+        "self._adapter.sites[name].recall(transaction, slot.scaling)",
         "pass",
         "-k adalora",
     ),

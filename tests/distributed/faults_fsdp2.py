@@ -13,8 +13,8 @@ FAULTS = [
     Fault(
         "give all processes the first rows",
         "distributed/fsdp2.py",
-        "journal.tensor(part(held), value[mine.start : mine.stop])",
-        "journal.tensor(part(held), value[: len(mine)])",
+        "transaction.tensor(part(held), value[mine.start : mine.stop])",
+        "transaction.tensor(part(held), value[: len(mine)])",
         "-k phases",
     ),
     Fault(
@@ -34,7 +34,7 @@ FAULTS = [
     Fault(
         "let what is in shards stay beside a failure",
         "distributed/fsdp2.py",
-        "        journal.undo(lambda: new._post_load_hook_handle.remove())\n",
+        "        transaction.undo(lambda: new._post_load_hook_handle.remove())\n",
         "",
         "-k cannot_write",
     ),
@@ -48,7 +48,7 @@ FAULTS = [
     Fault(
         "write what penalties add to the whole gradient alone",
         "distributed/fsdp2.py",
-        "                    _give_gradient(journal, piece)\n",
+        "                    _give_gradient(transaction, piece)\n",
         "",
         "-k adalora",
     ),

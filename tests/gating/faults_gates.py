@@ -44,7 +44,7 @@ FAULTS = [
     Fault(
         "resume on folded factors",
         "gating/forward.py",
-        "journal.tensor(getattr(self._adapter.sites[name], factor), raw)",
+        "transaction.tensor(getattr(self._adapter.sites[name], factor), raw)",
         "pass",
     ),
     Fault(

@@ -22,7 +22,7 @@ import rankflow
 from rankflow.errors import AdapterError, ConfigError, OptimizerError, PlanError
 from rankflow.gating.forward import Gates
 from rankflow.lora.adapter import Adapter
-from rankflow.optim.carrier import Carrier
+from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.plan import Drop, Grow, Keep, Layout, Open, RankPlan, Refactor
 from rankflow.plans.schedule import When
 from rankflow.policies.base import Lifecycle, Policy, Signal
@@ -109,7 +109,7 @@ class Gating(Policy):
 def under(model: torch.nn.Module, gate: Gate, lr: float = 1e-2) -> tuple[Gates, torch.optim.Optimizer]:
     adapter = Adapter(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    gates = Gates(adapter, Carrier(optimizer, adapter), seed=0)
+    gates = Gates(adapter, OptimizerState(optimizer, adapter), seed=0)
     gates.install(gate)
     return gates, optimizer
 

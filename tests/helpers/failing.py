@@ -14,12 +14,12 @@ from typing import Any
 
 import rankflow
 from rankflow.lora.interrupts import HeldBack
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 
 PACKAGE = str(Path(rankflow.__file__).parent)
-_WRITE = Journal.write.__code__
+_WRITE = Transaction.write.__code__
 _FINALIZING = weakref.finalize.__call__.__code__
-_UNDOING = {Journal.__exit__.__code__, Journal.rollback.__code__}  # no way back from there
+_UNDOING = {Transaction.__exit__.__code__, Transaction.rollback.__code__}  # no way back from there
 _UNDOING |= {HeldBack.__exit__.__code__, HeldBack.deliver.__code__}  # all is done by then
 
 
@@ -50,7 +50,7 @@ def _at_the_end_of_something(frame: FrameType | None) -> bool:
 def failing(at: int) -> Iterator[Callable[[], int]]:
     """`Planted` is raised at the place of that number; what is yielded tells how many places there were.
 
-    A place is a line of rankflow's the first time it runs, and both before and after every write of a `Journal`. So
+    A place is a line of rankflow's the first time it runs, and both before and after every write of a `Transaction`. So
     whatever is written, in whatever way, some place lies between it and the next thing that is.
     """
     seen: set[tuple[CodeType, int]] = set()

@@ -31,7 +31,7 @@ from helpers import same
 from rich.progress import track
 from tiny import Tiny, resumed, save, timeless
 
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.training.checkpoint import load_state, save_state
 from rankflow.training.ledger import Ledger
 from rankflow.training.operations import Operations
@@ -104,7 +104,7 @@ def dying(tick: Tick) -> Iterator[None]:
 
         return mock.patch.object(owner, name, call)
 
-    with ticking(tick), counted(Journal, "write"), counted(Operations, "perform"), counted(torch, "save"):
+    with ticking(tick), counted(Transaction, "write"), counted(Operations, "perform"), counted(torch, "save"):
         yield
 
 

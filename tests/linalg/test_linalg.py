@@ -941,9 +941,9 @@ def test_low_rank_is_seeded_in_threads_too(backend):
     matrices = [randn(60, 50, seed=i) for i in range(6)]
     alone = [low_rank(M, 4, backend, n_iter=0) for M in matrices]
     state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    with ThreadPoolExecutor(3) as crew:
+    with ThreadPoolExecutor(3) as pool:
         for _ in range(5):
-            together = crew.map(lambda M: low_rank(M, 4, backend, n_iter=0), matrices)
+            together = pool.map(lambda M: low_rank(M, 4, backend, n_iter=0), matrices)
             assert all(torch.equal(a[1], b[1]) for a, b in zip(alone, together, strict=True))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert np.array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002

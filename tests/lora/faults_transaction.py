@@ -10,7 +10,7 @@ FAULTS = [
         "            except KeyError as e:\n                failures.append(e)\n",
     ),
     Fault(
-        "lost: forget an inner journal",
+        "lost: forget an inner transaction",
         "lora/transaction.py",
         "[] if outer is None else outer._undo",
         "[]",

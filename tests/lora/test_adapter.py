@@ -11,7 +11,7 @@ from torch import nn
 
 from rankflow.errors import AdapterError
 from rankflow.lora.adapter import Adapter, reshape
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.peft_patterns import alpha_for, anchored, exclude_modules, rank_config
 
 
@@ -372,7 +372,7 @@ def test_alpha_gives_back_the_very_scaling(rslora):
             assert isinstance(same_rank, int)
 
 
-# -- journal ----------------------------------------------------------------------------------------------------------
+# -- transaction -------------------------------------------------------------------------------------------------------
 
 
 def test_journal_undoes_in_reverse_and_keeps_order_and_identity():
@@ -380,11 +380,11 @@ def test_journal_undoes_in_reverse_and_keeps_order_and_identity():
     d, l = {"a": 1, "b": 2}, [1, 2]
 
     def fail_after_writing():
-        with Journal() as journal:
-            journal.attr(owner, "in_features", 5)
-            journal.attr(owner, "in_features", 6)
-            journal.contents(d, {"b": 3, "a": 4})
-            journal.contents(l, [3])
+        with Transaction() as transaction:
+            transaction.attr(owner, "in_features", 5)
+            transaction.attr(owner, "in_features", 6)
+            transaction.contents(d, {"b": 3, "a": 4})
+            transaction.contents(l, [3])
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):

@@ -19,7 +19,7 @@ from tiny import Tiny, timeless, tiny
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.interrupts import HeldBack, give_way
 from rankflow.lora.interrupts import _blocks as held_back
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Grow, Keep, RankPlan
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.controller import Controller
@@ -42,12 +42,12 @@ def test_what_cannot_be_undone_is_no_hindrance_to_the_rest():
     def broken() -> None:
         raise OSError("gone")
 
-    journal = Journal()
-    journal.attr(owner, "a", 10)
-    journal.undo(broken)
-    journal.attr(owner, "b", 20)
+    transaction = Transaction()
+    transaction.attr(owner, "a", 10)
+    transaction.undo(broken)
+    transaction.attr(owner, "b", 20)
     with pytest.raises(OSError, match="gone"):
-        journal.rollback()
+        transaction.rollback()
     assert (owner.a, owner.b) == (1, 2)
 
 
@@ -56,9 +56,9 @@ def test_an_inner_journal_is_undone_with_the_outer_one(fails: str):
     owner: Any = SimpleNamespace(a=1, of={"x": 1}, listed=[1, 2])
     of, listed = owner.of, owner.listed
     try:
-        with Journal() as outer:
+        with Transaction() as outer:
             outer.attr(owner, "a", 2)
-            with Journal(outer) as inner:
+            with Transaction(outer) as inner:
                 inner.keep(owner, "of", "listed")
                 owner.of["y"] = 2
                 owner.of = {}
@@ -89,9 +89,9 @@ def test_what_is_interrupted_while_it_is_undone_is_undone_all_the_same():
         owner.of.update({"x": 1, "y": 2})
 
     def work() -> None:
-        with Journal() as journal:
-            journal.attr(owner, "a", 2)
-            journal.undo(halfway)
+        with Transaction() as transaction:
+            transaction.attr(owner, "a", 2)
+            transaction.undo(halfway)
             raise KeyError
 
     with pytest.raises(KeyboardInterrupt):
@@ -107,8 +107,8 @@ def test_an_interrupt_waits_for_the_end_of_the_outermost_journal_and_is_let_thro
     reached = []
 
     def work() -> None:
-        with Journal() as outer:
-            with Journal(outer) as inner:
+        with Transaction() as outer:
+            with Transaction(outer) as inner:
                 signal.raise_signal(signal.SIGINT)
                 inner.attr(owner, "a", 2)
             reached.append("the end")
@@ -123,8 +123,8 @@ def test_a_second_interrupt_is_let_through_at_once_and_everything_undone():
     owner, before = SimpleNamespace(a=1), signal.getsignal(signal.SIGINT)
 
     def work() -> None:
-        with Journal() as journal:
-            journal.attr(owner, "a", 2)
+        with Transaction() as transaction:
+            transaction.attr(owner, "a", 2)
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             owner.a = 3
@@ -139,9 +139,9 @@ def test_an_interrupt_that_waits_is_let_through_where_nothing_is_half_done():
     owner = SimpleNamespace(a=1)
 
     def work() -> None:
-        with Journal() as journal:
+        with Transaction() as transaction:
             signal.raise_signal(signal.SIGINT)
-            journal.attr(owner, "a", 2)
+            transaction.attr(owner, "a", 2)
             give_way()
             owner.a = 3
 
@@ -153,14 +153,14 @@ def test_an_interrupt_that_waits_is_let_through_where_nothing_is_half_done():
 def test_handlers_that_python_does_not_know_and_other_threads_are_left_alone():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Journal():
+        with Transaction():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
     found = []
 
     def elsewhere() -> None:
-        with Journal():
+        with Transaction():
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=elsewhere)
@@ -200,7 +200,8 @@ def interrupted_at(code: CodeType, skip: int, work: Callable[[], object]) -> boo
 
 
 WORKS = [
-    Journal.__init__, Journal.__enter__, Journal.__exit__, Journal.write, Journal.attr, HeldBack.__exit__,
+    Transaction.__init__, Transaction.__enter__, Transaction.__exit__, Transaction.write, Transaction.attr,
+    HeldBack.__exit__,
     Controller._wholly, Controller._take_step, Ledger.begin, Ledger.write, Ledger._write, Operations.perform,
     Operations.apply, Surgeon.apply, Adapter.write_config,
 ]  # fmt: skip
@@ -210,7 +211,7 @@ WORKS = [
 def test_a_step_interrupted_before_any_instruction_is_whole_or_not_at_all(tmp_path: Path, function: Any):
     """One in so many of them: calls of what is called often are many."""
     handler = signal.getsignal(signal.SIGINT)
-    stride = {"Journal.write": 41, "Journal.attr": 97, "Surgeon.apply": 7}.get(function.__qualname__, 3)
+    stride = {"Transaction.write": 41, "Transaction.attr": 97, "Surgeon.apply": 7}.get(function.__qualname__, 3)
     whole = grown(tmp_path / "whole")
     whole.flow.after_step()
     run, at = grown(tmp_path / "l"), 0

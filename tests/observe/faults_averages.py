@@ -6,14 +6,14 @@ FAULTS = [
     Fault(
         "leave averages behind at a resize",
         "surgery/surgeon.py",
-        "self.averages.carry(journal, plan.ops)",
+        "self.averages.carry(transaction, plan.ops)",
         "pass",
         "::test_a_module_that_comes_back_starts_unmeasured",
     ),
     Fault(
-        "move averages outside the journal",
+        "move averages outside the transaction",
         "observe/averages.py",
-        "journal.contents(self._running, moved)",
+        "transaction.contents(self._running, moved)",
         "self._running = moved",
         "::test_a_resize_that_fails_leaves_them_to_the_bit_at_whatever_write",
     ),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import rankflow
 from rankflow.errors import AdapterError, RankFlowError
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import AVERAGED, sources
 from rankflow.observe.probes import Probes
 from rankflow.plans.plan import Drop, Grow, Keep, Layout, RankPlan, Train
@@ -255,16 +255,16 @@ def test_a_resize_that_fails_leaves_them_to_the_bit_at_whatever_write(monkeypatc
         with pytest.raises(RankFlowError, match="after the last write"):
             patient.surgeon.apply(plan)
     assert same(patient.state(), before)
-    write, left = Journal.write, 0
+    write, left = Transaction.write, 0
 
-    def failing(self: Journal, do: Callable[[], object], undo: Callable[[], object]) -> None:
+    def failing(self: Transaction, do: Callable[[], object], undo: Callable[[], object]) -> None:
         nonlocal left
         left -= 1
         write(self, do, undo)
         if left == 0:
             raise RankFlowError("broken")
 
-    monkeypatch.setattr(Journal, "write", failing)
+    monkeypatch.setattr(Transaction, "write", failing)
     for fail_at in range(1, 1000):
         left = fail_at
         try:

@@ -41,7 +41,7 @@ FAULTS = [
     ),
     Fault(
         "bring a module back into the first group",
-        "optim/carrier.py",
+        "optim/optimizer_state.py",
         "            if token in order:\n                return i\n",
         "            if token in order:\n                return 0\n",
         "-k lora_plus",

@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 from rankflow.errors import OptimizerError
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.optim.handlers.registry import find_handler, innermost
 from rankflow.optim.moments import Moments
 from rankflow.plans.plan import Drop, Grow, Keep, RankPlan, Refactor
@@ -750,7 +750,7 @@ def test_youth_follows_directions_through_resizes():
     saved = surgeon.ramps.state_dict()
     train(model, optimizer, steps=7, surgeon=surgeon)
     assert young() is None
-    surgeon.ramps.load_state_dict(saved, Journal())
+    surgeon.ramps.load_state_dict(saved, Transaction())
     assert young() == [[0, 8], [0, 8]]
     surgeon.apply(RankPlan({name: [Drop()]}))
     assert young() is None

@@ -21,7 +21,7 @@ FAULTS = [
     Fault(
         "leave orthogonal in the config of a resized adapter",
         "lora/adapter.py",
-        'journal.attr(self.config, "init_lora_weights", init)',
+        'transaction.attr(self.config, "init_lora_weights", init)',
         "pass",
         "-k orthogonal",
     ),

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from rankflow import inspect, squeeze
 from rankflow.analysis.inspection import Inspection
-from rankflow.analysis.ran import Ran, ran
+from rankflow.analysis.ran import Run, run_of
 from rankflow.analysis.run_comparison import Comparison, compare
 from rankflow.cli.json_schemas import schemas
 from rankflow.compress.report import SqueezeReport
@@ -189,7 +189,7 @@ def test_real_output_is_what_the_schemas_say(tmp_path: Path):
     documents: dict[str, tuple[type, dict]] = {
         "inspection": (Inspection, inspect(src).to_json()),
         "squeeze": (SqueezeReport, done.to_json()),
-        "run": (Ran, ran(hostile_ledger(), "x").to_json()),
+        "run": (Run, run_of(hostile_ledger(), "x").to_json()),
         "comparison": (Comparison, compare(hostile_ledger(), hostile_ledger()).to_json()),
     }
     for name, (document, given) in documents.items():

@@ -20,7 +20,7 @@ FAULTS = [
     Fault(
         "tell callbacks nothing of a resize that is undone",
         "surgery/listeners.py",
-        "        journal.undo(told.rollback)\n",
+        "        transaction.undo(told.rollback)\n",
         "",
     ),
     Fault(

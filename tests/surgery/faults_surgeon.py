@@ -11,7 +11,7 @@ FAULTS = [
     ),
     Fault(
         "leave stale optimizer state",
-        "optim/carrier.py",
+        "optim/optimizer_state.py",
         "new_state[new] = state.pop(id(new))",
         "new_state[new] = entries",
         "tests/training/test_controller.py",
@@ -46,7 +46,7 @@ FAULTS = [
     Fault(
         "keep the gradients of what is frozen",
         "lora/site.py",
-        '                journal.attr(p, "grad", None)',
+        '                transaction.attr(p, "grad", None)',
         "                pass",
     ),
 ]

@@ -28,7 +28,7 @@ from torch import nn
 from rankflow.errors import AdapterError, ConfigError, OptimizerError, PlanError, RankFlowError
 from rankflow.linalg.decompose import spectrum
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Drop, Grow, Keep, RankPlan, Refactor, Train
 from rankflow.surgery.surgeon import Surgeon, resize
 
@@ -300,7 +300,7 @@ def test_a_failure_at_any_write_undoes_them_all(kind, when, monkeypatch):
     plan = big_plan(surgeon) if kind == "linear" else RankPlan({"emb": [Keep((1,))], "out": [Grow(2)]})
     before, layout, young = snapshot(model, optimizer), surgeon.layout, surgeon.ramps.state_dict()
     keys = [list(m.lora_A.keys()) for m in model.modules() if hasattr(m, "lora_A")]
-    write, count = Journal.write, 0
+    write, count = Transaction.write, 0
 
     class Boom(Exception):
         pass
@@ -315,7 +315,7 @@ def test_a_failure_at_any_write_undoes_them_all(kind, when, monkeypatch):
         if count == fail_at:
             raise Boom
 
-    monkeypatch.setattr(Journal, "write", failing)
+    monkeypatch.setattr(Transaction, "write", failing)
     fail_at = 1
     while True:
         count = 0
@@ -336,7 +336,7 @@ def test_a_failure_at_any_write_undoes_them_all(kind, when, monkeypatch):
 
 def test_what_does_not_verify_is_undone(ready, monkeypatch):
     _, optimizer, surgeon = ready
-    monkeypatch.setattr(type(surgeon.carrier), "verify", lambda self, swaps: "model.x: exp_avg is [3]")
+    monkeypatch.setattr(type(surgeon.optimizer_state), "verify", lambda self, swaps: "model.x: exp_avg is [3]")
     refused(surgeon, optimizer, RankPlan({Q0: [Keep((0, 1))]}), RankFlowError, "model.x: exp_avg.*undone")
 
 

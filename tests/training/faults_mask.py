@@ -6,13 +6,13 @@ FAULTS = [
     Fault(
         "mask: leave what was there beyond the rank",
         "lora/site.py",
-        "journal.tensor(p, value)",
-        "journal.tensor(p, torch.where(value != 0, value, p))",
+        "transaction.tensor(p, value)",
+        "transaction.tensor(p, torch.where(value != 0, value, p))",
         "-k squeeze",
     ),
     Fault(
         "mask: forget the optimizer's state with every decision",
-        "optim/carrier.py",
+        "optim/optimizer_state.py",
         "new = swap.state.get(role) or self.fresh(p, swap.site)",
         "new = self.fresh(p, swap.site)",
         "-k squeeze",
@@ -33,7 +33,7 @@ FAULTS = [
     Fault(
         "mask: resume without knowing ranks",
         "training/controller.py",
-        'self._surgeon.hold(state.get("held", {}), journal)',
+        'self._surgeon.hold(state.get("held", {}), transaction)',
         "pass",
         "-k resume",
     ),

@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "learn what an optimizer keeps at the first decision",
         "training/controller.py",
-        "            carrier.check_carried()\n",
+        "            optimizer_state.check_carried()\n",
         "            pass\n",
         "-k attach",
     ),

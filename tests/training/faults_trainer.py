@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "resume without reshaping",
         "training/trainer.py",
-        "                match_layout(self, folder, adapter_name, journal)",
+        "                match_layout(self, folder, adapter_name, transaction)",
         "                pass",
     ),
     Fault(

@@ -30,7 +30,7 @@ FAULTS = [
     Fault(
         "leave ranks those of what could not be loaded",
         "training/checkpoint.py",
-        "layout = match_layout(model, folder, adapter_name, journal)",
+        "layout = match_layout(model, folder, adapter_name, transaction)",
         "layout = match_layout(model, folder, adapter_name)",
     ),
 ]

@@ -27,7 +27,7 @@ from rankflow.cli.cli import app
 from rankflow.formats.io import outputs
 from rankflow.formats.io.outputs import check_apart, check_output
 from rankflow.formats.io.tensors import suffixed
-from rankflow.linalg.parallel import Crew
+from rankflow.linalg.parallel import Pool
 from rankflow.render.run_figure import plot_ledger
 from rankflow.training.ledger import Ledger
 from tests.cli.test_app import run
@@ -157,7 +157,7 @@ def test_a_folder_a_file_above_and_a_name_too_long_are_refused_before_any_work(w
     circle = work / f"circle{ending(case)}"
     circle.symlink_to(circle.name)
     before = tree(work)
-    with mock.patch("rankflow.linalg.parallel.Crew.together", side_effect=AssertionError("was run before")):
+    with mock.patch("rankflow.linalg.parallel.Pool.together", side_effect=AssertionError("was run before")):
         for out in (f"folder{ending(case)}", f"file/x{ending(case)}", "y" * 300 + ending(case), circle):
             result = invoke(words, out, "--force")
             assert result.exit_code == 2, (out, result.output, result.exception)
@@ -318,15 +318,15 @@ def test_functions_keep_to_it_as_commands_do(work: Path):
 @contextmanager
 def during(method: str, do: Callable[[], object], times: int = 1) -> Iterator[None]:
     """`do` is called when the work on modules is done, that often."""
-    real = getattr(Crew, method)
+    real = getattr(Pool, method)
 
-    def called(crew: Crew, *given: Any) -> Any:
-        found = real(crew, *given)
+    def called(pool: Pool, *given: Any) -> Any:
+        found = real(pool, *given)
         for _ in range(times):
             do()
         return found
 
-    with mock.patch.object(Crew, method, called):
+    with mock.patch.object(Pool, method, called):
         yield
 
 

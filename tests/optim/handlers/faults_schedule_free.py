@@ -30,7 +30,7 @@ FAULTS = [
     Fault(
         "schedule-free: take a resize to be before the first step for good",
         "optim/warmup.py",
-        "return {key: state.get(key, p) for key in self._carrier.handler.points}",
-        "return {key: p for key in self._carrier.handler.points}",
+        "return {key: state.get(key, p) for key in self._optimizer_state.handler.points}",
+        "return {key: p for key in self._optimizer_state.handler.points}",
     ),
 ]

@@ -27,7 +27,7 @@ from rankflow.config.load import load_policy
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.gating.forward import Gates
 from rankflow.lora.adapter import Adapter
-from rankflow.optim.carrier import Carrier
+from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.budget import Budget
 from rankflow.plans.plan import Layout, Slot
 from rankflow.plans.schedule import When
@@ -362,7 +362,7 @@ def test_what_is_reported():
 def under(model: torch.nn.Module, gate: BitsAndRank) -> Gates:
     adapter = Adapter(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    gates = Gates(adapter, Carrier(optimizer, adapter), seed=0)
+    gates = Gates(adapter, OptimizerState(optimizer, adapter), seed=0)
     gates.install(gate)
     return gates
 

@@ -16,7 +16,7 @@ from rankflow.errors import OptimizerError
 from rankflow.linalg.decompose import Factor
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.site import Site
-from rankflow.lora.transaction import Journal
+from rankflow.lora.transaction import Transaction
 from rankflow.optim.handlers.registry import find_handler, innermost, is_scalar, unknown_state
 from rankflow.optim.moments import Level, Moments
 
@@ -35,8 +35,8 @@ class Swap:
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-class Carrier:
-    """One optimizer that holds an adapter. All reading is free of side effects; `write` goes through a journal.
+class OptimizerState:
+    """One optimizer that holds an adapter. All reading is free of side effects; `write` goes through a transaction.
 
     Raises:
         OptimizerError: the optimizer keeps references that a resize would leave behind, or was not made by torch's
@@ -176,24 +176,24 @@ class Carrier:
         raw = partial(site.raw_a if role == "A" else site.raw_b, size=size)
         return self.handler.store(moments.to(old.device), state, self.group(old), raw)
 
-    def fill(self, journal: Journal, swap: Swap) -> None:
+    def fill(self, transaction: Transaction, swap: Swap) -> None:
         """State of factors that stay the parameters they are, and hold other directions; afresh where it has none."""
         for role in ("A", "B"):
             p = swap.old[role]
             new = swap.state.get(role) or self.fresh(p, swap.site)
             if p in self.optimizer.state:
-                journal.contents(self.optimizer.state[p], new)
+                transaction.contents(self.optimizer.state[p], new)
             elif new:
-                journal.contents(self.optimizer.state, {**self.optimizer.state, p: new})  # type: ignore[arg-type, dict-item]
+                transaction.contents(self.optimizer.state, {**self.optimizer.state, p: new})  # type: ignore[arg-type, dict-item]
 
-    def rescale(self, journal: Journal, site: Site, value: Tensor) -> None:
+    def rescale(self, transaction: Transaction, site: Site, value: Tensor) -> None:
         """Let the state of A follow A' = diag(value) A, written in place; state nobody knows starts afresh."""
         p = site.A
         if not self.optimizer.state.get(p):
             return
         moments = self.moments(site, "A")
         new = self.stored(site, "A", moments.over(value)) if moments is not None else self.fresh(p, site)
-        journal.contents(self.optimizer.state[p], new)
+        transaction.contents(self.optimizer.state[p], new)
 
     def fresh(self, p: nn.Parameter, near: Site) -> dict[str, Any]:
         """State of a parameter that starts afresh, where the optimizer does not make it by itself."""
@@ -229,7 +229,7 @@ class Carrier:
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
-    def write(self, journal: Journal, swaps: Sequence[Swap]) -> None:
+    def write(self, transaction: Transaction, swaps: Sequence[Swap]) -> None:
         """Put new parameters in the places of old ones, and their state with them. Modules are live already."""
         replaced: dict[int, nn.Parameter | None] = {}
         back: list[tuple[Token, nn.Parameter]] = []
@@ -253,9 +253,9 @@ class Carrier:
                 self._insert(token, p, groups, tokens)
         for group, now in zip(self.optimizer.param_groups, groups, strict=True):
             if [*map(id, group["params"])] != [*map(id, now.params)]:
-                journal.contents(group["params"], now.params)
+                transaction.contents(group["params"], now.params)
                 if now.names is not None:
-                    journal.contents(group["param_names"], now.names)
+                    transaction.contents(group["param_names"], now.names)
 
         new_state: dict[Tensor, Any] = {}
         for p, entries in self.optimizer.state.items():
@@ -266,7 +266,7 @@ class Carrier:
         for p in (p for swap in swaps for p in swap.new.values()):
             if p not in new_state and state.get(id(p)):
                 new_state[p] = state[id(p)]
-        journal.contents(self.optimizer.state, new_state)  # type: ignore[arg-type]
+        transaction.contents(self.optimizer.state, new_state)  # type: ignore[arg-type]
 
     def _home(self, token: Token, groups: list[_Group], tokens: Mapping[int, Token]) -> int | None:
         """The group a returning parameter belongs to: its own, or else that of the nearest one of its role."""
