@@ -15,6 +15,7 @@ FOLDERS = [
     "plans",
     "policies",
     "config",
+    "formats",
     "lora",
     "distributed",
     "optim",
@@ -22,7 +23,6 @@ FOLDERS = [
     "gating",
     "surgery",
     "training",
-    "formats",
     "serving",
     "calibration",
     "compress",
@@ -40,7 +40,6 @@ UPWARDS = {
     ("lora/capacity.py", "optim"),
     ("observe/hooks.py", "gating"),
     ("observe/probes.py", "gating"),
-    ("training/checkpoint.py", "formats"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

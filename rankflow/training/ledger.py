@@ -22,8 +22,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
 
-from rankflow.disk import make_folder, sync, sync_open
 from rankflow.errors import CheckpointError
+from rankflow.formats.io.disk import make_folder, sync, sync_open
 from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Layout, RankPlan, replay
 

@@ -75,7 +75,7 @@ FAULTS = [
     ),
     Fault(
         "full disk: take away what a living process writes",
-        "disk.py",
+        "formats/io/disk.py",
         "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         "::test_leftovers_are_taken_away_but_not_those_of_a_living_process",

@@ -42,7 +42,7 @@ FAULTS = [
         "training/ledger.py",
         "        del events[known:]\n",
         "",
-        "tests/test_disk.py",
+        "tests/formats/io/test_disk.py",
     ),
     Fault(
         "lost: keep a line that was not synced",

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from rankflow.disk import NOT_TO_BE_HAD, locked, make_folder, sync
 from rankflow.errors import ConfigError
+from rankflow.formats.io.disk import NOT_TO_BE_HAD, locked, make_folder, sync
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from rankflow.disk import identity
 from rankflow.errors import ConfigError
 from rankflow.formats.io.atomic import is_plain
+from rankflow.formats.io.disk import identity
 
 Reads = Mapping[str, str | Path | None]  # what it is, as a message says -> where; names on the hub too
 

@@ -18,10 +18,10 @@ import torch
 from whole_files import READERS, put
 
 from rankflow import ConfigError, squeeze
-from rankflow.disk import locked
 from rankflow.errors import CheckpointError
 from rankflow.formats.io import atomic
 from rankflow.formats.io.atomic import atomic_file, atomic_folder, together
+from rankflow.formats.io.disk import locked
 from rankflow.plans.plan import Layout, RankPlan, Refactor, Slot
 from rankflow.training.ledger import Ledger
 

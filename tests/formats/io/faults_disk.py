@@ -47,19 +47,19 @@ FAULTS = [
     ),
     Fault(
         "disk: leave the folder above a new one unsynced",
-        "disk.py",
+        "formats/io/disk.py",
         "        sync(path.parent)\n",
         "        pass\n",
     ),
     Fault(
         "disk: sync files as Windows does not let them be",
-        "disk.py",
+        "formats/io/disk.py",
         "os.O_RDWR if writable else os.O_RDONLY",
         "os.O_RDONLY",
     ),
     Fault(
         "disk: take a disk that fails for one that cannot sync",
-        "disk.py",
+        "formats/io/disk.py",
         "    except OSError as e:\n        if e.errno not in NOT_TO_BE_HAD:\n",
         "    except OSError as e:\n        if False:\n",
     ),
