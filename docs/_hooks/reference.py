@@ -29,13 +29,13 @@ HEADINGS = {  # a paragraph of a policy's docstring that begins with this word a
     "Reconstruction": "What is reconstructed",
     "When to use": "When to use it",
 }
-TOPICS = {  # folder of the package -> a section of the Python API; what is elsewhere comes last
-    "training": "Training",
-    "compress": "Saved adapters",
-    "analysis": "Looking at adapters",
-    "calibration": "Calibration",
-    "config": "Policies",
-    "errors": "Errors",
+TOPICS = {  # folders of the package -> a section of the Python API; what is elsewhere comes last
+    "Training": ["training", "surgery"],
+    "Saved adapters": ["compress", "analysis", "serving"],
+    "Calibration": ["calibration"],
+    "Policies": ["config", "policies", "plans"],
+    "Errors": ["errors"],
+    "Other names": [],
 }
 
 
@@ -72,12 +72,17 @@ def policies() -> Mapping[str, Any]:
 
 
 def policies_table() -> str:
+    """The policies, and the policy files that have several."""
     rows = ([f"[`{p.name}`]({p.name}.md)", p.summary, p.source] for p in policies().values())
-    return table(["policy", "what it does", "source"], rows)
+    parts = [table(["policy", "what it does", "source"], rows), "## Lifecycles that ship"]
+    for file, text in policy_files_that_ship().items():
+        if file not in policies():
+            parts.append(f"### {file} {{ #{file} }}\n\n{fenced('yaml', text)}")
+    return "\n\n".join(parts)
 
 
 def policy_page(name: str) -> str:
-    """What a policy's docstring says, its settings, and the policy files that ship with it."""
+    """What a policy's docstring says, its settings, and the policy file of its name."""
     policy = policies()[name]
     docstring = inspect.getdoc(policy_class(name)) or ""
     about, *sections = re.split(rf"\n\n(?=(?:{'|'.join(HEADINGS)}):)", docstring)
@@ -86,11 +91,21 @@ def policy_page(name: str) -> str:
         word, _, text = section.partition(":")
         parts += [f"## {HEADINGS[word]}", text.strip()[:1].upper() + text.strip()[1:]]
     parts += ["## Settings", settings_table(policy)]
-    for file, path in sorted(shipped().items(), key=lambda item: item[0] != name):  # its own file comes first
-        text = path.read_text(encoding="utf-8")
-        if re.search(rf"^\W*policy: {name}\b", text, flags=re.MULTILINE):
-            parts += [f"## Policy file `{file}`", fenced("yaml", text.partition("schema.json\n")[2] or text)]
+    files = policy_files_that_ship()
+    if name in files:
+        parts += ["## Policy file", f"`{name}` by name, as it ships:", fenced("yaml", files[name])]
+    others = [file for file in files if file not in policies() and re.search(rf"policy: {name}\b", files[file])]
+    if others:
+        links = ", ".join(f"[`{file}`](index.md#{file})" for file in others)
+        parts.append(f"It is also a phase of {links}.")
     return lists_apart("\n\n".join(parts))
+
+
+@cache
+def policy_files_that_ship() -> Mapping[str, str]:
+    """Name -> text of every policy file, without the line that is for editors."""
+    texts = {file: path.read_text(encoding="utf-8") for file, path in shipped().items()}
+    return {file: text.removeprefix("# yaml-language-server: $schema=schema.json\n") for file, text in texts.items()}
 
 
 def settings_table(policy: Any) -> str:
@@ -139,19 +154,16 @@ def plain(markup: str | None) -> str:
 def policy_files() -> str:
     """The keys of policy files; those of `params` have pages of their own."""
     (schema_file,) = {path.parent / "schema.json" for path in shipped().values()}
-    schema = json.loads(schema_file.read_text(encoding="utf-8"))
-    defs = schema["$defs"]
-    one, several = defs["HoldFile"], defs["Lifecycle"]
-    own = {key: value for key, value in one["properties"].items() if key not in several["properties"]}
-    phase = {key: value for key, value in defs["HoldPhase"]["properties"].items() if key == "until"}
-    shared = {key: value for key, value in several["properties"].items() if key != "phases"}
-    parts = ["## The policy", keys(own), "With several phases these stand in each phase, beside:", keys(phase)]
-    parts += ["## The whole file", keys(shared)]
-    for name, title in {"BudgetSpec": "`budget`", "WhenSpec": "`when`"}.items():
-        parts += [f"## {title}", escaped(defs[name]["description"]), keys(defs[name]["properties"])]
-    limit = meaning_of(shared["limits"], "additionalProperties", "anyOf")
-    (mapping,) = (option for option in limit if option.get("type") == "object")
-    parts += ["## `limits`", escaped(mapping["description"]), keys(mapping["properties"])]
+    defs = json.loads(schema_file.read_text(encoding="utf-8"))["$defs"]
+    several = defs["Lifecycle"]["properties"]
+    own = {key: value for key, value in defs["HoldFile"]["properties"].items() if key not in several}
+    own |= {"policy": {**own["policy"], "const": "its name"}, "params": {**own["params"], "$ref": "mapping"}}
+    phase = own | {"until": defs["HoldPhase"]["properties"]["until"]}
+    shared = {key: value for key, value in several.items() if key != "phases"}
+    limit = next(option for option in shared["limits"]["additionalProperties"]["anyOf"] if "properties" in option)
+    parts = ["## A policy", keys(own), "## A phase", keys(phase), "## The whole file", keys(shared)]
+    for key, schema in {"budget": defs["BudgetSpec"], "when": defs["WhenSpec"], "limits": limit}.items():
+        parts += [f"## `{key}`", escaped(schema["description"]), keys(schema["properties"])]
     return "\n\n".join(parts)
 
 
@@ -214,23 +226,18 @@ def type_of(schema: Mapping[str, Any]) -> str:
     return schema.get("type", "any")
 
 
-def meaning_of(schema: Mapping[str, Any], *path: str) -> Any:
-    for key in path:
-        schema = schema[key]
-    return schema
-
-
 # -- Python and engines -----------------------------------------------------------------------------------------------
 
 
 def python_api() -> str:
     """A mkdocstrings block for every public name, by the folder that defines it."""
-    sections: dict[str, list[str]] = {topic: [] for topic in (*TOPICS.values(), "Other names")}
+    folders = {folder: topic for topic, folders in TOPICS.items() for folder in folders}
+    sections: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     for name in rankflow.__all__:
-        package = getattr(rankflow, name).__module__.split(".")[1]
+        folder = getattr(rankflow, name).__module__.split(".")[1]
         block = f"::: rankflow.{name}\n    options:\n      heading_level: 3"
-        sections[TOPICS.get(package, "Other names")].append(block)
-    return "\n\n".join("\n\n".join([f"## {topic}", *names]) for topic, names in sections.items() if names)
+        sections[folders.get(folder, "Other names")].append(block)
+    return "\n\n".join("\n\n".join([f"## {topic}", *blocks]) for topic, blocks in sections.items() if blocks)
 
 
 def engines() -> str:

@@ -93,7 +93,7 @@ class BudgetSpec(Strict):
     mean_rank: Annotated[float, Field(gt=0, description="mean rank over all modules of the adapter")] | None = None
     total_rank: Annotated[PositiveInt, Field(description="sum of the ranks of all modules")] | None = None
     max_params: Annotated[PositiveInt, Field(description="LoRA parameters")] | None = None
-    size: Annotated[Size, Field(description="bytes of LoRA factors, e.g. 32MiB")] | None = None
+    size: Annotated[Size | None, Field(description="bytes of LoRA factors, e.g. 32MiB")] = None
     fraction: Annotated[float, Field(gt=0, le=1, description="share of the LoRA parameters at attach")] | None = None
 
     @model_validator(mode="after")
@@ -117,11 +117,11 @@ class BudgetSpec(Strict):
 class WhenSpec(Strict):
     """When the policy decides: steps, or percentages, of the whole run."""
 
-    start: Annotated[Step, Field(description="first decision; left out: the phase's begin, or one `every`")] | None = (
-        None
-    )
-    every: Annotated[Step, Field(description="steps between two decisions")] | None = None
-    stop: Annotated[Step, Field(description="no decision from here on; left out: the phase's end")] | None = None
+    start: Annotated[
+        Step | None, Field(description="first decision; left out: the phase's begin, or one `every`")
+    ] = None
+    every: Annotated[Step | None, Field(description="steps between two decisions")] = None
+    stop: Annotated[Step | None, Field(description="no decision from here on; left out: the phase's end")] = None
 
 
 class LimitSpec(Strict):
@@ -193,8 +193,8 @@ class PhaseSpec(Strict):
     """One policy, and how long it is in charge."""
 
     policy: Any
-    budget: BudgetSpec | None = None
-    when: WhenSpec | None = None
+    budget: Annotated[BudgetSpec | None, Field(description="how much adapter there may be when the phase ends")] = None
+    when: Annotated[WhenSpec | None, Field(description="the steps on which the policy decides")] = None
     params: Any = None
 
 
@@ -250,7 +250,11 @@ def _one_of(suffix: str, *bases: type[Strict], **more: Any) -> Any:
     models = []
     for name in policy_names():
         params = params_model(policy_class(name))
-        own = {"policy": (Literal[name], ...), "params": (params, Field(default_factory=params)), **more}
+        own = {
+            "policy": (Literal[name], Field(description="which policy decides")),
+            "params": (params, Field(default_factory=params, description="the policy's own settings")),
+            **more,
+        }
         models.append(create_model(f"{policy_class(name).__name__}{suffix}", __base__=bases, **own))  # type: ignore[call-overload]
     return Annotated[Union[tuple(models)], Field(discriminator="policy")]  # noqa: UP007
 

@@ -23,6 +23,8 @@ class AdaLora(Triplets, Lowering):
     `rankflow.policies._sensitivity`); a direction's score is that of Lambda_i plus the means of I U over its row of A
     and its column of B. `orth` pulls the rows of A and the columns of B towards orthonormal ones.
 
+    When to use: to repeat AdaLoRA with tensors that really shrink. Start at about one and a half times the budget.
+
     Differs: from the paper, its released code and PEFT's AdaLoRA,
     - directions are physically removed, with their optimizer state; there the tensors keep their size until saved, and
       a masked direction can come back;

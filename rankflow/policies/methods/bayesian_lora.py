@@ -207,6 +207,9 @@ class BayesianLora(Policy):
     `fix_at` on gates are 0 or 1 for good, and factors learn to live with that. When the phase ends the factors are
     written dequantised, as plain LoRA; `rankflow.save_quantized` puts the integers beside them.
 
+    When to use: the adapter has to be small in bytes, and bits may be traded for ranks. Steps take about twice the time
+    of plain LoRA's.
+
     Differs:
     - there is no diagonal E between B and A unless asked for, and it begins with 1, not 0: PEFT's B is 0, and with both
       at 0 nothing would ever learn. E is trained at the factors' rate, without weight decay;

@@ -37,6 +37,9 @@ class CoLora(Policy):
     contributes anything, ranks come out even; one that has left the adapter contributes nothing. Modules with too much
     rank are cut to their best approximation; growth does not change the function.
 
+    When to use: some batches are at hand, and there is time and memory for a short study early in the run. Start at the
+    mean rank of the budget.
+
     Reconstruction: the paper's code is not public. That C is a mean, the form of the map from C to a rank, and what the
     probe is follow from its figures and its project page, not from a formula of its text.
 

@@ -71,6 +71,8 @@ class Diffora(Policy):
     modules of greatest m stay, `ratio` of them in every layer or of all; the others leave the adapter. The earlier due
     steps only note how far the choice has come.
 
+    When to use: the question is which modules need an adapter at all, and a part of the training data can be held out.
+
     Differs: neither the paper's equations nor code were at hand; the relaxation, the alternation and the choice are
     those of DARTS, and every default is ours,
     - selected modules go on with what they have learnt (m becomes part of A when the phase ends), where the paper

@@ -26,6 +26,9 @@ class ElaLora(Triplets):
     score gain one each. A module that would do both keeps the better of what it would have lost instead. The budget is
     what the adapter has, or what is given, which it then comes to at the first event.
 
+    When to use: the size of the adapter is fixed, and ranks should move to the modules that need them during the whole
+    run.
+
     Differs: from the paper or its released code,
     - optimizer state is carried: the released code means to, and loses all of it;
     - Lambda starts at 1 and B at 0, as a PEFT LoRA has it, and new directions likewise (there: Lambda of 1e-13);

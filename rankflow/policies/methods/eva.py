@@ -25,6 +25,9 @@ class Eva(Opening):
     `rho` times the mean rank (without a budget: its own). A's rows are those directions, of norm 1; B is 0. Linear
     layers only. Run once, before the first step; any other policy may follow.
 
+    When to use: the adapter is fresh, some batches are at hand, and A should start along the directions in which the
+    inputs vary.
+
     Differs: from PEFT's `initialize_lora_eva_weights`,
     - it looks at a fixed number of `batches`, where PEFT goes round the data until directions settle (`tau`);
     - it keeps `components` directions from batch to batch, of which the leading ones are used, and each step's SVD is

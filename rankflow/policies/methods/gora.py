@@ -23,6 +23,9 @@ class Gora(Opening):
     G is the gradient of the frozen weight W0, averaged over some batches before the absolute value is taken; B is 0
     then, so it is the base model's. Run once, before the first step; any other policy may follow.
 
+    When to use: the adapter is fresh, some training batches are at hand, and ranks should differ from the first step on
+    at no cost afterwards.
+
     Differs: from the paper and its released code,
     - B stays 0. They set it to what of the gradient A can express, G A^T (A A^T)^-1 times a step size, so that training
       starts one step ahead and from another function;

@@ -13,7 +13,11 @@ from rankflow.policies.base import Observation, Policy, State
 
 @dataclass(frozen=True, kw_only=True)
 class Hold(Policy):
-    """Changes nothing: for the last phase of a lifecycle, and as the plain LoRA to compare others with."""
+    """Plain LoRA: no rank changes.
+
+    When to use: as the last phase of a lifecycle, so that training ends at ranks that stay, and as the plain LoRA that
+    other policies are compared with.
+    """
 
     when: When = field(default_factory=lambda: When(stop=0))  # never due: nothing is asked, nothing is recorded
 

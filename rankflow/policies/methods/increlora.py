@@ -39,6 +39,9 @@ class IncreLora(Policy):
     times those of other directions, so they learn under optimizers that make up for it, like Adam, as far as its `eps`
     lets them.
 
+    When to use: memory is short at the start, or nobody knows which modules need rank. Start at about a quarter of the
+    budget.
+
     Differs: from the released code,
     - the budget is met exactly: it counts modules against ranks, and passes its target when it adds several at once;
     - scores come from all micro-batches of a step, not the last alone, and from `window` steps before each event, not

@@ -26,6 +26,9 @@ class Lisa(Policy):
     `model.layers.3.mlp.up_proj`); a module without one is a layer by itself. No rank changes. A frozen module stays bit
     for bit, weight decay included, and its optimizer state waits for it. What was frozen before the phase stays so.
 
+    When to use: ranks have to stay, as with an adapter that PiSSA started, and training is to touch a few layers at a
+    time.
+
     Differs:
     - LISA trains the full weights of the layers it draws; here only their LoRA factors train, so its saving of memory
       is not to be had;

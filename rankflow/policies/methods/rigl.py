@@ -46,6 +46,9 @@ class RigL(Policy):
     A module that is frozen neither loses nor gains; one that trains, and that no gradient has reached yet, loses first.
     Layers that have no sketch (DoRA, attention, experts) are refused when the run starts.
 
+    When to use: the size of the adapter is fixed, and directions, not only ranks, should be chosen again during the
+    whole run.
+
     Differs:
     - directions instead of weights, and one competition over all modules, where RigL moves weights within a layer;
     - the gradient of DeltaW is known from random rows of it (the sketch), whose singular values stand for its own;

@@ -83,6 +83,9 @@ class Sora(Lowering):
     due steps. With a budget, the total also comes down along `shape` to it: at every due step the directions of least
     scaling |g| |a| |b| go.
 
+    When to use: directions should be found that are not needed at all, with or without a budget. Start at about twice
+    the rank that is expected.
+
     Differs: from the paper or its released code,
     - `prox: official` is the released operator, which shrinks and then zeroes below xi, so that all of |v| < 2 xi
       dies; `threshold: absolute` is its threshold, which does not follow the learning rate;

@@ -34,6 +34,10 @@ class Squeeze(Lowering):
     that share of every module's squared singular values, spread over the events so that all cuts together keep it.
     Modules below their minimum rank are grown to it.
 
+    When to use: the rank that is served is known, and training can afford more at first. Start at two to four times the
+    budget, with about half the learning rate that a LoRA of the budget's rank would take. It also ends a lifecycle that
+    grew.
+
     Differs:
     - `allocate: global` gives a rank where it keeps most energy of all modules together; the paper has one rank for
       all, which is `uniform`: ranks as equal as the budget and the present ranks allow;
