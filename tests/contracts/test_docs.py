@@ -8,9 +8,7 @@ import types
 from pathlib import Path
 
 import torch
-import yaml
 from loops import tiny_llama, token_batches
-from peft import LoraConfig, get_peft_model
 
 import rankflow
 from rankflow.plans.schedule import When
@@ -23,10 +21,10 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_the_contributors_example_policy_trims_what_carries_nothing():
+def test_the_example_policy_trims_what_carries_nothing():
     module = types.ModuleType("trim")
     sys.modules["trim"] = module  # dataclasses look their module up
-    exec(blocks("CONTRIBUTING.md", "python")[0], module.__dict__)
+    exec(blocks("docs/extending/policy.md", "python")[0], module.__dict__)
     model = tiny_llama(r=4, dropout=0.0).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -41,27 +39,6 @@ def test_the_contributors_example_policy_trims_what_carries_nothing():
     optimizer.step()
     flow.after_step()
     assert set(flow.layout.ranks.values()) == {3}
-
-
-def test_the_readmes_loop_runs():
-    model = get_peft_model(tiny_llama().unload(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    scope = {
-        "model": model,
-        "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
-        "loader": token_batches(30),
-        "torch": torch,
-    }
-    (loop,) = [code for code in blocks("README.md", "python") if "rankflow.attach" in code]
-    exec(loop.replace("total_steps=1000", "total_steps=30"), scope)
-    assert scope["flow"].layout.total_rank == 8 * 4
-
-
-def test_the_readmes_policy_is_a_policy(tmp_path):
-    (text,) = blocks("README.md", "yaml")
-    assert yaml.safe_load(text)["policy"] == "increlora"
-    path = tmp_path / "policy.yaml"
-    path.write_text(text)
-    rankflow.load_policy(path)
 
 
 def test_public_names_are_there_and_documented():
