@@ -118,10 +118,10 @@ class WhenSpec(Strict):
     """When the policy decides: steps, or percentages, of the whole run."""
 
     start: Annotated[
-        Step | None, Field(description="first decision; left out: the phase's begin, or one `every`")
+        Step | None, Field(description="first decision; if left out, the phase's begin or one `every`")
     ] = None
     every: Annotated[Step | None, Field(description="steps between two decisions")] = None
-    stop: Annotated[Step | None, Field(description="no decision from here on; left out: the phase's end")] = None
+    stop: Annotated[Step | None, Field(description="no decision from here on; if left out, the phase's end")] = None
 
 
 class LimitSpec(Strict):
