@@ -33,8 +33,6 @@ FOLDERS = [
 PURE = FOLDERS[: FOLDERS.index("config")]
 # Imports that still run upwards, each until the file is parted.
 UPWARDS = {
-    ("analysis/run.py", "render"),
-    ("analysis/run_comparison.py", "render"),
     ("compress/report.py", "analysis"),
     ("distributed/replicas.py", "training"),
     ("lora/capacity.py", "optim"),

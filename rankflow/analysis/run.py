@@ -1,22 +1,87 @@
-"""A run as its ledger shows it, from another terminal: where it stands and when ranks change next."""
+"""A run as its ledger tells it: what it did, where it stands, and when ranks change next."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rankflow.errors import CheckpointError
-from rankflow.plans.names import arrange
 from rankflow.training.ledger import Event, Ledger
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 NAME = "rankflow.jsonl"
-_EVENTS = 6
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """One line of the ledger.
+
+    event: attach, phase, resize, skip, fold or finish. step: the optimizer step that it came after.
+    policy: the phase's. reason: why ranks changed, or did not. ranks: of the modules that were resized.
+    total_rank: of the adapter, afterwards. margin: how close the decision was, as the share by which a direction that
+    was taken scores above one that was not. gates: module -> what its gate came to, of a fold; total: all of them.
+    """
+
+    event: str
+    step: int
+    policy: str | None = None
+    reason: str | None = None
+    ranks: dict[str, int] | None = None
+    total_rank: int | None = None
+    margin: float | None = None
+    gates: dict[str, dict[str, float]] | None = None
+    total: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class RunModule:
+    """`ranks`: one for each of the run's `steps`."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as its ledger tells it.
+
+    total_steps: that it was planned for. steps: 0 or where it began, and every step that a resize came after.
+    total_ranks: of the adapter, one for each of these.
+    """
+
+    source: str
+    total_steps: int | None
+    steps: tuple[int, ...]
+    total_ranks: tuple[int, ...]
+    modules: tuple[RunModule, ...]
+    events: tuple[RunEvent, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_of(ledger: Ledger, source: str) -> Run:
+    """
+    Raises:
+        CheckpointError: the ledger does not begin with an attach.
+    """
+    history = ledger.history()
+    return Run(
+        source=source,
+        total_steps=ledger.events[0].get("total_steps"),
+        steps=tuple(step for step, _ in history),
+        total_ranks=tuple(sum(ranks.values()) for _, ranks in history),
+        modules=tuple(RunModule(name, tuple(ranks[name] for _, ranks in history)) for name in history[0][1]),
+        events=tuple(_run_event(line) for line in ledger.events),
+    )
+
+
+def _run_event(line: Mapping[str, Any]) -> RunEvent:
+    named = ("policy", "reason", "ranks", "total_rank", "gates", "total")
+    margin = (line.get("plan") or {}).get("margin")
+    return RunEvent(line["event"], int(line["step"]), margin=margin, **{k: line[k] for k in named if k in line})
 
 
 @dataclass(frozen=True)
@@ -111,57 +176,3 @@ def follow(path: Path, every: float) -> Iterator[Ledger | None]:
         if ledger is not None and ledger.events[-1]["event"] == "finish":
             return
         time.sleep(every)
-
-
-def view(ledger: Ledger, now: float) -> RenderableType:
-    """What `rankflow watch` shows: where the run stands, ranks by type and layer, the last events."""
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-
-    from rankflow.render.tables import events_table
-
-    at = standing(ledger, now)
-    head = Table.grid(padding=(0, 2))
-    head.add_row("step", f"{at.step:,} of {at.total_steps:,}", ProgressBar(at.total_steps or 1, at.step, width=30))
-    head.add_row("policy", at.policy, f"budget {at.budget}" if at.budget else "")
-    head.add_row("ranks", f"{at.total_rank:,} in all", f"{at.params:,} parameters")
-    head.add_row("next", *_next(at))
-    return Group(head, "", _by_layer(ledger), events_table(ledger.events[-_EVENTS:]))
-
-
-def _next(at: Standing) -> tuple[str, str]:
-    if at.finished:
-        return "nothing", "the run is over"
-    if at.due is None:
-        return "nothing is due", ""
-    if at.wait is None:
-        return f"step {at.due:,}", ""
-    return f"step {at.due:,}", f"in some {_clock(at.wait)}" if at.wait >= 0 else f"late by {_clock(-at.wait)}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _by_layer(ledger: Ledger) -> RenderableType:
-    from rich.table import Table
-
-    from rankflow.render.tables import rank_bars
-
-    ranks = ledger.layout().ranks
-    top = max(1, *ranks.values())
-    table = Table(title="Ranks", title_justify="left")
-    table.add_column("type")
-    table.add_column("by layer")
-    for heading in ("least", "mean", "most"):
-        table.add_column(heading, justify="right")
-    rows = arrange(ranks)
-    for kind in dict.fromkeys(row.type for row in rows):
-        these = [ranks[row.name] for row in rows if row.type == kind]
-        table.add_row(
-            kind, rank_bars(these, top, absent="·"), str(min(these)), f"{sum(these) / len(these):.1f}", str(max(these))
-        )
-    return table

@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankflow.plans.margins import closest
 from rankflow.training.ledger import Event, Ledger
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _BESIDE = ("seconds", "time", "matrices")  # of an event: where and when it happened
 _BEGINNINGS = {"seed": "seed", "total_steps": "total steps"}  # of an attach -> in words
@@ -106,23 +103,6 @@ def compare(first: Ledger, second: Ledger, sources: tuple[str, str] = ("first", 
         numbers=numbers,
         started=_started(first.events[0], second.events[0]),
     )
-
-
-def comparison_table(found: Comparison) -> Table:
-    """Of runs that part: what each makes of the modules that they do not agree on, and how close that was."""
-    from rankflow.render.tables import new_table
-
-    assert found.did is not None
-    assert found.margins is not None
-    known = [f"{m:.3g}" if m is not None else "not known" for m in found.margins]
-    caption = f"margin: {known[0]} in the first run and {known[1]} in the second, the least share by which a direction "
-    caption += "that was taken scores above one that was not; near 0, last digits decide"
-    table = new_table(f"Step {found.step}", "module:", "first run:", "second run:", caption=caption)
-    table.add_row("", *found.did)
-    table.add_section()
-    for module in found.modules:
-        table.add_row(module.name, module.first, module.second)
-    return table
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rankflow.analysis.inspection import Inspection
-from rankflow.analysis.ran import Run
+from rankflow.analysis.run import Run
 from rankflow.analysis.run_comparison import Comparison
 from rankflow.compress.report import SqueezeReport
 

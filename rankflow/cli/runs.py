@@ -66,7 +66,7 @@ def check(
         return
     from rankflow.analysis.forecast import foretell
     from rankflow.policies.idleness import idle_phases
-    from rankflow.render.policy_tables import costs_table, limits_table, phases_table
+    from rankflow.render.tables import costs_table, limits_table, phases_table
 
     lifecycle = load_policy(subject)
     if model is None:
@@ -88,7 +88,7 @@ def policies(
     """List the policies there are, with their parameters, defaults and meaning."""
     from rankflow.config.load import describe
     from rankflow.config.load import shipped as files
-    from rankflow.render.policy_tables import policies_table, policy_table
+    from rankflow.render.tables import policies_table, policy_table
 
     found = {d.name: d for d in describe()}
     if name is not None and name not in found:
@@ -157,7 +157,7 @@ def report(
 
         write_page(run_page(read, str(ledger)), html, force=html in there)
     if as_json:
-        from rankflow.analysis.ran import run_of
+        from rankflow.analysis.run import run_of
 
         print_json(run_of(read, str(ledger)).to_json())
         return
@@ -182,7 +182,8 @@ def watch(
 
     from rich.live import Live
 
-    from rankflow.analysis.run import find_ledger, follow, view
+    from rankflow.analysis.run import find_ledger, follow
+    from rankflow.render.watch import view
 
     path = find_ledger(run)
     if once:
@@ -207,7 +208,8 @@ def _compare(first: Path, second: Path, as_json: bool) -> None:
     Raises:
         typer.Exit: with status 1, if they did not decide the same.
     """
-    from rankflow.analysis.run_comparison import compare, comparison_table
+    from rankflow.analysis.run_comparison import compare
+    from rankflow.render.tables import comparison_table
     from rankflow.training.ledger import Ledger
 
     found = compare(Ledger.read(first), Ledger.read(second), (str(first), str(second)))
@@ -245,7 +247,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, kind: str |
 def _layout(folder: Path, target_modules: list[str] | None, rank: int) -> Any:
     """What a policy would find: a saved adapter's layout, or that of a new adapter on a model that is never loaded."""
     if folder.is_file() or ((folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()):
-        from rankflow.analysis.blank import blank_layout
+        from rankflow.analysis.forecast import blank_layout
 
         return blank_layout(folder, target_modules, rank)
     from rankflow.formats.peft.adapter import PeftAdapter

@@ -1,4 +1,4 @@
-"""Tables for the terminal: squeezes, inspections, ledgers."""
+"""Tables for the terminal: squeezes, inspections, ledgers, policies."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from rankflow.analysis.difference import relative
 from rankflow.plans.names import arrange, shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rankflow.analysis.difference import Difference
+    from rankflow.analysis.forecast import Cost
     from rankflow.analysis.inspection import Inspection
     from rankflow.analysis.intruders import Intruders
+    from rankflow.analysis.run_comparison import Comparison
     from rankflow.compress.accept import Trial
     from rankflow.compress.report import SqueezeReport
+    from rankflow.config.load import Description
+    from rankflow.plans.plan import Layout
+    from rankflow.policies.base import Phase
     from rankflow.serving.verdicts import Verdict
     from rankflow.training.ledger import Event
 
@@ -301,6 +308,21 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value % 1 or value >= 1e5 else str(int(value))
 
 
+def comparison_table(found: Comparison) -> Table:
+    """Of runs that part: what each makes of the modules that they do not agree on, and how close that was."""
+    assert found.did is not None
+    assert found.margins is not None
+    known = [f"{m:.3g}" if m is not None else "not known" for m in found.margins]
+    caption = f"margin: {known[0]} in the first run and {known[1]} in the second, the least share by which a direction "
+    caption += "that was taken scores above one that was not; near 0, last digits decide"
+    table = new_table(f"Step {found.step}", "module:", "first run:", "second run:", caption=caption)
+    table.add_row("", *found.did)
+    table.add_section()
+    for module in found.modules:
+        table.add_row(module.name, module.first, module.second)
+    return table
+
+
 def rank_bars(ranks: Iterable[int], top: int, absent: str = " ") -> str:
     """A bar for each rank, `top` being the highest."""
     return "".join(absent if r == 0 else _BARS[math.ceil(r / top * 8) - 1] for r in ranks)
@@ -323,4 +345,100 @@ def ranks_table(history: Sequence[tuple[int, Mapping[str, int]]]) -> Table:
         table.add_row(row.short, str(first[row.name]), bars, str(last[row.name]))
     table.add_section()
     table.add_row("all", str(sum(first.values())), "", str(sum(last.values())))
+    return table
+
+
+# -- policies and what they mean for a model ---------------------------------------------------------------------------
+
+
+def phases_table(phases: Sequence[Phase], layout: Layout, title: str) -> Table:
+    """When each phase of a lifecycle decides, and what budget it ends with."""
+    table = new_table(
+        title,
+        "phase:",
+        "steps",
+        "decisions",
+        "decides after step:",
+        "budget:",
+        caption=f"{len(layout)} modules, total rank {layout.total_rank:,}, {layout.params:,} parameters at the start",
+    )
+    for phase in phases:
+        studied = any(study.when == "start" for study in phase.policy.studies)  # which ends in a decision
+        events = [*([phase.begin] if studied else []), *phase.policy.when.events]
+        shown = events if len(events) <= 8 else [*events[:5], "...", events[-1]]
+        budget = phase.policy.budget
+        mean = f" (mean rank {budget.amount / len(layout):.2f})" if budget and budget.kind == "total_rank" else ""
+        table.add_row(
+            phase.name,
+            f"{phase.begin} to {phase.end - 1}",
+            str(len(events)),
+            ", ".join(map(str, shown)) or "never",
+            f"{budget}{mean}" if budget else "as it is",
+        )
+    return table
+
+
+def limits_table(layout: Layout) -> Table:
+    """Which ranks modules have and may have, by type."""
+    table = new_table(
+        "Modules and the ranks they may have", "module:", "how many", "rank", "least", "most", "of these:"
+    )
+    rows = arrange(layout)
+    for kind in dict.fromkeys(row.type for row in rows):
+        slots = [layout[row.name] for row in rows if row.type == kind]
+        extra = {
+            *(f"buckets {', '.join(map(str, s.buckets))}" for s in slots if s.buckets),
+            *(f"multiples of {s.multiple}" for s in slots if s.multiple > 1),
+            *("tied" for s in slots if s.tie),
+        }
+        table.add_row(
+            kind,
+            str(len(slots)),
+            span(s.rank for s in slots),
+            span(s.min_rank for s in slots),
+            span(s.max_rank for s in slots),
+            "; ".join(sorted(extra)) or "any",
+        )
+    return table
+
+
+def costs_table(costs: Sequence[Cost]) -> Table:
+    """Memory and messages, from the start to the end of every phase."""
+    table = new_table(
+        "What it takes, in one process",
+        ":",
+        "total rank",
+        "parameters",
+        "adapter",
+        "Adam's moments",
+        "statistics",
+        "a step sends",
+        "listening",
+        "a resize, at most",
+        caption="Budgets spread evenly over modules. What is sent is between processes, where there are several.",
+    )
+    for cost in costs:
+        sizes = (cost.adapter, cost.optimizer, cost.statistics, cost.step, cost.listen, cost.resize)
+        table.add_row(
+            cost.when, f"{cost.layout.total_rank:,}", f"{cost.layout.params:,}", *(decimal(size) for size in sizes)
+        )
+    return table
+
+
+def policies_table(policies: Sequence[Description], files: Mapping[str, Path]) -> Table:
+    """The policies there are, and the policy files that ship."""
+    table = new_table("Policies", "policy:", "what it does:", "source:")
+    table.caption = f"shipped policy files, by name: {', '.join(files)}"
+    for policy in policies:
+        table.add_row(policy.name, policy.summary, policy.source)
+    return table
+
+
+def policy_table(policy: Description) -> Table:
+    """The parameters of one policy."""
+    table = new_table(f"{policy.name}: params", "name:", "type:", "default:", "meaning:")
+    table.caption = policy.source
+    for setting in policy.settings:
+        default = "null" if setting.default is None else str(setting.default)
+        table.add_row(setting.name, setting.type, default, setting.meaning)
     return table

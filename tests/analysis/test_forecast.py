@@ -10,8 +10,7 @@ import torch
 from loops import GROW_THEN_SQUEEZE, tiny_llama, token_batches
 
 import rankflow
-from rankflow.analysis.blank import blank_layout
-from rankflow.analysis.forecast import foretell
+from rankflow.analysis.forecast import blank_layout, foretell
 from rankflow.config.load import load_policy
 from rankflow.distributed.single import SingleProcess
 from rankflow.lora.adapter import Adapter

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import Tiny
 
-from rankflow.analysis.run_comparison import compare, comparison_table
+from rankflow.analysis.run_comparison import compare
 from rankflow.plans.plan import Grow, Keep, Layout, RankPlan, Refactor, Slot
+from rankflow.render.tables import comparison_table
 from rankflow.training.ledger import Ledger
 from tests.render.test_tables import text
 

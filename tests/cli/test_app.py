@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import rankflow
-from rankflow.analysis.blank import blank_layout
+from rankflow.analysis.forecast import blank_layout
 from rankflow.cli.cli import app
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.plan import Grow, Layout, RankPlan, Slot

@@ -31,7 +31,7 @@ from whole_files import READERS
 
 import rankflow
 from rankflow import AdapterError, ConfigError, RankFlowError, canonicalize, inspect, squeeze
-from rankflow.analysis.blank import blank_layout
+from rankflow.analysis.forecast import blank_layout
 from rankflow.calibration.base_model import calibrate_saved
 from rankflow.calibration.texts import read_rows
 from rankflow.cli.cli import app

@@ -31,12 +31,12 @@ from typer.testing import CliRunner
 from whole_files import READERS, Files, put
 
 from rankflow import ConfigError, RankFlowError, canonicalize, diff, expand, inspect, pad, squeeze
-from rankflow.analysis.run import view
 from rankflow.cli.cli import app
 from rankflow.compress.plan_file import read_budget, read_plan
 from rankflow.compress.quantized import load_quantized
 from rankflow.formats.open import open_adapter
 from rankflow.plans.plan import Layout
+from rankflow.render.watch import view
 from rankflow.training.checkpoint import load_state, saved_layout
 from rankflow.training.ledger import Ledger
 

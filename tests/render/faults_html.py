@@ -29,7 +29,7 @@ FAULTS = [
     ),
     Fault(
         "leave out of the run's JSON why a decision was skipped",
-        "analysis/ran.py",
+        "analysis/run.py",
         'named = ("policy", "reason",',
         'named = ("policy",',
     ),

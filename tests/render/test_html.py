@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from rankflow import inspect, squeeze
 from rankflow.analysis.inspection import Inspection
-from rankflow.analysis.ran import Run, run_of
+from rankflow.analysis.run import Run, run_of
 from rankflow.analysis.run_comparison import Comparison, compare
 from rankflow.cli.json_schemas import schemas
 from rankflow.compress.report import SqueezeReport
