@@ -233,7 +233,7 @@ def python_api() -> str:
     """A mkdocstrings block for every public name, by the folder that defines it."""
     folders = {folder: topic for topic, folders in TOPICS.items() for folder in folders}
     sections: dict[str, list[str]] = {topic: [] for topic in TOPICS}
-    for name in rankflow.__all__:
+    for name in sorted(rankflow.__all__, key=str.lower):
         folder = getattr(rankflow, name).__module__.split(".")[1]
         block = f"::: rankflow.{name}\n    options:\n      heading_level: 3"
         sections[folders.get(folder, "Other names")].append(block)

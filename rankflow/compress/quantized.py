@@ -56,8 +56,6 @@ class QuantizedModule:
 def save_quantized(flow: Controller, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write the integers of a quantised adapter into the folder that it was saved to; the path of the file.
 
-    ::
-
         flow.finish()                         # the Trainer does this: callback.flow after train()
         model.save_pretrained(folder)
         rankflow.save_quantized(flow, folder)

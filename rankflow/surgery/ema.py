@@ -40,8 +40,6 @@ def averaged_model(model: nn.Module, flow: _Managed, **options: Any) -> Averaged
     Whatever is not resized is what a plain AveragedModel would have. Factors under a gate are averaged as forwards use
     them, so that the average is a plain LoRA at all times.
 
-    ::
-
         averaged = rankflow.averaged_model(model, flow, multi_avg_fn=get_ema_multi_avg_fn(0.999))
         ...
         flow.after_step()

@@ -80,7 +80,7 @@ def attach(
             RANKFLOW_TIMEOUT, or 60, when left out. Longer than one of them may evaluate or save by itself.
         on_resize: the first callback for `flow.on_resize`, which hears of resizes before the first step, too.
 
-    Example::
+    For example:
 
         flow = rankflow.attach(model, optimizer, "increlora", total_steps=1000)
         for batch in loader:

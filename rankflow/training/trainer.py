@@ -52,8 +52,6 @@ T = TypeVar("T")
 class RankFlowCallback(TrainerCallback):
     """Manages the ranks of a PEFT LoRA adapter while the Trainer trains it.
 
-    ::
-
         Trainer(model=peft_model, ..., callbacks=[RankFlowCallback("increlora")])
 
     Total steps come from the Trainer; ranks go through its own log; its checkpoints carry a `rankflow` folder, and
