@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
@@ -185,6 +186,12 @@ def whole(config: Mapping[str, Any], field: str, path: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise AdapterError(f"{path}: {field} is {repr(value)[:80]}; it must be a whole number")
     return value
+
+
+def are_indices(t: Tensor, count: int) -> bool:
+    """Whether a tensor holds whole numbers that are indices of `count` things, at least one of them."""
+    whole_numbers = not t.is_floating_point() and t.dtype != torch.bool and t.numel() > 0
+    return whole_numbers and 0 <= int(t.min()) <= int(t.max()) < count
 
 
 def common(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.as_lora.adalora import fold_adalora
+from rankflow.formats.as_lora.delora import fold_delora
+from rankflow.formats.as_lora.gralora import fold_gralora
 from rankflow.formats.as_lora.loha_lokr import fold_loha, fold_lokr
 from rankflow.formats.as_lora.lora_xs import fold_middles, has_middles
-from rankflow.formats.as_lora.miss import fold_delora, fold_gralora, fold_miss, fold_unilora, fold_vblora
+from rankflow.formats.as_lora.miss import fold_miss
 from rankflow.formats.as_lora.parts import Folded
+from rankflow.formats.as_lora.unilora import fold_unilora
+from rankflow.formats.as_lora.vblora import fold_vblora
 from rankflow.formats.as_lora.vera import fold_pvera, fold_vera
 
 Fold = Callable[[Mapping[str, Any], Mapping[str, Tensor], Path], Folded]

@@ -40,7 +40,7 @@ FAULTS = [
     ),
     Fault(
         "another form: take GraLoRA's parts for those of the other block",
-        "formats/as_lora/miss.py",
+        "formats/as_lora/gralora.py",
         "columns[j, :, :, j] =",
         "columns[j, :, :, k - 1 - j] =",
         "-k live_model",
