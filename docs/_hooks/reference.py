@@ -22,7 +22,7 @@ from rankflow.cli.cli import app
 from rankflow.cli.json_schemas import schemas
 from rankflow.config.load import describe, shipped
 from rankflow.config.schema import policy_class
-from rankflow.serving.engine import ENGINES
+from rankflow.serving.engines import engines as all_engines
 
 HEADINGS = {  # a paragraph of a policy's docstring that begins with this word and a colon -> a section of its page
     "Differs": "Differences from the source",
@@ -256,7 +256,7 @@ def engines() -> str:
             ", ".join(map(str, engine.ranks)) or "all",
             f"`{engine.setting}`" if engine.setting else "",
         ]
-        for name, engine in ENGINES.items()
+        for name, engine in all_engines().items()
     )
     return table(["engine", "reads", "scales by", "rsLoRA", "maximal ranks", "set by"], rows)
 

@@ -12,7 +12,7 @@ from rankflow.compress.accept import Trial
 from rankflow.linalg.decompose import Metric
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.plans.plan import Layout
-from rankflow.serving.engine import ENGINES
+from rankflow.serving.engines import engine_named
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SqueezeReport:
     def serving_bucket(self) -> int | None:
         """The smallest maximal rank that vLLM, which has but a few of them, can be set to for this adapter; None
         where there is none."""
-        return ENGINES["vllm"].room(max(self.ranks.values(), default=0))
+        return engine_named("vllm").room(max(self.ranks.values(), default=0))
 
     def to_json(self) -> dict[str, Any]:
         more = ("params_before", "params_after", "serving_bucket")

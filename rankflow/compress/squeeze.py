@@ -101,7 +101,7 @@ def squeeze(
             uniform rank that it accepts is written, to `<src>-accepted` if `out` is left out. Found by bisection.
         kind: the source's format (`peft`, `kohya`, `comfyui`, `diffusers`, `full`); told from its tensors if left out.
         to: the output's format (`peft`, `kohya`, `diffusers`, `gguf`); the source's if left out.
-        engine: what is to load it (`rankflow.serving.engine.ENGINES`): written so that it is scaled as it should be,
+        engine: what is to load it (`rankflow.serving.engines`): written so that it is scaled as it should be,
         padded
             with zeros to one rank where the engine wants that.
         base: the base model's folder: what a whole model is compared with, whose shapes some adapters need, and whose

@@ -8,52 +8,32 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankflow.formats.as_lora.dense import DenseAdapter
 from rankflow.formats.as_lora.fine_tune import KIND as FULL
-from rankflow.formats.base import BASE_COPY, SavedAdapter
-from rankflow.formats.convert import Converted, Source, configs_of
+from rankflow.formats.base import SavedAdapter
+from rankflow.formats.convert import configs_of
 from rankflow.formats.peft.adapter import PeftAdapter
-from rankflow.formats.peft_fields import is_set, unknown
-from rankflow.formats.single_file.base import SingleFile
+from rankflow.formats.peft_fields import unknown
 from rankflow.formats.single_file.diffusers import METADATA, DiffusersAdapter, mixed
-from rankflow.formats.single_file.names import renamed, renamed_key
 from rankflow.plans.names import arrange
-from rankflow.serving.engine import (
-    ADALORA,
+from rankflow.serving.engine import Engine, Fate, Stack
+from rankflow.serving.engines import engines
+from rankflow.serving.features import (
     ALORA,
-    BIASES,
-    DORA_SCALE,
-    ENGINES,
-    FLUX_BIASES,
-    FULL_UPDATES,
-    MAGNITUDE,
+    FEATURES,
     MEGATRON,
-    MIDDLE,
-    NAMED_ADAPTER,
-    NO_PREFIX,
-    NORM_UPDATES,
-    OTHER_ADAPTER,
+    OF_THE_FILE,
     OTHER_NAMES,
-    OTHER_TYPES,
     REPLICATED,
-    SD3_NAMES,
-    TRAINED_ROWS,
-    TYING,
-    WRAPPED,
-    Engine,
-    Fate,
-    Stack,
+    config_of,
+    no_plain_lora,
+    source_of,
 )
 
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"[._]lora_?(?:embedding_)?(?:[AB]|down|up|mid)\b|\.lora\.(?:down|up)")
-_NAMED = re.compile(r"(?<=\.lora_[AB])\.(?!weight$|bias$)[^.]+")  # an adapter's name
 _EXPERT = re.compile(r"\.experts\.")
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
 SQUEEZE = "rankflow squeeze"
 ELSEWHERE = "serve it with another engine, or merge the adapter into its base model"
 _FIELDS = "see what these settings do, and whether the engine heeds them; without them it is known what is loaded"
@@ -88,9 +68,9 @@ def problems(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
         where = f"is a {what}; {engine.name} loads {', '.join(engine.reads)}"
         unread = Problem("format", where, Fate.REFUSED, rewrite(adapter, engine))
         return [unread, *_above(adapter, engine), *lasting(adapter, engine)]
-    mended = [feature for feature in _OF_THE_FILE if _mended(feature, engine)]
+    mended = [feature for feature in OF_THE_FILE if _mended(feature, engine)]
     of_file = [*_features(adapter, engine, mended), *_above(adapter, engine), *lasting(adapter, engine)]
-    if _no_plain_lora(adapter):  # of which ranks and scales are not those of any tensor
+    if no_plain_lora(adapter):  # of which ranks and scales are not those of any tensor
         return of_file
     return [*of_file, *_rows(adapter, engine), *_scales(adapter, engine)]
 
@@ -106,7 +86,7 @@ def lasting(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
 
 def _mended(feature: str, engine: Engine) -> bool:
     """Whether it is gone once the file is written anew; names that an engine may have too are kept for it."""
-    return feature in _OF_THE_FILE and (feature != OTHER_NAMES or not engine.library_names)
+    return feature in OF_THE_FILE and (feature != OTHER_NAMES or not engine.library_names)
 
 
 def rewrite(adapter: SavedAdapter, engine: Engine) -> str:
@@ -114,147 +94,6 @@ def rewrite(adapter: SavedAdapter, engine: Engine) -> str:
     return f"{SQUEEZE} {adapter.path} {'--format peft' if gguf else f'--for {engine.name}'}"
 
 
-# -- what is in a file beside plain linear factors ------------------------------------------------------------------
-
-
-def _config(adapter: SavedAdapter) -> Mapping[str, Any]:
-    return adapter.config if isinstance(adapter, PeftAdapter) else {}
-
-
-def _extra(adapter: SavedAdapter, matches: Callable[[str], bool]) -> list[str]:
-    """Tensors beside the factors that no feature of its own is about."""
-    saved = tuple(_config(adapter).get("modules_to_save") or ())
-    own = (".lora_magnitude_vector", ".bias", ".dora_scale", ".diff", "trainable_tokens", BASE_COPY)
-    return [
-        key
-        for key in adapter.extra_tensors
-        if matches(key) and not any(f in key for f in own) and not any(f".{name}." in f".{key}" for name in saved)
-    ]
-
-
-def _tensors(adapter: SavedAdapter, matches: Callable[[str], bool]) -> list[str]:
-    """Tensors beside the factors of a file that has no PEFT config with it, in which a setting would name them."""
-    return [key for key in adapter.extra_tensors if not _config(adapter) and matches(key)]
-
-
-def source_of(adapter: SavedAdapter) -> Source:
-    return adapter.source if isinstance(adapter, Converted) else adapter
-
-
-def _no_plain_lora(adapter: SavedAdapter, *origins: str, other: bool = False) -> list[str]:
-    """What an adapter of PEFT's is that is read as a LoRA without being one, if it is of one of these types; of any, if
-    none are given, or with `other` of any but these."""
-    source = source_of(adapter)
-    if isinstance(source, DenseAdapter):
-        found, origin = source.kind, source.kind.upper()
-    elif isinstance(source, PeftAdapter) and source.folded:
-        found, origin = source.notes[0].partition(",")[0], source.origin
-    else:
-        return []
-    return [found] if not origins or (origin in origins) != other else []
-
-
-def _is_norm(key: str) -> bool:
-    return "norm" in key
-
-
-def _is_flux(key: str) -> bool:
-    return re.search(r"(?:double|single)_blocks", key) is not None
-
-
-def _keys(adapter: SavedAdapter) -> Mapping[str, str]:
-    """Key in the file -> the one that it is read as, and written as, of factors."""
-    source = source_of(adapter)
-    if not isinstance(source, PeftAdapter | SingleFile):
-        return {}
-    return {name: new for name, new in source.names_in_file.items() if _FACTOR.search(name)}
-
-
-def _without_prefix(name: str, new: str) -> bool:
-    return not name.startswith(_PREFIX) and new == _PREFIX + _NAMED.sub("", name)
-
-
-def _wrapped(adapter: SavedAdapter) -> list[str]:
-    return [
-        name
-        for name, new in _keys(adapter).items()
-        if new not in (name, _NAMED.sub("", name), renamed_key(name)) and not _without_prefix(name, new)
-    ]
-
-
-def other_names(adapter: SavedAdapter) -> list[str]:
-    """Modules of an image model that formats call otherwise."""
-    if adapter.kind == "kohya":
-        return [name for name in _keys(adapter) if renamed_key(name) != name]
-    return [name for name in adapter.layout if adapter.kind in ("diffusers", "comfyui") and renamed(name) != name]
-
-
-def _is_embedding(key: str) -> bool:
-    return _EMBEDDING.search(key) is not None
-
-
-def _of_kind(kind: str) -> Callable[[SavedAdapter], list[str]]:
-    return lambda adapter: [name for name, slot in adapter.layout.items() if slot.kind == kind]
-
-
-def _setting(*names: str) -> Callable[[SavedAdapter], list[str]]:
-    def given(adapter: SavedAdapter) -> list[str]:
-        configs = configs_of(source_of(adapter))
-        return [name for name in names if any(is_set(config.get(name)) for config in configs)]
-
-    return given
-
-
-FEATURES: Mapping[str, Callable[[SavedAdapter], list[str]]] = {
-    ADALORA: lambda adapter: _no_plain_lora(adapter, "ADALORA"),
-    OTHER_TYPES: lambda adapter: _no_plain_lora(adapter, "LORA", "ADALORA", other=True),
-    MIDDLE: lambda adapter: _no_plain_lora(adapter, "LORA"),
-    "target_modules as an expression": lambda adapter: (
-        ["target_modules"]
-        if isinstance(targets := _config(adapter).get("target_modules"), str) and targets not in ("all-linear", "all")
-        else []
-    ),
-    WRAPPED: _wrapped,
-    NO_PREFIX: lambda adapter: [name for name, new in _keys(adapter).items() if _without_prefix(name, new)],
-    NAMED_ADAPTER: lambda adapter: [name for name in _keys(adapter) if _NAMED.search(name)],
-    OTHER_ADAPTER: lambda adapter: [
-        name for name in _keys(adapter) if (found := _NAMED.search(name)) and found[0] != ".default"
-    ],
-    OTHER_NAMES: other_names,
-    SD3_NAMES: lambda adapter: [
-        name for name in adapter.layout if adapter.kind in ("kohya", "comfyui") and "joint_blocks" in name
-    ],
-    "DoRA": _setting("use_dora"),
-    DORA_SCALE: lambda adapter: _tensors(adapter, lambda key: "dora_scale" in key),
-    MAGNITUDE: lambda adapter: _tensors(adapter, lambda key: "lora_magnitude_vector" in key),
-    ALORA: _setting("alora_invocation_tokens"),
-    REPLICATED: _setting("layer_replication"),
-    TRAINED_ROWS: _setting("trainable_token_indices"),
-    TYING: _setting("ensure_weight_tying"),
-    MEGATRON: _setting("megatron_config"),
-    FLUX_BIASES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff_b") and _is_flux(key)),
-    BIASES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff_b") and not _is_flux(key)),
-    NORM_UPDATES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff") and _is_norm(key)),
-    FULL_UPDATES: lambda adapter: _tensors(adapter, lambda key: key.endswith(".diff") and not _is_norm(key)),
-    "modules_to_save": _setting("modules_to_save"),
-    "bias": lambda adapter: [
-        *_setting("bias", "lora_bias")(adapter),
-        *_tensors(adapter, lambda key: key.endswith(".bias")),
-    ],
-    "embeddings": _of_kind("embedding"),
-    "convolutions": _of_kind("conv"),
-    "attention": _of_kind("attention"),
-    "experts": _of_kind("experts"),
-    "lm_head": lambda adapter: [name for name in adapter.layout if name.split(".")[-1] == "lm_head"],
-    "full embeddings": lambda adapter: _extra(adapter, _is_embedding),
-    "norms": lambda adapter: _extra(adapter, _is_norm),
-    "other tensors": lambda adapter: _extra(adapter, lambda key: not _is_embedding(key) and not _is_norm(key)),
-}
-# Gone once it is written anew
-_OF_THE_FILE = (
-    *(ADALORA, OTHER_TYPES, MIDDLE, "target_modules as an expression"),
-    *(WRAPPED, NO_PREFIX, NAMED_ADAPTER, OTHER_ADAPTER, OTHER_NAMES),
-)
 _NOT_MERGED = (ALORA, REPLICATED, MEGATRON)  # which act by the tokens, or on another model than the base is
 _SAID = {Fate.REFUSED: "does not load", Fate.SILENT: "leaves out", Fate.UNKNOWN: "may or may not load"}
 
@@ -272,7 +111,7 @@ def _elsewhere(feature: str) -> str:
     """What is left to do; merging needs what PEFT itself merges."""
     if feature not in _NOT_MERGED:
         return ELSEWHERE
-    heed = [e.name for e in ENGINES.values() if feature not in e.fates and PeftAdapter.kind in e.reads]
+    heed = [e.name for e in engines().values() if feature not in e.fates and PeftAdapter.kind in e.reads]
     return f"serve it with what heeds that: {', '.join(heed)}"
 
 
@@ -291,7 +130,7 @@ def _above(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
 def _rows(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     ranks = adapter.layout.ranks
     found = []
-    r = _config(adapter).get("r", 0)
+    r = config_of(adapter).get("r", 0)
     if engine.rows in ("r", "at most r"):
         wrong = [name for name, rank in ranks.items() if rank > r or (engine.rows == "r" and rank != r)]
         if wrong:
@@ -317,7 +156,7 @@ def _types(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
         for kind, ranks in padded.items()
         if len(ranks) > 1
     ]
-    r = _config(adapter)["r"]
+    r = config_of(adapter)["r"]
     if _as_padded(r) != r and len(padded) > 1:
         does = f"pads to {_as_padded(r)} and scales all types but the first by that"
         found.append(Problem(f"r = {r}", does, Fate.SILENT, rewrite(adapter, engine)))
@@ -330,7 +169,7 @@ def _as_padded(rank: int) -> int:
 
 def _scales(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     if engine.scale != "module":
-        config = _config(adapter)
+        config = config_of(adapter)
         return _misscaled(adapter, engine, lambda rank, expert: engine.scale_of(config, rank, expert=expert))
     if isinstance(adapter, DiffusersAdapter):
         if engine.name == "comfyui" and METADATA in adapter.metadata:
@@ -354,7 +193,7 @@ def _misscaled(adapter: SavedAdapter, engine: Engine, scale: Callable[[int, bool
         have = scale(slot.rank, expert)
         if not math.isclose(have, slot.scaling, rel_tol=_ROUNDING):
             strength = f"scales by {have:.4g} and not by {slot.scaling:.4g}: {have / slot.scaling:.3g} times as strong"
-            why = ", ".join(engine.unheeded(_config(adapter), expert=expert)) or METADATA
+            why = ", ".join(engine.unheeded(config_of(adapter), expert=expert)) or METADATA
             wrong[why, strength].append(name)
     return [
         Problem(why, does, Fate.SILENT, rewrite(adapter, engine), tuple(names)) for (why, does), names in wrong.items()

@@ -19,8 +19,10 @@ from rankflow.formats.convert import Converted
 from rankflow.formats.open import converted, open_adapter
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.formats.single_file.diffusers import METADATA
-from rankflow.serving.check import Problem, lasting, other_names
-from rankflow.serving.engine import Engine, Fate, engine_named
+from rankflow.serving.check import Problem, lasting
+from rankflow.serving.engine import Engine, Fate
+from rankflow.serving.engines import engine_named
+from rankflow.serving.features import other_names
 
 
 @dataclass(frozen=True)

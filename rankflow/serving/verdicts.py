@@ -11,9 +11,11 @@ from rankflow.formats.as_lora.fine_tune import KIND as FULL
 from rankflow.formats.base import SavedAdapter
 from rankflow.formats.open import open_adapter, uses_base
 from rankflow.serving.base_names import absent_from
-from rankflow.serving.check import ELSEWHERE, SQUEEZE, Problem, problems, source_of
-from rankflow.serving.engine import Fate, engine_named
+from rankflow.serving.check import ELSEWHERE, SQUEEZE, Problem, problems
+from rankflow.serving.engine import Fate
+from rankflow.serving.engines import engine_named
 from rankflow.serving.export import Fitting
+from rankflow.serving.features import source_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Verdict:
 def check(
     src: str | Path, engine: str | None = None, *, kind: str | None = None, base: str | Path | None = None
 ) -> Verdict:
-    """What `engine` (`rankflow.serving.engine.ENGINES`) would get wrong with a file as it is; or, with `base`, which of
+    """What `engine` (`rankflow.serving.engines`) would get wrong with a file as it is; or, with `base`, which of
     its modules that model does not have, by whatever names its format has for them.
 
     What `squeeze` refuses to write for an engine has a problem here that no `squeeze` is the remedy of; what has none

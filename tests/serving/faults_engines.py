@@ -36,9 +36,9 @@ FAULTS = [
     ),
     Fault(
         "believe that SGLang heeds rsLoRA",
-        "serving/engine.py",
-        'rslora=False,\n        rows="r",',
-        'rows="r",',
+        "serving/engines/sglang.py",
+        "    rslora=False,\n",
+        "",
     ),
     Fault(
         "make room for less than the rank asked for",
@@ -55,16 +55,16 @@ FAULTS = [
     ),
     Fault(
         "take full matrices for the plain LoRA that they are read as",
-        "serving/check.py",
+        "serving/features.py",
         "    if isinstance(source, DenseAdapter):\n",
         "    if False:\n",
         "-k plain_lora",
     ),
     Fault(
         "let LoRAX skip what it cannot open",
-        "serving/engine.py",
-        "            OTHER_TYPES: _REFUSED,\n",
-        "            OTHER_TYPES: _SILENT,\n",
+        "serving/engines/lorax.py",
+        "OTHER_TYPES: Fate.REFUSED",
+        "OTHER_TYPES: Fate.SILENT",
         "-k plain_lora",
     ),
     Fault(

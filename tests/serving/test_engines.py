@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from whole_files import READERS, put
 
 from rankflow import ConfigError, Target, check, pad, squeeze, squeeze_each
-from rankflow.serving.check import FEATURES
-from rankflow.serving.engine import ENGINES
+from rankflow.serving.engines import engine_named, engines
 from rankflow.serving.export import Fitting
+from rankflow.serving.features import FEATURES
 from tests.cli.test_app import run
 from tests.formats.as_lora.test_adalora import logits, saved
 from tests.formats.as_lora.test_forms import saved as live
@@ -211,14 +211,14 @@ def test_every_engine_gets_the_sources_update_and_check_tells_what_it_gets_other
         wanted = write(src, ranks, alphas, rslora=rslora, seed=seed)
         for name, serve in SERVED.items():
             out = Path(folder) / name
-            squeeze_each(src, [Target(keep=True)], [out], fitting=Fitting(ENGINES[name]))
+            squeeze_each(src, [Target(keep=True)], [out], fitting=Fitting(engine_named(name)))
             assert same(serve(out), wanted), name
             config, factors = opened(out)
             rows = {len(a) for a, _ in factors.values()}
             assert rows == {config["r"]} == {config["lora_alpha"]}
             assert not config["rank_pattern"]
             assert not config["alpha_pattern"]
-            assert not ENGINES[name].ranks or config["r"] in ENGINES[name].ranks
+            assert not engine_named(name).ranks or config["r"] in engine_named(name).ranks
             assert check(out, name).problems == ()
             try:
                 right = same(serve(src), wanted)
@@ -364,8 +364,8 @@ def test_engines_that_do_not_heed_rslora_are_told_from_those_that_do(tmp_path: P
 
 @pytest.mark.parametrize(("most", "room"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])
 def test_the_room_that_vllm_makes_for_a_rank(most: int, room: int | None):
-    assert ENGINES["vllm"].room(most) == room
-    assert ENGINES["sglang"].room(most) == most  # takes any
+    assert engine_named("vllm").room(most) == room
+    assert engine_named("sglang").room(most) == most  # takes any
 
 
 def test_ranks_that_differ_are_refused_where_all_are_to_be_r_even_at_the_right_scale(tmp_path: Path):
@@ -411,7 +411,7 @@ def test_what_an_engine_does_not_load_is_said_and_not_written(tmp_path: Path, en
 
 
 def test_every_fate_is_of_a_feature_that_is_looked_for():
-    assert {feature for engine in ENGINES.values() for feature in engine.fates} <= set(FEATURES)
+    assert {feature for engine in engines().values() for feature in engine.fates} <= set(FEATURES)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rankflow import ConfigError, RankFlowError, check, squeeze
 from rankflow.formats.peft_fields import ACTS, HARMLESS, READ, unknown
-from rankflow.serving.engine import ENGINES, Fate
+from rankflow.serving.engine import Fate
+from rankflow.serving.engines import engine_named, engines
 from rankflow.serving.verdicts import Verdict
 from tests.cli.test_app import run
 
@@ -115,14 +116,14 @@ def lasting(found: Verdict) -> list[str]:
     return [p.does for p in found.problems if not p.remedy.startswith("rankflow") and p.fate is not Fate.UNKNOWN]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", engines())
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_check_says_is_what_squeeze_does(tmp_path: Path, source: str, engine: str):
     src = SOURCES[source](tmp_path / "src")
     given = {"base": base(tmp_path / "base")} if engine == "llamacpp" else {}
     before = check(src, engine, **given)
     out = tmp_path / ("out.gguf" if engine == "llamacpp" else "out")
-    if ENGINES[engine].writes in ("", "diffusers"):
+    if engine_named(engine).writes in ("", "diffusers"):
         out = out.with_suffix(".safetensors")
     try:
         squeeze(src, out, keep=True, engine=engine, **given)
@@ -284,8 +285,8 @@ def test_rslora_of_experts_is_not_heeded_by_vllm(tmp_path: Path):
 
 
 def test_pages_of_sglang(tmp_path: Path):
-    assert "in pages of 8 ranks it takes 16" in ENGINES["sglang"].hint(12)
-    assert "pages" not in ENGINES["sglang"].hint(16) + ENGINES["vllm"].hint(12)
+    assert "in pages of 8 ranks it takes 16" in engine_named("sglang").hint(12)
+    assert "pages" not in engine_named("sglang").hint(16) + engine_named("vllm").hint(12)
 
 
 # -- names that formats have and libraries change -------------------------------------------------------------------
