@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rankflow.policies.gate import Gate
     from rankflow.serving.verdicts import check
     from rankflow.surgery.ema import averaged_model
-    from rankflow.surgery.surgeon import resize
+    from rankflow.surgery.resize import resize
     from rankflow.training.attach import attach, detach
     from rankflow.training.checkpoint import restore
     from rankflow.training.controller import Controller
@@ -48,7 +48,7 @@ _HOME = {
     "restore": "training.checkpoint",
     "load_quantized": "compress.quantized",
     "save_quantized": "compress.quantized",
-    "resize": "surgery.surgeon",
+    "resize": "surgery.resize",
     "calibrate": "calibration.collect",
     "save_statistics": "calibration.collect",
     "canonicalize": "compress.squeeze",

@@ -34,8 +34,6 @@ PURE = FOLDERS[: FOLDERS.index("config")]
 # Imports that still run upwards, each until the file is parted.
 UPWARDS = {
     ("compress/report.py", "analysis"),
-    ("distributed/replicas.py", "training"),
-    ("lora/capacity.py", "optim"),
     ("observe/hooks.py", "gating"),
     ("observe/probes.py", "gating"),
 }

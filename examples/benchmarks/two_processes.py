@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import rankflow
 from data import reviews
-from rankflow.distributed.replicas import rebuild
+from rankflow.distributed.ddp import rebuild
 from rankflow.linalg.decompose import spectrum
 from rankflow.plans.plan import RankPlan, Refactor
 

@@ -25,6 +25,11 @@ _DEFAULT = 60.0  # seconds
 _HEAD = 256  # bytes of the first message: what it is about, then in the last 8 how long the next is
 
 
+def grouped() -> bool:
+    """Whether this process is one of a group that torch.distributed has made."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def limit(seconds: float | None) -> float:
     """How long a process waits for the others: `seconds`, or what the environment says, or a minute.
 

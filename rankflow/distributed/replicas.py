@@ -17,7 +17,6 @@ they are of micro-batches. What a study sees of inputs (`eva`) is that of proces
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rankflow.distributed.comm import Wire, limit
+from rankflow.distributed.comm import Wire, grouped, limit
+from rankflow.distributed.ddp import rebuild, refuse, sharded
 from rankflow.distributed.fsdp2 import Shards, at_rest
 from rankflow.distributed.single import SingleProcess, T
 from rankflow.errors import ConfigError, DistributedError, PlanError
@@ -38,7 +37,6 @@ from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Layout, RankPlan
 from rankflow.policies.base import Observation, Signal
-from rankflow.training.ledger import Ledger
 
 _SUMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})  # over tokens; all others are averages over batches
 _DRIFT = 1e-6  # relative: replicas get the same gradients and have the same bits, but for how their devices add up
@@ -55,52 +53,10 @@ def processes_of(model: nn.Module, adapter: Adapter, timeout: float | None = Non
         DistributedError: the others do not come.
     """
     limit(timeout)
-    if not _grouped() or (dist.get_world_size() == 1 and not adapter.sharded):
+    if not grouped() or (dist.get_world_size() == 1 and not adapter.sharded):
         return SingleProcess()
     refuse(model)
     return Replicas(model, adapter, Wire(timeout), Shards(model, adapter) if adapter.sharded else None)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """What DistributedDataParallel wraps: passes that are not to reduce gradients go through that."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the model's parameters, or some of them, over processes."""
-    return any(isinstance(m, FSDPModule) for m in model.modules())
-
-
-def refuse(model: nn.Module) -> None:
-    """
-    Raises:
-        ConfigError: `model` is laid out over processes in a way in which no adapter can be managed.
-    """
-    if not isinstance(model, nn.Module):  # a PipelineStage, say
-        raise ConfigError(
-            f"{type(model).__name__} is not a module with an adapter; hand over the model. One that is cut into stages "
-            "of a pipeline cannot be managed: train with DDP or FSDP2"
-        )
-    names = {type(m).__name__ for m in model.modules()}
-    for name in ("DeepSpeedEngine", "FullyShardedDataParallel"):
-        if name in names:
-            raise ConfigError(f"{name} keeps parameters of its own and would undo a resize; train with DDP or FSDP2")
-    if not sharded(model) and any(isinstance(p, DTensor) for p in model.parameters()):
-        raise ConfigError(
-            "the model is spread by tensor parallelism, in which a module's inputs and outputs are in parts; train "
-            "with DDP or FSDP2"
-        )
-
-
-def own_ledger(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger:
-    """This process's: that of the first is on disk, the others keep theirs in memory."""
-    if isinstance(ledger, Ledger):
-        return ledger
-    return Ledger(ledger if not _grouped() or dist.get_rank() == 0 else None)
-
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 class Replicas(SingleProcess):
@@ -291,31 +247,3 @@ class Replicas(SingleProcess):
 def _loose(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that train and that no process has only a shard of."""
     return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-
-
-def rebuild(ddp: DistributedDataParallel) -> None:
-    """A reducer for the parameters that the module has now, with the options that the wrapper was made with.
-
-    Communication hooks stay, built-in ones too; what PowerSGD remembers is of buckets that are no more, and goes.
-
-    Differs: the constructor would do it too, and forget communication hooks and the options it is not given.
-    """
-    builtin = _builtin_hook(ddp)
-    kept = [p for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore]
-    ddp._module_parameters = kept  # else the wrapper would hold the old ones
-    parameters, sparse = ddp._build_params_for_reducer()
-    names = ddp._build_debug_param_to_name_mapping(parameters)
-    ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
-    if builtin is not None:
-        ddp._register_builtin_comm_hook(builtin)
-    for hook, state in ddp._comm_hooks:
-        for memory in ("error_dict", "p_memory_dict", "q_memory_dict"):
-            getattr(state, memory, {}).clear()
-        dist._register_comm_hook(ddp.reducer, state, hook)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _builtin_hook(ddp: DistributedDataParallel) -> Any:
-    """The wrapper itself does not remember it; its log does, by name."""
-    name = "" if ddp._comm_hooks else ddp._get_ddp_logging_data().get("comm_hook", "")
-    known = dist.BuiltinCommHookType.__members__.values()  # pyright: ignore[reportPrivateImportUsage]
-    return next((kind for kind in known if str(kind) == name), None)

@@ -9,42 +9,16 @@ needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
-from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.plan import Layout
-from rankflow.policies.base import Phase, Policy
-
-_WHOLE = 64  # a module whose greatest rank is above this, and all it can have, is taken for one without a limit
+from rankflow.policies.base import Policy
 
 
 def rooms(policy: Policy, layout: Layout) -> dict[str, int]:
     """Room of every module while `policy` is in charge: its greatest rank, or what it has where ranks only fall."""
     return {name: max(slot.rank, slot.max_rank if policy.grows else 0) for name, slot in layout.items()}
-
-
-def check_rooms(phases: Sequence[Phase], layout: Layout, optimizer_state: OptimizerState | None) -> None:
-    """
-    Raises:
-        ConfigError: an optimizer under which zeros would not stay as they are, or no end to what there may be.
-    """
-    if optimizer_state is not None and (optimizer_state.handler is None or not optimizer_state.handler.elementwise):
-        raise ConfigError(
-            f"mode: mask does not come to what resizing does under {optimizer_state.title}, which does not step each "
-            "entry by what it alone has seen; use AdamW, or mode: resize"
-        )
-    for phase in phases:
-        if not phase.policy.grows:
-            continue
-        for name, slot in layout.items():
-            if slot.max_rank > _WHOLE and slot.max_rank >= min(slot.in_features, slot.out_features):
-                raise ConfigError(
-                    f"mode: mask makes room for every rank that {phase.name} may choose, and {name} may have "
-                    f'{slot.max_rank}; set limits, such as limits: {{"*": {{max: 32}}}}'
-                )
 
 
 def lasting(adapter: Adapter, layout: Layout) -> Layout:

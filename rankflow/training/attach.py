@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
 from rankflow.config.load import PolicyLike, load_policy
+from rankflow.distributed.comm import grouped
+from rankflow.distributed.ddp import refuse, unwrapped
 from rankflow.distributed.fsdp2 import at_rest
-from rankflow.distributed.replicas import own_ledger, processes_of, refuse, unwrapped
+from rankflow.distributed.replicas import processes_of
 from rankflow.lora.adapter import root_of
 from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.surgery.listeners import Listeners, OnResize
@@ -123,3 +126,10 @@ def attach(
         listeners=listeners,
         processes=partial(processes_of, model, timeout=timeout),
     )
+
+
+def own_ledger(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger:
+    """This process's: that of the first is on disk, the others keep theirs in memory."""
+    if isinstance(ledger, Ledger):
+        return ledger
+    return Ledger(ledger if not grouped() or dist.get_rank() == 0 else None)

@@ -23,8 +23,7 @@ from rankflow.distributed.single import SingleProcess
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.gating.held_out import HeldOut
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.capacity import check_rooms, lasting, rooms
-from rankflow.lora.dtensor import check_shards
+from rankflow.lora.capacity import lasting, rooms
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import AVERAGED, sources
 from rankflow.observe.compile import Recompiles
@@ -41,7 +40,7 @@ from rankflow.observe.study import (
     with_a_batch,
 )
 from rankflow.optim.handlers.registry import innermost
-from rankflow.optim.optimizer_state import OnUnknownState, OptimizerState
+from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.plans.last_direction import spare_last
 from rankflow.plans.plan import Layout, RankPlan, Share
 from rankflow.plans.shrink import direction_sizes
@@ -51,10 +50,17 @@ from rankflow.policies.idleness import idle_phases
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.attachments import Attachment, make_way
-from rankflow.training.gradients import PenaltyMode, add_penalty_gradient, penalty_term, scale_in_force, unscaled
+from rankflow.training.checks import check_managed, check_rooms, check_shards
+from rankflow.training.gradients import (
+    PenaltyMode,
+    add_penalty_gradient,
+    penalty_term,
+    scale_in_force,
+    share_gradients,
+    unscaled,
+)
 from rankflow.training.ledger import Ledger
 from rankflow.training.operations import Now, Operations
-from rankflow.training.sharing import share_gradients
 from rankflow.training.state import check_lifecycle, check_seal, seal
 from rankflow.training.summary import Summary, ranks_by_type
 
@@ -784,24 +790,6 @@ class Controller:
             data = self._data[split]
             assert data is not None, "checked above"
             self._data[split] = with_a_batch(data, _ARGUMENTS[split])
-
-
-def check_managed(
-    adapter: Adapter, lifecycle: Lifecycle, optimizer: Optimizer | None, on_unknown_state: OnUnknownState
-) -> None:
-    """
-    Raises:
-        AdapterError: nobody trains the adapter, or the lifecycle may change what is tied to its ranks.
-        OptimizerError: the optimizer, if there is one yet, does not hold the adapter or could not follow the lifecycle.
-    """
-    adapter.check_trains()
-    if lifecycle.resizes:
-        adapter.refuse_resizing()
-    if optimizer is not None:
-        optimizer_state = OptimizerState(optimizer, adapter, on_unknown_state)
-        optimizer_state.check((), {})
-        if lifecycle.resizes:
-            optimizer_state.check_carried()
 
 
 def _while_there(method: Callable[[], None]) -> Callable[..., None]:

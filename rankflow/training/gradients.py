@@ -1,14 +1,15 @@
-"""A policy's penalty on the factors: as a term of the loss, or as the gradient that term would have had."""
+"""What gradients of the factors get beside those of the loss: a policy's penalty, and the sum over shared pairs."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.lora.adapter import Adapter
+from rankflow.plans.plan import Layout
 from rankflow.policies.base import Policy
 
 PenaltyMode = Literal["gradient", "in_loss"]
@@ -46,3 +47,24 @@ def scale_in_force(scaler: Any, optimizer: Optimizer) -> float:
     if scaler is None or not scaler.is_enabled() or unscaled(scaler, optimizer):
         return 1.0
     return float(scaler.get_scale())
+
+
+def share_gradients(adapter: Adapter, layout: Layout) -> None:
+    """Give all modules of a group (`Layout.sharing`) the sum of their gradients: that of the pair they share.
+
+    Equal copies with equal optimizer state then take equal steps, bit for bit. Where a copy has had no gradient it
+    counts as 0; where none has, none gets one.
+    """
+    for names in layout.sharing:
+        sites = [adapter.sites[name] for name in names]
+        _sum([site.A for site in sites])
+        _sum([site.B for site in sites])
+
+
+def _sum(copies: list[nn.Parameter]) -> None:
+    gradients = [p.grad for p in copies if p.grad is not None]
+    if gradients:
+        total = torch.stack([g.to(gradients[0].device) for g in gradients]).sum(0)
+        for p in copies:
+            if p.requires_grad:
+                p.grad = total.to(p.device, copy=True)

@@ -25,13 +25,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import get_verbosity
 
 from rankflow.config.load import PolicyLike, load_policy
-from rankflow.distributed.replicas import own_ledger, processes_of, sharded
+from rankflow.distributed.ddp import sharded
+from rankflow.distributed.replicas import processes_of
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.linalg.random import keyed_generator
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.study import check_batches
 from rankflow.surgery.listeners import Listeners, OnResize
+from rankflow.training.attach import own_ledger
 from rankflow.training.checkpoint import (
     FOLDER,
     adapter_folder,
@@ -43,7 +45,8 @@ from rankflow.training.checkpoint import (
     save_state,
     saved_layout,
 )
-from rankflow.training.controller import Controller, check_managed
+from rankflow.training.checks import check_managed
+from rankflow.training.controller import Controller
 from rankflow.training.ledger import Ledger
 
 T = TypeVar("T")

@@ -75,7 +75,7 @@ FAULTS = [
     ),
     Fault(
         "let factors in shards be resized",
-        "lora/dtensor.py",
+        "training/checks.py",
         'if lifecycle.mode != "mask":',
         'if lifecycle.mode == "none":',
         "-k refused",

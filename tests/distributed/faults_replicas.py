@@ -61,7 +61,7 @@ FAULTS = [
     ),
     Fault(
         "forget a built-in communication hook",
-        "distributed/replicas.py",
+        "distributed/ddp.py",
         "ddp._register_builtin_comm_hook(builtin)",
         "pass",
     ),

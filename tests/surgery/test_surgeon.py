@@ -30,7 +30,8 @@ from rankflow.linalg.decompose import spectrum
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.plans.plan import Drop, Grow, Keep, RankPlan, Refactor, Train
-from rankflow.surgery.surgeon import Surgeon, resize
+from rankflow.surgery.resize import resize
+from rankflow.surgery.surgeon import Surgeon
 
 
 def adamw(model: nn.Module, **options) -> torch.optim.AdamW:

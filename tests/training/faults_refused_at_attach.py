@@ -5,7 +5,7 @@ from fault import Fault
 FAULTS = [
     Fault(
         "learn what an optimizer keeps at the first decision",
-        "training/controller.py",
+        "training/checks.py",
         "            optimizer_state.check_carried()\n",
         "            pass\n",
         "-k attach",

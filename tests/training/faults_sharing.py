@@ -5,7 +5,7 @@ from fault import Fault
 FAULTS = [
     Fault(
         "train one copy of shared factors on its own gradient",
-        "training/sharing.py",
+        "training/gradients.py",
         "        for p in copies:",
         "        for p in copies[1:]:",
     ),

@@ -16,8 +16,8 @@ import rankflow
 from rankflow import ConfigError, RankFlowCallback
 from rankflow.config.load import load_policy
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.capacity import check_rooms
 from rankflow.plans.plan import Layout, Slot
+from rankflow.training.checks import check_rooms
 from tests.training.test_trainer import EVALUATED, Metric, trainer
 
 STEPS = 24

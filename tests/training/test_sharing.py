@@ -20,7 +20,7 @@ from rankflow.policies.base import Observation, Signal
 from rankflow.policies.methods.diffora import Diffora
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.checkpoint import load_state, save_state
-from rankflow.training.sharing import share_gradients
+from rankflow.training.gradients import share_gradients
 
 QO = tuple(f"model.layers.0.self_attn.{m}_proj" for m in "qo")
 TOGETHER = RankPlan({n: (Drop(), Grow(3), Share("qo")) for n in QO}, "together")
