@@ -1,5 +1,5 @@
 """`python -m rankflow`."""
 
-from rankflow.cli.cli import main
+from rankflow.cli.app import main
 
 main()

@@ -33,7 +33,6 @@ FOLDERS = [
 PURE = FOLDERS[: FOLDERS.index("config")]
 # Imports that still run upwards, each until the file is parted.
 UPWARDS = {
-    ("compress/report.py", "analysis"),
     ("observe/hooks.py", "gating"),
     ("observe/probes.py", "gating"),
 }

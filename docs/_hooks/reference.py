@@ -18,7 +18,7 @@ from mkdocs.structure.files import File
 from rich.text import Text
 
 import rankflow
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.cli.json_schemas import schemas
 from rankflow.config.load import describe, shipped
 from rankflow.config.schema import policy_class

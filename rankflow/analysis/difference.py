@@ -15,6 +15,7 @@ from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.base import SavedAdapter
 from rankflow.formats.open import open_adapter
 from rankflow.linalg.parallel import Pool, Progress
+from rankflow.linalg.spectrum import relative
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,6 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def relative(distance: float, norm: float) -> float:
-    return distance / norm if norm > 0 else math.inf if distance > 0 else 0.0
 
 
 def diff(

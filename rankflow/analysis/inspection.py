@@ -14,7 +14,7 @@ from rankflow.analysis.base_comparison import compare
 from rankflow.analysis.intruders import Intruders
 from rankflow.calibration.statistics import Statistics
 from rankflow.compress.metric import Yardstick
-from rankflow.compress.target import above_noise
+from rankflow.compress.rules import above_noise
 from rankflow.errors import naming
 from rankflow.formats.open import open_adapter
 from rankflow.linalg.decompose import Metric

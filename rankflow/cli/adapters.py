@@ -1,4 +1,4 @@
-"""The command that looks at a saved adapter."""
+"""Commands on saved adapters, other than those that choose ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,133 @@ import typer
 
 from rankflow.cli import options
 from rankflow.cli.app import app, bar, leave_stdout, print_json, print_table, say
-from rankflow.cli.squeeze import Adapter, ForceAll
+
+
+@app.command(
+    epilog="Example: [bold]rankflow calibrate out/checkpoint-500 --base models/llama --data texts.jsonl "
+    "-o stats.safetensors[/bold]"
+)
+def calibrate(
+    adapter: options.Adapter,
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Base model's folder or name.")],
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="A .txt with a text a line; .jsonl, .csv, .parquet with text and label."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Statistics file (.safetensors) to write.")],
+    metric: Annotated[
+        str, typer.Option(help="What it is for: loss, which serves outputs too, or outputs, which needs no labels.")
+    ] = "loss",
+    batches: Annotated[int, typer.Option(metavar="N", help="Batches, at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Texts a batch.")] = 8,
+    max_length: Annotated[int, typer.Option(metavar="N", help="Tokens a text, at most.")] = 512,
+    device: options.Device = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+) -> None:
+    """Run data through an adapter on its base model and keep what `squeeze --metric outputs` or `loss` needs of it: two
+    r x r averages a module."""
+    from rankflow.calibration.base_model import calibrate_saved
+    from rankflow.calibration.statistics import check_statistics_file
+
+    leave_stdout(out)
+    check_statistics_file(out, {"its own source": adapter, "its base": base, "its data": data}, force=force)
+    there = os.path.lexists(out)
+    with bar("calibrating") as progress:
+        found = calibrate_saved(
+            adapter,
+            base,
+            data,
+            metric=metric,
+            batches=batches,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            progress=progress,
+        )
+    found.save(out, force=there)
+    say(f"Wrote {out}: {len(found.measured)} modules, {found.tokens:,} tokens in {found.batches} batches.")
+
+
+@app.command(epilog="Example: [bold]rankflow expand out/small tail.safetensors -o out/whole[/bold]")
+def expand(
+    adapter: options.Adapter,
+    tail: Annotated[Path, typer.Argument(metavar="TAIL", help="What `squeeze --keep-tail` kept.")],
+    out: options.Out,
+    force: options.Force = False,
+) -> None:
+    """Put a squeezed adapter and its tail together again."""
+    from rankflow.compress.tail import expand as run
+
+    with bar("expanding") as progress:
+        ranks = run(adapter, tail, out, force=force, progress=progress)
+    say(f"Wrote {out}: {len(ranks)} modules, total rank {sum(ranks.values()):,}.")
+
+
+@app.command(epilog="Example: [bold]rankflow canonicalize out/checkpoint-500 -o out/sorted[/bold]")
+def canonicalize(
+    adapter: options.Adapter,
+    out: options.Out,
+    kind: options.From = None,
+    base: options.Base = None,
+    force: options.Force = False,
+) -> None:
+    """Sort every module's directions, so that the first k of them are the best adapter of rank k."""
+    from rankflow.compress.squeeze import canonicalize as run
+
+    with bar("sorting") as progress:
+        done = run(adapter, out, kind=kind, base=base, force=force, progress=progress)
+    say(f"Wrote {done.out}: {len(done.modules)} modules, same ranks, same DeltaW.")
+
+
+@app.command(epilog="Example: [bold]rankflow pad out/checkpoint-500 --rank 16 -o out/padded[/bold]")
+def pad(
+    adapter: options.Adapter,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of every module; the engine's choice.")] = None,
+    engine: options.For = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder or file to write.")] = None,
+    kind: options.From = None,
+    to: options.Format = None,
+    base: options.Base = None,
+    force: options.Force = False,
+) -> None:
+    """Fill every module up to one rank with zeros: same DeltaW; in PEFT's format with alpha = r and no patterns."""
+    from rankflow.compress.squeeze import pad as run
+    from rankflow.render.tables import squeeze_table
+
+    with bar("padding") as progress:
+        done = run(adapter, out, rank=rank, engine=engine, force=force, kind=kind, to=to, base=base, progress=progress)
+    print_table(squeeze_table(done))
+    say(f"Wrote {done.out} in {done.seconds:.1f} s.")
+
+
+@app.command(epilog="Example: [bold]rankflow diff out/checkpoint-500 out/checkpoint-500-r8[/bold]")
+def diff(
+    first: options.Adapter,
+    second: options.Adapter,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="FORMAT", help="As in squeeze: of both, or given twice, of one and the other."),
+    ] = None,
+    base: options.Base = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Say how far apart two adapters of one model are, whatever their ranks."""
+    from rankflow.analysis.difference import diff as run
+    from rankflow.render.tables import difference_table
+
+    with bar("comparing") as progress:
+        kinds = kind[0] if kind and len(kind) == 1 else kind or None
+        found = run(first, second, kind=kinds, base=base, progress=progress)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_table(difference_table(found))
 
 
 @app.command(epilog="Example: [bold]rankflow inspect out/checkpoint-500 --plot spectra.png[/bold]")
 def inspect(
     ctx: typer.Context,
-    adapter: Adapter,
+    adapter: options.Adapter,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Statistics from `rankflow calibrate`: spectra in outputs and loss too."),
@@ -33,7 +153,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the spectra, e.g. spectra.png.")] = None,
     html: options.Html = None,
-    force: ForceAll = False,
+    force: options.ForceAll = False,
 ) -> None:
     """Show every module's spectrum and every type's mean: effective and stable rank, how many directions are above the
     noise, and the energy that 1, 2, 4, 8 and 16 hold."""

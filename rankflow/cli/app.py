@@ -147,6 +147,10 @@ app = typer.Typer(
 )
 
 
+def main() -> None:
+    app()
+
+
 def console(**options: Any) -> Console:
     """A terminal, or what stands for one, that shows every string of a file as `say` does and takes none for markup."""
     from rich.console import Console

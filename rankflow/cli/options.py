@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from rankflow.compress.target import Target
     from rankflow.linalg.parallel import Progress
 
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Adapter folder or file: PEFT, kohya, LyCORIS, ComfyUI, diffusers; or a whole model, with --base.",
+    ),
+]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that is there already.")]
+ForceAll = Annotated[bool, typer.Option("--force", help="Replace outputs that are there already.")]
 TargetRank = Annotated[int | None, typer.Option(metavar="N", help="One rank for all modules that have more.")]
 Energy = Annotated[
     float | None, typer.Option(metavar="E", help="Share of its squared singular values every module keeps, e.g. 0.9.")

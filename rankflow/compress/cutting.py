@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankflow.compress.batches import by_shape, pays_on
 from rankflow.compress.metric import Yardstick
 from rankflow.compress.tail import tail_writer
 from rankflow.errors import ConfigError, naming
@@ -24,7 +23,11 @@ from rankflow.linalg.parallel import Pool
 from rankflow.linalg.random import keyed_generator
 from rankflow.linalg.spectrum import Gauge, Spectrum
 from rankflow.linalg.svd import Backend
+from rankflow.plans.plan import Layout
 from rankflow.serving.export import Fitting, padded
+
+# Of factors in float64 that one batch may hold; a GPU is busy with far less.
+_BYTES = 1 << 28
 
 
 @dataclass
@@ -140,3 +143,25 @@ def _rounded(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         size, kind = float(t.abs().max()), str(dtype).removeprefix("torch.")
         raise ConfigError(f"{name}: values up to {size:.3g} do not fit {kind}; use bfloat16 or float32")
     return rounded
+
+
+# -- modules of one shape, factorised at once where that pays ---------------------------------------------------------
+
+
+def pays_on(device: torch.device) -> bool:
+    """Whether many small factorisations at once are quicker there than one by one; on a CPU, cores share them out."""
+    return device.type != "cpu"
+
+
+def by_shape(layout: Layout, names: Iterable[str], dtypes: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
+    """`names` in groups of one shape and dtype, none larger than memory allows, in the order they begin."""
+    groups: dict[Hashable, list[list[str]]] = {}
+    for name in names:
+        slot = layout[name]
+        key = (slot.experts, slot.in_features, slot.out_features, slot.rank, dtypes[name])
+        most = max(1, _BYTES // (8 * slot.rank * slot.params_per_rank))
+        alike = groups.setdefault(key, [[]])
+        if len(alike[-1]) == most:
+            alike.append([])
+        alike[-1].append(name)
+    return [tuple(group) for alike in groups.values() for group in alike]

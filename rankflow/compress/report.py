@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rankflow.analysis.difference import relative
 from rankflow.compress.accept import Trial
 from rankflow.linalg.decompose import Metric
-from rankflow.linalg.spectrum import Spectrum
+from rankflow.linalg.spectrum import Spectrum, relative
 from rankflow.plans.plan import Layout
 from rankflow.serving.engines import engine_named
 

@@ -1,21 +1,4 @@
-"""How far to squeeze a saved adapter: one target, what else holds beside it, and the ranks that come of them.
-
-Rules that look at one module's singular values sigma_1 >= sigma_2 >= ... and say how many of them to keep:
-
-=============== =====================================================================================================
-energy e        the fewest with sum(sigma_i^2) >= e of the whole
-error e         the fewest with |change of DeltaW|_F <= e |DeltaW|_F, which is energy 1 - e^2
-sv_ratio p      those above sigma_1 / p
-sv_fro p        the fewest with sqrt(sum(sigma_i^2)) >= p of the whole, which is energy p^2
-sv_cumulative p the fewest with sum(sigma_i) >= p of the whole
-auto            those above the noise threshold (`noise_threshold`)
-=============== =====================================================================================================
-
-The three `sv_` rules are those of sd-scripts' `resize_lora.py`.
-
-Differs: that script keeps one direction more than each of its rules asks for, and at least two; here they are as
-stated. It computes shares of what a randomised SVD found, here they are of the whole.
-"""
+"""How far to squeeze a saved adapter: one target, what else holds beside it, and the ranks that come of them."""
 
 from __future__ import annotations
 
@@ -24,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypedDict
 
+from rankflow.compress.rules import above_noise, as_planned, fewest, fit_ranks
 from rankflow.errors import ConfigError
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.plans.budget import Budget, allocate
 from rankflow.plans.knapsack import allocate_exactly, cover, upper_bound
-from rankflow.plans.limits import Limits, units
+from rankflow.plans.limits import Limits
 from rankflow.plans.plan import Layout, Slot
 
 if TYPE_CHECKING:
@@ -65,8 +49,8 @@ class Target:
     """How far to squeeze: exactly one of the first twelve, with any of the others.
 
     target_rank: this rank in every module that has more. energy, error, sv_ratio, sv_fro, sv_cumulative, auto: see the
-    table above; `across` applies the first two to all modules together, spending parameters where they do most.
-    max_params: LoRA parameters in all; size: bytes of a file in all; budget: any other
+    table in `rankflow.compress.rules`; `across` applies the first two to all modules together, spending parameters
+    where they do most. max_params: LoRA parameters in all; size: bytes of a file in all; budget: any other
     (`rankflow.plans.budget.Budget`); spent where singular values are largest, and with `exact` so that no other ranks
     of that cost keep more. ranks: module -> rank, for every module. keep: ranks as they are, but for what is said
     beside it.
@@ -172,9 +156,9 @@ class Target:
         """
         allowed = self._allowed(layout)
         if self.ranks is not None:
-            return _as_planned(self.ranks, layout)
+            return as_planned(self.ranks, layout)
         if self.target_rank is not None or self.keep:
-            return _fit({name: self.target_rank or slot.rank for name, slot in layout.items()}, layout, allowed)
+            return fit_ranks({name: self.target_rank or slot.rank for name, slot in layout.items()}, layout, allowed)
         if not any(s.rank for s in spectra.values()):
             raise ConfigError(
                 "the adapter is zero (never trained?), so there is nothing to go by; give target_rank instead"
@@ -187,7 +171,7 @@ class Target:
             share = self._energy * math.fsum(s.total for s in spectra.values()) / inside
             return cover(gains, allowed, min(share, 1.0) if any(s.outside for s in spectra.values()) else self._energy)
         wanted = {name: self._rule(spectra[name], slot) for name, slot in layout.items()}
-        return _fit(wanted, layout, allowed)
+        return fit_ranks(wanted, layout, allowed)
 
     def shortfall(
         self, layout: Layout, spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], overhead: int
@@ -235,8 +219,8 @@ class Target:
         if self.sv_ratio is not None:
             return max(1, int((sigma > sigma[0] / self.sv_ratio).sum()))
         if self.sv_cumulative is not None:
-            return _fewest((sigma.cumsum(0) / sigma.sum()).tolist(), self.sv_cumulative)
-        return _fewest((gains.cumsum(0) / (gains.sum() + spectrum.outside)).tolist(), self._energy)
+            return fewest((sigma.cumsum(0) / sigma.sum()).tolist(), self.sv_cumulative)
+        return fewest((gains.cumsum(0) / (gains.sum() + spectrum.outside)).tolist(), self._energy)
 
     @property
     def _energy(self) -> float:
@@ -279,64 +263,8 @@ def every_rank(layout: Layout, **limits: Unpack[Goal]) -> list[Target]:
     return [replace(widest, target_rank=rank) for rank in ranks]
 
 
-def noise_threshold(sigma: list[float], slot: Slot) -> float:
-    """The largest singular value that noise of the size of the median one has.
-
-    Directions that only noise has moved have a DeltaW like the product of two random matrices of shapes [out, r] and
-    [r, in]: its singular values lie next to their median, none above it by more than (1 + sqrt(r / in)) (1 + sqrt(r /
-    out)), the upper edges of Marchenko and Pastur's law for the two. The median stands for the noise as it does in
-    Gavish & Donoho, "The optimal hard threshold for singular values is 4 / sqrt(3)", IEEE Trans. Inf. Theory 2014: so
-    it is to be trusted where at least half of the directions carry nothing.
-    """
-    if len(sigma) < 2:
-        return 0.0
-    middle = sorted(sigma)[(len(sigma) - 1) // 2]
-    return middle * (1 + math.sqrt(slot.rank / slot.in_features)) * (1 + math.sqrt(slot.rank / slot.out_features))
-
-
-def above_noise(spectrum: Spectrum, slot: Slot) -> tuple[float, int]:
-    """The noise threshold of a module's spectrum, and how many of its singular values are above: one at least, unless
-    all are nothing but rounding."""
-    sigma = spectrum.gains[: spectrum.rank].sqrt()
-    edge = noise_threshold(sigma.tolist(), slot)
-    return edge, max(int((sigma > edge).sum()), min(1, len(sigma)))
-
-
 def _gains(spectra: Mapping[str, Spectrum]) -> dict[str, list[float]]:
     return {name: s.gains[: s.rank].tolist() for name, s in spectra.items()}
-
-
-def _fewest(shares: list[float], share: float) -> int:
-    """The smallest count whose share is reached; the last bits of a sum decide nothing."""
-    return next((k for k, have in enumerate(shares, 1) if have >= share * (1 - 1e-12)), len(shares))
-
-
-def _fit(wanted: Mapping[str, int], layout: Layout, allowed: Layout) -> dict[str, int]:
-    """Ranks as wanted, rounded up to what is allowed (down where there is nothing above); tied modules the most of any.
-
-    A module that nothing above 0 is allowed for stays as it is.
-    """
-    ranks = {}
-    for unit in units(allowed):
-        want = max(wanted[name] for name in unit.names)
-        above = (rank for rank in unit.ranks(want, unit.rank) if rank or not want)
-        rank = next(above, max(unit.ranks(1, want), default=unit.rank))
-        ranks |= dict.fromkeys(unit.names, rank)
-    return {name: ranks[name] for name in layout}
-
-
-def _as_planned(ranks: Mapping[str, int], layout: Layout) -> dict[str, int]:
-    wrong = [f"{name} is not in the adapter" for name in ranks if name not in layout]
-    wrong += [f"{name} is not in the plan" for name in layout if name not in ranks]
-    for name, rank in ranks.items():
-        if name in layout and not layout[name].min_rank <= rank <= layout[name].rank:
-            wrong.append(f"{name}: rank {rank} is planned, {layout[name].min_rank} to {layout[name].rank} can be had")
-    for unit in units(layout):
-        if len({ranks.get(name) for name in unit.names}) > 1:
-            wrong.append(f"{unit}: PEFT gives these one rank, and the plan several")
-    if wrong:
-        raise ConfigError("\n".join(f"plan: {line}" for line in wrong))
-    return {name: ranks[name] for name in layout}
 
 
 def _number(value: object) -> bool:

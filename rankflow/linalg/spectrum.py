@@ -232,3 +232,8 @@ def _orthogonal_rows(root: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
     new = torch.where(usable, 1 / strength, 0.0)[..., None] * rms * (U.mT @ (unit * combine))
     new = new * dominant_sign(new)[..., None]
     return new, usable.sum(-1)
+
+
+def relative(distance: float, norm: float) -> float:
+    """`distance` over `norm`; infinite where the norm is 0 and the distance is not."""
+    return distance / norm if norm > 0 else math.inf if distance > 0 else 0.0

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
-from rankflow.analysis.difference import relative
+from rankflow.linalg.spectrum import relative
 from rankflow.plans.names import arrange, shown
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ FAULTS = [
     ),
     Fault(
         "ignore what goes with an adapter where a policy is checked",
-        "cli/runs.py",
+        "cli/policies.py",
         "if of_adapters and is_policy:",
         "if False:",
         "-k would_ignore",

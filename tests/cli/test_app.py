@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import rankflow
 from rankflow.analysis.forecast import blank_layout
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.plan import Grow, Layout, RankPlan, Slot
 from rankflow.render.tables import new_table
@@ -93,7 +93,7 @@ def test_every_command_shows_an_example():
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, rankflow.cli.cli; print({'torch', 'peft', 'matplotlib', 'transformers'} & set(sys.modules))"
+    code = "import sys, rankflow.cli.app; print({'torch', 'peft', 'matplotlib', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -5,13 +5,13 @@ from fault import Fault
 FAULTS = [
     Fault(
         "keep one direction more than a rule asks for, as sd-scripts does",
-        "compress/target.py",
+        "compress/rules.py",
         "for k, have in enumerate(shares, 1)",
         "for k, have in enumerate(shares, 2)",
     ),
     Fault(
         "take the noise threshold at the median itself",
-        "compress/target.py",
+        "compress/rules.py",
         "return middle * (1 + math.sqrt(slot.rank / slot.in_features)) *",
         "return middle * (1 + 0 * math.sqrt(slot.rank / slot.in_features)) *",
     ),

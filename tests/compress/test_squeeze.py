@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import rankflow
 from rankflow import AdapterError, ConfigError, inspect, squeeze, squeeze_model
-from rankflow.compress import batches, cutting
+from rankflow.compress import cutting
 from rankflow.formats.io import atomic
 from rankflow.formats.io import tensors as tensor_files
 from rankflow.formats.peft.adapter import PeftAdapter
@@ -269,10 +269,10 @@ def test_modules_of_one_shape_are_factorised_at_once_to_the_same_end(
 
 def test_a_batch_holds_no_more_than_memory_allows(monkeypatch: pytest.MonkeyPatch):
     layout = Layout({f"m{i}": Slot(4, 10, 20 if i % 2 else 30, 1.0) for i in range(10)})
-    monkeypatch.setattr(batches, "_BYTES", 3 * 8 * 4 * 30)
-    groups = batches.by_shape(layout, layout, dict.fromkeys(layout, torch.float32))
+    monkeypatch.setattr(cutting, "_BYTES", 3 * 8 * 4 * 30)
+    groups = cutting.by_shape(layout, layout, dict.fromkeys(layout, torch.float32))
     assert groups == [("m0", "m2"), ("m4", "m6"), ("m8",), ("m1", "m3", "m5"), ("m7", "m9")]
-    assert len(batches.by_shape(layout, layout, {n: n for n in layout})) == 10, "dtypes are not mixed"
+    assert len(cutting.by_shape(layout, layout, {n: n for n in layout})) == 10, "dtypes are not mixed"
 
 
 @pytest.mark.gpu

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from rankflow import ConfigError, Target, inspect, squeeze, squeeze_each
-from rankflow.cli.cli import app
-from rankflow.compress.target import noise_threshold
+from rankflow.cli.app import app
+from rankflow.compress.rules import noise_threshold
 from rankflow.linalg.decompose import spectrum
 from rankflow.plans.budget import Budget, allocate
 from rankflow.plans.knapsack import allocate_exactly, cover, upper_bound

@@ -27,7 +27,7 @@ from whole_files import READERS, put
 from rankflow import ConfigError, load_quantized, save_quantized, squeeze
 from rankflow.calibration import base_model
 from rankflow.calibration.statistics import Statistics
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.formats.io import atomic
 from rankflow.training.ledger import Ledger
 

@@ -34,7 +34,7 @@ from rankflow import AdapterError, ConfigError, RankFlowError, canonicalize, ins
 from rankflow.analysis.forecast import blank_layout
 from rankflow.calibration.base_model import calibrate_saved
 from rankflow.calibration.texts import read_rows
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.compress.accept import command_gate
 from rankflow.formats.io.models import open_model
 from rankflow.formats.io.pretrained import load_config

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from rankflow import AdapterError, ConfigError, squeeze
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.formats.convert import FORMATS
 from rankflow.formats.open import open_adapter
 from rankflow.formats.single_file import names as naming

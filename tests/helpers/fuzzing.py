@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from whole_files import READERS, Files, put
 
 from rankflow import ConfigError, RankFlowError, canonicalize, diff, expand, inspect, pad, squeeze
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.compress.plan_file import read_budget, read_plan
 from rankflow.compress.quantized import load_quantized
 from rankflow.formats.open import open_adapter

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import rankflow
 from rankflow.analysis.run import find_ledger, follow, standing
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.errors import CheckpointError
 from rankflow.plans.plan import Keep, Layout, RankPlan, Slot
 from rankflow.training.ledger import Ledger

@@ -23,7 +23,7 @@ from whole_files import READERS, put
 
 import rankflow
 from rankflow import ConfigError
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.formats.io import outputs
 from rankflow.formats.io.outputs import check_apart, check_output
 from rankflow.formats.io.tensors import suffixed

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from rankflow import AdapterError, ConfigError, inspect, squeeze
 from rankflow.analysis.difference import diff
-from rankflow.cli.cli import app
+from rankflow.cli.app import app
 from rankflow.formats.open import open_adapter
 from rankflow.render.reports import inspection_page, squeeze_page
 from rankflow.render.tables import inspection_table, squeeze_table
