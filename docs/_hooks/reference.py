@@ -6,8 +6,10 @@ A line `<!-- made: NAME -->` in a page is replaced by what `MADE[NAME]` returns.
 from __future__ import annotations
 
 import html
+import importlib
 import inspect
 import json
+import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -22,7 +24,7 @@ from rankflow.cli.app import app
 from rankflow.cli.json_schemas import schemas
 from rankflow.config.load import describe, shipped
 from rankflow.config.schema import policy_class
-from rankflow.serving.engines import engines as all_engines
+from rankflow.serving import engines as engine_files
 
 HEADINGS = {  # a paragraph of a policy's docstring that begins with this word and a colon -> a section of its page
     "Differs": "Differences from the source",
@@ -36,6 +38,16 @@ TOPICS = {  # folders of the package -> a section of the Python API; what is els
     "Policies": ["config", "policies", "plans"],
     "Errors": ["errors"],
     "Other names": [],
+}
+SCALES = {  # how an engine scales a module -> in words
+    "module": "each module's own alpha and rank",
+    "config": "one lora_alpha / r for all modules",
+    "tensor": "one lora_alpha, over each tensor's rank",
+}
+FATES = {  # what becomes of what an engine does not load -> in words
+    "refused": "Refused",
+    "silent": "Left out without an error",
+    "not known": "Not loaded; whether it says so is not known",
 }
 
 
@@ -241,24 +253,36 @@ def python_api() -> str:
 
 
 def engines() -> str:
-    """What each engine that serves adapters does with them."""
-    scales = {
-        "module": "each module's own alpha and rank",
-        "config": "one lora_alpha / r for all modules",
-        "tensor": "one lora_alpha, over each tensor's rank",
-    }
+    """What each engine does with adapters: all records in one table, then the facts of each with their source."""
+    files = [
+        importlib.import_module(f"{engine_files.__name__}.{file.name}")
+        for file in pkgutil.iter_modules(engine_files.__path__)
+    ]
     rows = (
         [
-            f"`{name}`",
+            f"[`{engine.name}`](#{engine.name})",
             ", ".join(engine.reads),
-            scales[engine.scale],
+            SCALES[engine.scale],
             "yes" if engine.rslora else "no",
-            ", ".join(map(str, engine.ranks)) or "all",
+            ", ".join(map(str, engine.ranks)) or "any",
             f"`{engine.setting}`" if engine.setting else "",
         ]
-        for name, engine in all_engines().items()
+        for engine in (file.ENGINE for file in files)
     )
-    return table(["engine", "reads", "scales by", "rsLoRA", "maximal ranks", "set by"], rows)
+    header = ["engine", "reads", "scales by", "heeds rsLoRA", "maximal ranks", "set by"]
+    _, _, about = (inspect.getdoc(engine_files) or "").partition("\n\n")
+    return "\n\n".join([table(header, rows), about, *(engine_facts(file) for file in files)])
+
+
+def engine_facts(file: Any) -> str:
+    """What an engine's file says of it, and what it does not load."""
+    _, _, facts = (inspect.getdoc(file) or "").partition("\n\n")
+    fates = {
+        label: [what for what, fate in file.ENGINE.fates.items() if fate.value == value]
+        for value, label in FATES.items()
+    }
+    lines = [f"- {label}: {'; '.join(features)}." for label, features in fates.items() if features]
+    return lists_apart(f"### {file.ENGINE.name}\n\n{facts}\n\n" + "\n".join(lines))
 
 
 # -- Markdown ---------------------------------------------------------------------------------------------------------

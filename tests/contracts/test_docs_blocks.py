@@ -3,11 +3,13 @@
 <!-- not run: it needs a GPU -->
 
 Blocks of a page run in order, in a folder that holds what `made` puts there. Python blocks share the names of
-`started`; bash blocks may hold `rankflow` commands and `> FILE`; yaml blocks are policy files, or keys of one.
+`started`; bash blocks may hold `rankflow` commands, `> FILE` and `export`; yaml blocks are policy files, or keys of
+one.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -133,10 +135,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def there(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def there(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of that folder to work in; what a page does to the environment is undone."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    before = dict(os.environ)
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -180,13 +186,15 @@ def run_python(block: Block, module: types.ModuleType) -> None:
 def run_bash(block: Block, module: types.ModuleType) -> None:
     for line in commands(block.code):
         words = shlex.split(line, comments=True)
-        to = words[words.index(">") + 1] if ">" in words else None
-        words = words[: words.index(">")] if to else words
+        if words[0] == "export":
+            os.environ.update(word.split("=", 1) for word in words[1:])
+            continue
+        to = words[words.index(">") + 1] if ">" in words else os.devnull
+        words = words[: words.index(">")] if ">" in words else words
         assert words[0] == "rankflow", f"{block}: {line}: only rankflow's commands are run; say why this is not"
         done = CliRunner().invoke(app, words[1:])
         assert done.exit_code <= (words[1] in MAY_SAY_NO), f"{block}: {line}\n{done.output}"
-        if to:
-            Path(to).write_text(done.stdout)
+        Path(to).write_text(done.stdout)
 
 
 def commands(code: str) -> Iterator[str]:
