@@ -18,8 +18,7 @@ from rankflow.formats.io.pretrained import architecture, load, load_config
 from rankflow.formats.io.tensors import open_tensors
 from rankflow.formats.peft.adapter import WEIGHTS, PeftAdapter
 from rankflow.formats.peft_config import resized_config, target_modules
-from rankflow.linalg.devices import usable
-from rankflow.linalg.parallel import Progress
+from rankflow.linalg.parallel import Progress, usable
 from rankflow.lora.adapter import Adapter
 
 _CLASSES = {

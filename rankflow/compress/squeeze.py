@@ -31,8 +31,7 @@ from rankflow.formats.io.outputs import Around, Reads, check_apart, check_harmle
 from rankflow.formats.io.tensors import TENSOR_FILES
 from rankflow.formats.open import open_adapter
 from rankflow.formats.peft.adapter import PeftAdapter
-from rankflow.linalg.devices import usable
-from rankflow.linalg.parallel import Pool, Progress
+from rankflow.linalg.parallel import Pool, Progress, usable
 from rankflow.linalg.spectrum import Gauge
 from rankflow.linalg.svd import Backend, check_backend
 from rankflow.plans.plan import Layout

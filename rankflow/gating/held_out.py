@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rankflow.errors import ConfigError
-from rankflow.observe.study import own_random_numbers
+from rankflow.linalg.random import own_random_numbers
 
 
 class HeldOut:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from rankflow.errors import AdapterError
 from rankflow.linalg.decompose import Factor
-from rankflow.lora.site import Site, canonical_a, canonical_b, stored_b
+from rankflow.linalg.factor_shapes import canonical_a, canonical_b, stored_b
+from rankflow.lora.site import Site
 from rankflow.policies.gate import Draw, Gate
 
 _FITTED = "_rankflow_fitted"  # attribute of a module that holds factors: parameter name -> Fitted

@@ -1,4 +1,4 @@
-"""Many small independent jobs, one torch thread each."""
+"""Run many small independent jobs, one torch thread each, and find a device to compute on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 import torch
+
+from rankflow.errors import ConfigError, first_line
 
 Progress = Callable[[int, int], None]  # (modules done, modules in all)
 T = TypeVar("T")
@@ -42,3 +44,16 @@ class Pool:
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+def usable(device: str) -> torch.device:
+    """A device to compute on, in float64 and with real numbers.
+
+    Raises:
+        ConfigError: it is none, or is not there.
+    """
+    try:
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        raise ConfigError(f"device {device!r} cannot be used: {first_line(e)}") from None

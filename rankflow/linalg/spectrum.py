@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import ConfigError
-from rankflow.linalg.nearest import nearest
 from rankflow.linalg.svd import dominant_sign
 
 Gauge = Literal["nearest", "keep", "balanced"]
 
 # A's directions below this share of its size are not relied on when a deficient direction is given a new row.
 SPAN_EPS = 1e-6
+_CONDITION = 100.0  # of what the new directions share with the old: past it, factors would lose digits to cancellation
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Spectrum:
     in metric `weights`, 4 sqrt(eps) for data metrics, whose Gram matrices (of precision eps) are all that is known.
     Directions that the data never excited, as when there were fewer tokens than r, are not live in a data metric.
     `wide` is what `refactor` has to compute in to be within 1e-5 of the best: float32 where factors are bfloat16, and
-    their rows and columns well apart (`rankflow.linalg.roots`), `sigma` then being good to 1e-5 sigma_1; else float64.
+    their rows and columns well apart (`rankflow.linalg.decompose`); `sigma` is then good to 1e-5 sigma_1. Else float64.
 
     Differs: the usual eps32 * max(in, out) would call real directions of up to 5e-4 sigma_1 deficient. Factors are
     exact in float64, where B = 0, equal or zero columns show at 1e-16, so eps32 alone tells them apart and everything
@@ -125,7 +125,7 @@ class Spectrum:
         B'^T B' = diag(sigma / |s|)). `keep` scales that by one number per module and expert so that |A'|_F / |B'|_F is
         what |A|_F / |B|_F was: optimizers step per entry, and a live module that is rebalanced trains differently.
         In both, directions are sorted, so that the first j are the best rank-j adapter. `nearest` gives that up and
-        mixes the kept ones until they are next to old ones (`rankflow.linalg.nearest`); where nothing is cut, nothing
+        mixes the kept ones until they are next to old ones (`rankflow.linalg.spectrum`); where nothing is cut, nothing
         moves.
 
         Deficient directions among the k are revived: the column of M is exactly 0, and the row of N makes a row of A'
@@ -237,3 +237,44 @@ def _orthogonal_rows(root: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
 def relative(distance: float, norm: float) -> float:
     """`distance` over `norm`; infinite where the norm is 0 and the distance is not."""
     return distance / norm if norm > 0 else math.inf if distance > 0 else 0.0
+
+
+def nearest(N: Tensor, M: Tensor, size_A: Tensor, size_B: Tensor) -> tuple[Tensor, Tensor]:
+    """G N and M G^-1 for the G that leaves each new direction next to an old one, at the same size.
+
+    With A' = N A and B' = B M, only P = M N ``[r, r]``, a projector of rank k, matters to the function. Gaussian
+    elimination with diagonal pivots finds the k old directions I that P keeps most of. With the polar form Q H of
+    P[I, I], N' = H^(-1/2) Q^T P[I, :] and M' = P[:, I] H^(-1/2) map I onto itself by H^(1/2) and Q H^(1/2), as near to
+    the identity as a symmetric split can be; where P = 1, N' = M' = 1. An optimizer that works entry by entry, as Adam
+    does, sees hardly another problem, which no map of its second moments could make up for.
+
+    Old directions are first brought to |a_i| = |b_i|, so that their scales do not count. Where no k of them stand for
+    what is kept (condition of P[I, I] above 100), N and M come back as they are.
+
+    Args:
+        N: ``[k, r]`` float64 with N M = 1.
+        M: ``[r, k]``.
+        size_A: norms of A's rows ``[r]``.
+        size_B: norms of B's columns ``[r]``.
+    """
+    k, r = N.shape
+    if k == r:
+        one = torch.eye(r, dtype=N.dtype, device=N.device)
+        return one, one.clone()
+    scale = torch.where((size_A > 0) & (size_B > 0), (size_A / size_B).sqrt(), 1.0).cpu()
+    projector = M.cpu() @ N.cpu() * scale / scale[:, None]  # on the CPU: pivots are read one by one
+    rest, old = projector, []
+    for _ in range(k):
+        diagonal = rest.diagonal().clone()
+        diagonal[old] = -torch.inf
+        old.append(int(diagonal.argmax()))
+        pivot = diagonal[old[-1]].clamp(min=torch.finfo(N.dtype).eps)
+        rest = rest - torch.outer(rest[:, old[-1]], rest[old[-1]]) / pivot
+    old.sort()
+    U, S, Vh = torch.linalg.svd(projector[old][:, old])
+    if S[0] > _CONDITION * S[-1]:
+        return N, M
+    root = S.sqrt()
+    new_N = Vh.mT @ ((U / root).mT @ projector[old])
+    new_M = projector[:, old] @ ((Vh.mT / root) @ Vh)
+    return (new_N * scale[old, None] / scale).to(N.device), (new_M * scale[:, None] / scale[old]).to(M.device)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftType
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import nn
 
 from rankflow.errors import AdapterError
 from rankflow.linalg.random import keyed_generator
-from rankflow.lora.site import Site, dormant_with
+from rankflow.lora import site_edits
+from rankflow.lora.discover import adapted_layers, find, refuse_unsupported
+from rankflow.lora.site import Site
 from rankflow.lora.transaction import Transaction
 from rankflow.plans.peft_inits import loadable_init, refuse_init
 from rankflow.plans.peft_patterns import anchored, exclude_modules, rank_config
@@ -38,10 +37,10 @@ class Adapter:
         self.model = model
         self.name = adapter_name
         self._shards = shards
-        root, self.config = _find(model, adapter_name)
+        root, self.config = find(model, adapter_name)
         self.root = root
         self.sites: dict[str, Site] = {}
-        for name, layer, kind in _adapted(root, adapter_name, shards):
+        for name, layer, kind in adapted_layers(root, adapter_name, shards):
             inner = kind == "attention" and not isinstance(layer, MultiheadAttention)
             self.sites[name] = Site(name, layer, adapter_name, kind, inner)
         if not self.sites:
@@ -73,7 +72,7 @@ class Adapter:
         for name, site in self.sites.items():
             if not site.present:
                 continue
-            _refuse_unsupported(name, site.layer, self.name, self._shards)
+            refuse_unsupported(name, site.layer, self.name, self._shards)
             for p in (site.A, site.B):
                 at = id(p) if hasattr(p, "device_mesh") else p.data_ptr()  # a shard without a row is nowhere
                 first = owner.setdefault(at, name)
@@ -177,14 +176,14 @@ def reshape(adapter: Adapter, target: Mapping[str, int] | Layout, transaction: T
             scaling = want.scaling if isinstance(want, Slot) else None
             if rank == 0:
                 if site.present:
-                    site.leave(transaction)
+                    site_edits.leave(site, transaction)
                 continue
             if not site.present:
-                site.rejoin(transaction, site.build(adapter.config, rank))
+                site_edits.rejoin(site, transaction, site_edits.build(site, adapter.config, rank))
             slot = site.slot()
             if rank != slot.rank or scaling not in (None, slot.scaling):
                 a, b = (site.A, site.B) if rank == slot.rank else _fresh(site, slot, rank)
-                site.put(transaction, a, b, scaling)
+                site_edits.put(site, transaction, a, b, scaling)
         adapter.write_config(transaction)
     return adapter.layout()
 
@@ -198,96 +197,3 @@ def _fresh(site: Site, slot: Slot, rank: int) -> tuple[nn.Parameter, nn.Paramete
         nn.Parameter(site.raw_a(a).to(site.A).contiguous(), site.A.requires_grad),
         nn.Parameter(site.raw_b(b).to(site.B).contiguous(), site.B.requires_grad),
     )
-
-
-def root_of(model: nn.Module, adapter_name: str) -> nn.Module:
-    """The module that the adapter is in: the same one from whichever module around it.
-
-    Raises:
-        AdapterError: no such adapter.
-    """
-    return _find(model, adapter_name)[0]
-
-
-# -- finding and refusing ---------------------------------------------------------------------------------------------
-
-
-def _find(model: nn.Module, name: str) -> tuple[nn.Module, LoraConfig]:
-    """The module inside which names start, and the adapter's config."""
-    roots: list[tuple[nn.Module, Mapping[str, Any]]] = [
-        (m.model, m.peft_config) for m in model.modules() if isinstance(m, BaseTuner)
-    ]
-    if not roots:  # inject_adapter_in_model and transformers' add_adapter leave their configs on the model itself
-        roots = [(m, c) for m in model.modules() if isinstance(c := m.__dict__.get("peft_config"), dict)]
-    if not roots:
-        raise AdapterError(f"{type(model).__name__} has no LoRA adapter; wrap it with peft.get_peft_model first")
-    having = [(root, configs[name]) for root, configs in roots if name in configs]
-    if not having:
-        known = ", ".join(sorted({n for _, configs in roots for n in configs}))
-        raise AdapterError(f"no adapter {name!r} in this model; there is {known}")
-    if len(having) > 1:
-        raise AdapterError(f"{len(having)} models inside this one have an adapter {name!r}; pass the one that is meant")
-    root, config = having[0]
-    if config.peft_type != PeftType.LORA:
-        kind = PeftType(config.peft_type).value
-        raise AdapterError(f"adapter {name!r} is {kind}, not LORA; only plain LoRA can be resized")
-    return root, config
-
-
-def _adapted(root: nn.Module, adapter: str, shards: bool) -> Iterator[tuple[str, LoraLayer, str]]:
-    """Name, layer and kind of every module that has the adapter, or had it when it was last resized."""
-    modules = dict(root.named_modules())
-    for path, layer in modules.items():
-        if not isinstance(layer, LoraLayer):
-            continue
-        left = dormant_with(layer, adapter)
-        if adapter not in layer.r and left is None:
-            continue
-        parts, kept = path.split("."), []
-        for i, part in enumerate(parts):
-            inside = isinstance(modules.get(".".join(parts[:i])), BaseTunerLayer)
-            if part != "_orig_mod" and not (part == "base_layer" and inside):
-                kept.append(part)
-        if isinstance(layer, ParamWrapper):
-            kept.append(layer.parameter_name)
-        name = ".".join(kept)
-        if left is not None and adapter not in layer.r:
-            yield name, layer, left.slot.kind
-            continue
-        _refuse_unsupported(name, layer, adapter, shards)
-        outer = modules.get(path.removesuffix(".base_layer.out_proj"))
-        in_attention = isinstance(layer, MultiheadAttention) or isinstance(outer, MultiheadAttention)
-        yield name, layer, "attention" if in_attention else _kind(name, layer, adapter)
-
-
-def _kind(name: str, layer: LoraLayer, adapter: str) -> str:
-    if isinstance(layer, ParamWrapper):
-        return "experts"
-    if adapter in layer.lora_embedding_A:
-        return "embedding"
-    factors = (layer.lora_A[adapter], layer.lora_B[adapter])
-    for kind, cls in (("linear", nn.Linear), ("conv", nn.modules.conv._ConvNd)):
-        if all(isinstance(factor, cls) for factor in factors):
-            return kind
-    types = " and ".join(type(factor).__name__ for factor in factors)
-    raise AdapterError(f"{name}: its LoRA factors are {types}, which rankflow does not know how to resize")
-
-
-def _refuse_unsupported(name: str, layer: LoraLayer, adapter: str, shards: bool) -> None:
-    if adapter in layer.merged_adapters:
-        raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
-    variant = type(layer.lora_variant[adapter]).__name__ if adapter in layer.lora_variant else "Dora"
-    if not variant.startswith("Dora"):
-        raise AdapterError(
-            f"{name}: uses PEFT's {variant.removesuffix('Variant')}, which ties what it computes to the rank or the "
-            "basis of its factors (or to the input); only plain LoRA and DoRA can be resized"
-        )
-    if getattr(layer.get_base_layer(), "groups", 1) > 1:
-        raise AdapterError(f"{name}: a grouped convolution ties rank to its groups; leave it out of target_modules")
-    holder, key = (layer.lora_A[adapter], "weight") if adapter in layer.lora_A else (layer.lora_embedding_A, adapter)
-    if not shards and hasattr(holder._parameters.get(key), "device_mesh"):
-        raise AdapterError(
-            f"{name}: its LoRA factors are sharded over devices (DTensor, of FSDP2 or tensor parallelism) and cannot "
-            "be resized; shard the base only, leaving the adapter out with fully_shard(..., ignored_params=...), or "
-            "use rankflow.attach with mode: mask in a loop of your own"
-        )

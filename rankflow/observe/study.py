@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rankflow.errors import ConfigError, RankFlowError
-from rankflow.linalg.random import keyed_generator
+from rankflow.linalg.random import own_random_numbers
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.interrupts import give_way
 from rankflow.observe.probes import Probes
@@ -213,21 +213,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-@contextmanager
-def own_random_numbers(*key: object) -> Iterator[None]:
-    """Global random state of torch, CUDA, Python and numpy as keyed by `key` inside, and as it was outside."""
-    # Data collators draw from numpy's global state, so that is the one to keep.
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        seed = int(torch.randint(2**31, (), generator=keyed_generator(*key, "study")))
-        try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002

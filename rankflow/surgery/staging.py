@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from rankflow.errors import AdapterError, PlanError
 from rankflow.linalg.decompose import Factor, refactor
 from rankflow.linalg.growth import new_rows, rows_from_sketch
-from rankflow.lora.site import Entries, Site
+from rankflow.lora import site_edits
+from rankflow.lora.site import Site
+from rankflow.lora.site_edits import Entries
 from rankflow.optim.moments import Moments, Partner, SeedV
 from rankflow.optim.optimizer_state import OptimizerState, Swap
 from rankflow.plans.plan import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
@@ -78,7 +80,7 @@ class Stage:
             return Staged(Swap(site, old, old), train=train)
         entries = None
         if not site.placed:
-            entries = site.build(self.config, rank=sum(op.n for op in resizing if isinstance(op, Grow)))
+            entries = site_edits.build(site, self.config, rank=sum(op.n for op in resizing if isinstance(op, Grow)))
         like = old if entries is None else entries.tensors
         factors = self._factors(site, like, carry, gate)
         for op in resizing:
@@ -115,7 +117,7 @@ class Stage:
         old = site.tensors()
         if size == 0:
             return Staged(Swap(site, old, {}))
-        entries = None if site.placed else site.build(self.config, rank=size)
+        entries = None if site.placed else site_edits.build(site, self.config, rank=size)
         like = old if entries is None else entries.tensors
         factors = self._factors(site, like, True, None)
         new = {

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from rankflow.errors import PlanError, RankFlowError
 from rankflow.gating.forward import Gates
 from rankflow.linalg.random import keyed_generator
+from rankflow.lora import site_edits
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import Averages
@@ -165,7 +166,7 @@ class Surgeon:
             for s in staged:
                 self._commit(transaction, s, 0)
             for name, rank in held.items():
-                sites[name].hold(transaction, rank)
+                site_edits.hold(sites[name], transaction, rank)
             replaced = self._replace(transaction, staged)
             self._verify(staged, self._layout)
             transaction.attr(self, "version", self.version + replaced)
@@ -184,7 +185,7 @@ class Surgeon:
             for name, rank in ranks.items():
                 if rank > (site := self.adapter.sites[name]).size:
                     raise PlanError(f"{name}: the checkpoint has rank {rank}, but its factors {site.size} directions")
-                site.hold(transaction, rank)
+                site_edits.hold(site, transaction, rank)
             for follower in self.listeners.followers:
                 follower.hold(ranks, transaction)
             live = {name: site.rank for name, site in self.adapter.sites.items()}
@@ -214,7 +215,7 @@ class Surgeon:
         if self.optimizer_state is None:
             return set()
         on = {
-            n: self.adapter.sites[n].switched
+            n: site_edits.switched(self.adapter.sites[n])
             for n, ops in plan.ops.items()
             if layout[n].rank and any(isinstance(op, Train) and op.on for op in ops)
         }
@@ -248,16 +249,16 @@ class Surgeon:
     def _commit(self, transaction: Transaction, staged: Staged, rank: int) -> None:
         site, swap = staged.swap.site, staged.swap
         if staged.fill is not None:
-            site.fill(transaction, staged.fill["A"], staged.fill["B"], rank)
+            site_edits.fill(site, transaction, staged.fill["A"], staged.fill["B"], rank)
         if staged.resized:
             if staged.entries is not None and swap.new:
-                site.rejoin(transaction, staged.entries)
+                site_edits.rejoin(site, transaction, staged.entries)
             if swap.new:
-                site.put(transaction, swap.new["A"], swap.new["B"])
+                site_edits.put(site, transaction, swap.new["A"], swap.new["B"])
             elif site.placed:
-                site.leave(transaction)
+                site_edits.leave(site, transaction)
         if staged.train is not None:
-            site.train(transaction, staged.train)
+            site_edits.train(site, transaction, staged.train)
 
     def _verify(self, staged: Sequence[Staged], target: Layout) -> None:
         """Raise, within the transaction, if model, config, optimizer and `target` do not all say the same."""

@@ -16,7 +16,7 @@ from rankflow.distributed.comm import grouped
 from rankflow.distributed.ddp import refuse, unwrapped
 from rankflow.distributed.fsdp2 import at_rest
 from rankflow.distributed.replicas import processes_of
-from rankflow.lora.adapter import root_of
+from rankflow.lora.discover import root_of
 from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.attachments import found

@@ -22,6 +22,8 @@ import rankflow
 from rankflow.distributed.single import SingleProcess
 from rankflow.errors import CheckpointError, ConfigError, PlanError, RankFlowError
 from rankflow.gating.held_out import HeldOut
+from rankflow.linalg.random import own_random_numbers
+from rankflow.lora import site_edits
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.capacity import lasting, rooms
 from rankflow.lora.transaction import Transaction
@@ -34,7 +36,6 @@ from rankflow.observe.study import (
     check_loss,
     evaluating,
     model_loss,
-    own_random_numbers,
     run_study,
     surroundings,
     with_a_batch,
@@ -541,7 +542,7 @@ class Controller:
         transaction.keep(self._surgeon, "_layout", "version")
         self._surgeon.layout = layout
         for name, slot in layout.items():
-            self._adapter.sites[name].recall(transaction, slot.scaling)
+            site_edits.recall(self._adapter.sites[name], transaction, slot.scaling)
         self._operations.freeze(set(state.get("frozen", ())), self._now)
         self._hearing.load_state_dict(state.get("hearing", {}), transaction)
         self._surgeon.version = int(state["version"])

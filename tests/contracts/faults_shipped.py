@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "forget what scaling a module left with",
         "training/controller.py",
-        "self._adapter.sites[name].recall(transaction, slot.scaling)",
+        "site_edits.recall(self._adapter.sites[name], transaction, slot.scaling)",
         "pass",
         "-k adalora",
     ),

@@ -38,15 +38,15 @@ FAULTS = [
     ),
     Fault(
         "train what its owner had frozen",
-        "lora/site.py",
-        "flags = {role: on if role in roles else was for role, was in self._flags().items()}",
-        "flags = dict.fromkeys(self._flags(), on)",
+        "lora/site_edits.py",
+        "flags = {role: on if role in roles else was for role, was in _flags(site).items()}",
+        "flags = dict.fromkeys(_flags(site), on)",
         "tests/policies/methods/test_lisa.py",
     ),
     Fault(
         "keep the gradients of what is frozen",
-        "lora/site.py",
-        '                transaction.attr(p, "grad", None)',
-        "                pass",
+        "lora/site_edits.py",
+        '            transaction.attr(p, "grad", None)\n\n\ndef build',
+        "            pass\n\n\ndef build",
     ),
 ]

@@ -5,7 +5,7 @@ from fault import Fault
 FAULTS = [
     Fault(
         "mask: leave what was there beyond the rank",
-        "lora/site.py",
+        "lora/site_edits.py",
         "transaction.tensor(p, value)",
         "transaction.tensor(p, torch.where(value != 0, value, p))",
         "-k squeeze",
