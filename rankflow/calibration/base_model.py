@@ -16,7 +16,8 @@ from rankflow.calibration.texts import Labels, batches_of, classes, next_tokens,
 from rankflow.errors import AdapterError, ConfigError, first_line
 from rankflow.formats.io.pretrained import architecture, load, load_config
 from rankflow.formats.io.tensors import open_tensors
-from rankflow.formats.peft.adapter import WEIGHTS, PeftAdapter
+from rankflow.formats.peft.adapter import PeftAdapter
+from rankflow.formats.peft.files import WEIGHTS
 from rankflow.formats.peft_config import resized_config, target_modules
 from rankflow.linalg.parallel import Progress, usable
 from rankflow.lora.adapter import Adapter

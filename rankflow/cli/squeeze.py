@@ -83,7 +83,7 @@ def squeeze(
     from rankflow.compress.accept import command_gate
     from rankflow.compress.squeeze import squeeze_each
     from rankflow.formats.io.atomic import is_plain
-    from rankflow.formats.io.tensors import suffixed
+    from rankflow.formats.io.outputs import suffixed
     from rankflow.render.tables import squeeze_table, trials_table
     from rankflow.serving.export import fitting_for
 

@@ -21,10 +21,12 @@ from torch import Tensor
 from rankflow.errors import AdapterError, ConfigError, naming
 from rankflow.formats.base import Put
 from rankflow.formats.io.atomic import Together, atomic_file, atomic_folder, is_plain
-from rankflow.formats.io.outputs import check_harmless, check_output
+from rankflow.formats.io.outputs import check_destination, check_harmless, check_output
 from rankflow.formats.io.strict_json import strict_object
-from rankflow.formats.io.tensors import Spec, all_finite, check_destination, open_tensors, tensor_writer
-from rankflow.formats.peft.adapter import PeftAdapter, write_adapter_files
+from rankflow.formats.io.tensors import Spec, all_finite, open_tensors
+from rankflow.formats.io.writers import tensor_writer
+from rankflow.formats.peft.adapter import PeftAdapter
+from rankflow.formats.peft.files import write_adapter_files
 from rankflow.formats.peft.modules import Entry, read_entries
 from rankflow.formats.peft_config import check_config
 from rankflow.formats.wrappers import renamed

@@ -16,8 +16,11 @@ from rankflow.errors import ConfigError
 from rankflow.formats.as_lora.dense import DenseAdapter
 from rankflow.formats.base import Put, SavedAdapter, Sketch, at_unit_scale, fold
 from rankflow.formats.io.atomic import atomic_folder
-from rankflow.formats.io.tensors import Spec, check_destination, tensor_writer
-from rankflow.formats.peft.adapter import PeftAdapter, write_adapter_files
+from rankflow.formats.io.outputs import check_destination
+from rankflow.formats.io.tensors import Spec
+from rankflow.formats.io.writers import tensor_writer
+from rankflow.formats.peft.adapter import PeftAdapter
+from rankflow.formats.peft.files import write_adapter_files
 from rankflow.formats.peft_config import resized_config, target_modules
 from rankflow.formats.peft_fields import acting, unknown
 from rankflow.formats.single_file import names as naming

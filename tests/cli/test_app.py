@@ -173,12 +173,12 @@ def test_mistakes_in_arguments(adapter: Path, tmp_path: Path):
 
 
 def test_a_full_disk_is_one_line_too(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from rankflow.formats.io import tensors
+    from rankflow.formats.io import writers
 
     def full(self, key, tensor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensors.SafetensorsWriter, "put", full)
+    monkeypatch.setattr(writers.SafetensorsWriter, "put", full)
     assert "No space left" in refused("squeeze", adapter, "--target-rank", 2)
     assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
 

@@ -19,7 +19,7 @@ FAULTS = [
     ),
     Fault(
         "name one adapter of several in a folder",
-        "formats/peft/adapter.py",
+        "formats/peft/files.py",
         "holds {', '.join(inside)}; name one",
         "holds {inside[0]}; name one",
         "::test_a_folder_of_adapters_asks_which",

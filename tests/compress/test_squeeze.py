@@ -26,7 +26,8 @@ import rankflow
 from rankflow import AdapterError, ConfigError, inspect, squeeze, squeeze_model
 from rankflow.compress import cutting
 from rankflow.formats.io import atomic
-from rankflow.formats.io import tensors as tensor_files
+from rankflow.formats.io.tensors import open_tensors
+from rankflow.formats.io.writers import SafetensorsWriter
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.plan import Layout, Slot
@@ -474,7 +475,7 @@ def test_the_written_file_is_what_safetensors_itself_would_read_and_write(plain:
         "ids": torch.arange(7, dtype=torch.int8),
     }
     specs = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
-    writer = tensor_files.SafetensorsWriter(tmp_path / "x.safetensors", specs, {"format": "pt"})
+    writer = SafetensorsWriter(tmp_path / "x.safetensors", specs, {"format": "pt"})
     for key in reversed(tensors):
         writer.put(key, tensors[key])
     writer.close()
@@ -482,7 +483,7 @@ def test_the_written_file_is_what_safetensors_itself_would_read_and_write(plain:
     assert found.keys() == tensors.keys()
     for key, t in tensors.items():
         torch.testing.assert_close(found[key], t, rtol=0, atol=0)
-    assert tensor_files.open_tensors(tmp_path / "x.safetensors")[1] == {"format": "pt"}
+    assert open_tensors(tmp_path / "x.safetensors")[1] == {"format": "pt"}
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("float16", 2), (torch.float32, 4)])
@@ -830,7 +831,7 @@ def test_a_failing_write_leaves_nothing_behind(
     if there:
         squeeze(plain, tmp_path / "out", target_rank=4)
     before = {p.name: digest(p) for p in tmp_path.iterdir()}
-    put, calls = tensor_files.SafetensorsWriter.put, []
+    put, calls = SafetensorsWriter.put, []
 
     def full_disk(self, key, tensor):
         calls.append(key)
@@ -838,7 +839,7 @@ def test_a_failing_write_leaves_nothing_behind(
             raise OSError(28, "No space left on device")
         put(self, key, tensor)
 
-    monkeypatch.setattr(tensor_files.SafetensorsWriter, "put", full_disk)
+    monkeypatch.setattr(SafetensorsWriter, "put", full_disk)
     with pytest.raises(OSError, match="No space left"):
         squeeze(plain, tmp_path / "out", target_rank=2, force=True)
     assert {p.name: digest(p) for p in tmp_path.iterdir()} == before

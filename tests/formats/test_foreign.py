@@ -156,7 +156,7 @@ def test_what_zero_3_left_empty_is_refused_wherever_it_is(key: str, tmp_path: Pa
 def test_embeddings_of_new_tokens_go_with_the_adapter_and_what_is_left_behind_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("rankflow.formats.peft.adapter._MOST_BYTES", 1000)
+    monkeypatch.setattr("rankflow.formats.peft.files._MOST_BYTES", 1000)
     src = whole(tmp_path / "src")
     save_file({"input_embeddings": torch.ones(30, 16)}, src / "new_embeddings.safetensors")
     (src / "tokenizer.json").write_text("x" * 2000)

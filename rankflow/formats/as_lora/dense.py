@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.base import SavedModule, Sketch
-from rankflow.formats.io.tensors import all_finite, suffixed
+from rankflow.formats.io.outputs import suffixed
+from rankflow.formats.io.tensors import all_finite
 from rankflow.linalg.svd import low_rank
 from rankflow.plans.peft_patterns import natural
 from rankflow.plans.plan import Layout, Slot

@@ -16,6 +16,7 @@ from pathlib import Path
 from rankflow.errors import ConfigError
 from rankflow.formats.io.atomic import is_plain
 from rankflow.formats.io.disk import identity
+from rankflow.formats.io.tensors import TENSOR_FILES
 
 Reads = Mapping[str, str | Path | None]  # what it is, as a message says -> where; names on the hub too
 
@@ -53,6 +54,45 @@ def check_output(
     if os.path.lexists(target) and not force:
         raise ConfigError(f"{out}: is there already; choose another name, or replace it with --force")
     _check_parents(out, target.parent, parents)
+
+
+def check_destination(out: Path, src: Path, *, force: bool) -> None:
+    """Refuse, before any work, to write an adapter's folder where something would be lost.
+
+    Raises:
+        ConfigError: as `check_output`; or a folder that is not an adapter, which not even `force` replaces.
+    """
+    check_output(out, {"its own source": src}, force=force, folder=True)
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "adapter_config.json").is_file()):
+        raise ConfigError(f"{out}: is not an adapter folder, so --force does not replace it; choose another name")
+
+
+def check_file(out: Path, src: Path, *, force: bool) -> None:
+    """The same for an adapter that is one file.
+
+    Raises:
+        ConfigError: also if the name does not end as such a file's.
+    """
+    if out.suffix not in TENSOR_FILES and not is_plain(out):
+        raise ConfigError(f"{out}: this format is one file; give it a name like {out.name or 'small'}.safetensors")
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder, and this format is one file; choose another name")
+    check_output(out, {"its own source": src}, force=force)
+
+
+def suffixed(path: Path, suffix: str) -> Path:
+    """`path` under a name that ends in -`suffix`, before what says that it is a file of tensors.
+
+    Raises:
+        ConfigError: it has no name of its own, as `.` and `/` have none.
+    """
+    if path.name in ("", ".."):
+        raise ConfigError(f"{path}: has no name that those of several outputs could begin with; choose another")
+    if path.suffix in (*TENSOR_FILES, ".gguf"):
+        return path.with_name(f"{path.stem}-{suffix}{path.suffix}")
+    return path.with_name(f"{path.name}-{suffix}")
 
 
 def check_harmless(out: Path, reads: Reads) -> None:
@@ -187,7 +227,7 @@ def _becomes_part(target: Path, source: Path) -> bool:
 
 def _is_part(name: str) -> bool:
     from rankflow.formats.io.models import MODEL_FILES
-    from rankflow.formats.peft.adapter import COMPANIONS, WEIGHTS
+    from rankflow.formats.peft.files import COMPANIONS, WEIGHTS
     from rankflow.formats.peft_config import CONFIG
     from rankflow.formats.single_file.diffusers import FILES
 

@@ -7,12 +7,9 @@ canonical factors (A ``[*e, r, in]``, B ``[*e, out, r]``, scaling), whatever lay
 from __future__ import annotations
 
 import copy
-import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +20,10 @@ from rankflow.formats.base import Put, at_unit_scale, fold
 from rankflow.formats.io.atomic import Together, atomic_folder
 from rankflow.formats.io.links import check_own
 from rankflow.formats.io.models import indexed
-from rankflow.formats.io.tensors import Spec, all_finite, check_destination, header, open_tensors, tensor_writer
+from rankflow.formats.io.outputs import check_destination
+from rankflow.formats.io.tensors import Spec, all_finite, open_tensors
+from rankflow.formats.io.writers import header, tensor_writer
+from rankflow.formats.peft.files import INDEX, companions_of, locate, write_adapter_files
 from rankflow.formats.peft.modules import read_entries
 from rankflow.formats.peft_config import (
     CONFIG,
@@ -33,32 +33,9 @@ from rankflow.formats.peft_config import (
     resized_config,
     target_modules,
 )
-from rankflow.formats.single_file.keys import FOREIGN, refuse_empty, refuse_unknown_factors
+from rankflow.formats.single_file.keys import refuse_empty, refuse_unknown_factors
 from rankflow.formats.wrappers import peft_names, renamed, renaming_note, unwrapped_config
 from rankflow.plans.plan import Layout
-
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-INDEX = ".json"  # of shards, by which names they go
-
-# What people keep beside an adapter and need to use it. Optimizer state and the like belong to the run, not to the
-# adapter, and no longer fit it once ranks have changed.
-COMPANIONS = (
-    "README.md",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template*",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "new_embeddings.*",
-)
-_LARGE = ("new_embeddings.safetensors", "new_embeddings.bin")  # of added tokens, which engines load beside the adapter
-_MOST_BYTES = 1 << 26
 
 
 class PeftAdapter:
@@ -89,7 +66,7 @@ class PeftAdapter:
             ConfigError: the base model is needed and not at hand.
         """
         self.path = Path(src)
-        self.folder, self.weights = _locate(self.path)
+        self.folder, self.weights = locate(self.path)
         raw_config = read_config(self.folder / CONFIG)
         config = as_peft_writes(raw_config)
         index = indexed(self.weights) if self.weights.suffix == INDEX else {}
@@ -126,10 +103,8 @@ class PeftAdapter:
         extra = {key: self._tensors[key] for key in self.extra_tensors}
         refuse_empty(extra, self.weights)
         refuse_unknown_factors(extra, self.weights, whole=self.config.get("modules_to_save") or ())
-        beside = sorted({p for pattern in COMPANIONS for p in self.folder.glob(pattern) if p.is_file()})
-        self.companions = [p for p in beside if p.name in _LARGE or p.stat().st_size < _MOST_BYTES]
-        if left := [p.name for p in beside if p not in self.companions]:
-            self.notes.append(f"left behind, being over {_MOST_BYTES >> 20} MiB: {', '.join(left)}")
+        self.companions, left = companions_of(self.folder)
+        self.notes += left
         if self.config.get("use_dora"):
             self.notes.append("DoRA: magnitudes are kept as they are, so predicted errors are estimates")
 
@@ -267,53 +242,3 @@ class PeftAdapter:
                 t = self._tensors[key]
                 writer.put(key, fold(t, biases.get(stem, 1.0) if factor else 1.0).to(t.dtype))
             writer.close()
-
-
-def write_adapter_files(folder: Path, config: Mapping[str, Any], companions: Sequence[Path]) -> None:
-    """All of an adapter but its tensors."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in companions:
-        check_own(file, file.parent)
-        shutil.copyfile(file, folder / file.name)
-
-
-# -- reading --------------------------------------------------------------------------------------------------------
-
-
-def _locate(path: Path) -> tuple[Path, Path]:
-    """(folder, weights file) of an adapter named by its folder or its weights file."""
-    if not path.exists():
-        raise AdapterError(f"{path}: no such file or folder")
-    if path.is_file():
-        if path.suffix not in (".safetensors", ".bin") and not path.name.endswith(".index.json"):
-            raise AdapterError(f"{path}: not an adapter; give its folder, or its .safetensors or .bin file")
-        folder, weights = path.parent, path
-    else:
-        names = [*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)]
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise AdapterError(f"{path}: {_why_no_adapter(path)}")
-        folder, weights = path, found[0]
-        check_own(weights, folder)
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(
-            f"{folder / CONFIG}: no such file; the scaling of an adapter is known from its config alone, "
-            f"so put the {CONFIG} it was saved with beside {weights.name}"
-        )
-    check_own(folder / CONFIG, folder)
-    return folder, weights
-
-
-def _why_no_adapter(folder: Path) -> str:
-    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-    if inside:
-        return f"no adapter itself but holds {', '.join(inside)}; name one of them"
-    if any(folder.glob("adapters.safetensors")) or any(folder.glob("*_adapters.safetensors")):
-        return f"{FOREIGN['.lora_a']}"
-    if any(folder.glob("adapter_[0-9]*.pt")):
-        return f"{FOREIGN['.lora_a.weight']}"
-    if (folder / CONFIG).is_file():
-        return f"has {CONFIG} but neither {' nor '.join(WEIGHTS)}; the adapter was not saved whole"
-    if (folder / "config.json").is_file():
-        return "a whole model and no adapter (merged?); a squeeze needs the adapter as PEFT saved it"
-    return f"no adapter: there is no {' or '.join(WEIGHTS)}"

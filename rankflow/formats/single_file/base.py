@@ -18,7 +18,9 @@ from torch import Tensor
 from rankflow.errors import AdapterError
 from rankflow.formats.as_lora.parts import MOST
 from rankflow.formats.base import Put, checked_slot, is_scale
-from rankflow.formats.io.tensors import SAFETENSORS_DTYPES, SafetensorsWriter, Spec, all_finite, suffixed
+from rankflow.formats.io.outputs import suffixed
+from rankflow.formats.io.tensors import SAFETENSORS_DTYPES, Spec, all_finite
+from rankflow.formats.io.writers import SafetensorsWriter
 from rankflow.formats.single_file.keys import (
     Factor,
     factor_of,

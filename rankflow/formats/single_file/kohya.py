@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from rankflow.formats.io.tensors import SafetensorsWriter, header
+from rankflow.formats.io.writers import SafetensorsWriter, header
 from rankflow.formats.single_file.base import SingleFile
 from rankflow.formats.single_file.writer import Module
 

@@ -14,15 +14,9 @@ from torch import Tensor
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.base import Put, SavedModule
 from rankflow.formats.io.atomic import atomic_file, is_plain
-from rankflow.formats.io.tensors import (
-    SafetensorsWriter,
-    Spec,
-    all_finite,
-    check_file,
-    header,
-    open_tensors,
-    tensor_writer,
-)
+from rankflow.formats.io.outputs import check_file
+from rankflow.formats.io.tensors import Spec, all_finite, open_tensors
+from rankflow.formats.io.writers import SafetensorsWriter, header, tensor_writer
 from rankflow.formats.single_file.keys import factor_of
 
 

@@ -25,8 +25,7 @@ import rankflow
 from rankflow import ConfigError
 from rankflow.cli.app import app
 from rankflow.formats.io import outputs
-from rankflow.formats.io.outputs import check_apart, check_output
-from rankflow.formats.io.tensors import suffixed
+from rankflow.formats.io.outputs import check_apart, check_output, suffixed
 from rankflow.linalg.parallel import Pool
 from rankflow.render.run_figure import plot_ledger
 from rankflow.training.ledger import Ledger

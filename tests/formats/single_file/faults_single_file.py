@@ -41,7 +41,7 @@ FAULTS = [
     ),
     Fault(
         "lay tensors of one width down by name alone",
-        "formats/io/tensors.py",
+        "formats/io/writers.py",
         "(_ORDER[specs[k][0]], k)",
         "(-specs[k][0].itemsize, k)",
     ),
