@@ -7,20 +7,17 @@ and every kind of layer then see the gated factor, while the Parameter stays whe
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rankflow.errors import AdapterError
 from rankflow.linalg.decompose import Factor
 from rankflow.linalg.factor_shapes import canonical_a, canonical_b, stored_b
+from rankflow.lora.peft_patches import wrap_merging, wrap_saving
 from rankflow.lora.site import Site
 from rankflow.policies.gate import Draw, Gate
 
@@ -164,40 +161,26 @@ def _fitted_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]
 
 @cache
 def _still_when_written() -> None:
-    """Let adapters be saved as plain LoRA that does what the gated model does, and merged as that.
-
-    Methods are wrapped on their classes, once: the Trainer saves through them before any callback runs, and people
-    call them by hand. Models without gates pass through.
-    """
-    for cls in (PeftModel, PreTrainedModel):
-        cls.save_pretrained = _folding(cls.save_pretrained)  # type: ignore[method-assign, assignment]
-    for method in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
-        setattr(BaseTuner, method, _settling(getattr(BaseTuner, method)))
+    """Let adapters be saved as plain LoRA that does what the gated model does, and merged as that."""
+    wrap_saving(_without_gates)
+    wrap_merging(_without_noise)
 
 
-def _folding(save: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = list(_fitted_parameters(self))
-        if found:
-            state = dict(kwargs.get("state_dict") or self.state_dict())
-            with torch.no_grad():
-                state |= {
-                    key: gated(module, name, still=True, saved=state[key]).detach()
-                    for key, module, name in found
-                    if key in state
-                }
-            kwargs["state_dict"] = state
-        return save(self, *args, **kwargs)
-
-    return save_pretrained
+def _without_gates(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """`state`, or the model's own, with factors as their gates make them; None for a model without gates."""
+    found = list(_fitted_parameters(model))
+    if not found:
+        return None
+    state = dict(state or model.state_dict())
+    with torch.no_grad():
+        state |= {
+            key: gated(module, name, still=True, saved=state[key]).detach()
+            for key, module, name in found
+            if key in state
+        }
+    return state
 
 
-def _settling(merge: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(merge)
-    def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for _, module, name in _fitted_parameters(self):
-            module.__dict__[_FITTED][name].settle()
-        return merge(self, *args, **kwargs)
-
-    return settled
+def _without_noise(model: nn.Module) -> None:
+    for _, module, name in _fitted_parameters(model):
+        module.__dict__[_FITTED][name].settle()

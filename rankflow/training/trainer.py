@@ -1,55 +1,45 @@
-"""The door for transformers' Trainer. The only file that imports it."""
+"""The callback for transformers' Trainer."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
-import re
-import sys
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import get_verbosity
 
 from rankflow.config.load import PolicyLike, load_policy
 from rankflow.distributed.ddp import sharded
 from rankflow.distributed.replicas import processes_of
-from rankflow.errors import CheckpointError, ConfigError
+from rankflow.errors import ConfigError
 from rankflow.linalg.random import keyed_generator
 from rankflow.lora.adapter import Adapter
-from rankflow.lora.transaction import Transaction
 from rankflow.observe.study import check_batches
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.attach import own_ledger
-from rankflow.training.checkpoint import (
-    FOLDER,
-    adapter_folder,
-    arriving,
-    checkpoint_of,
-    incomplete,
-    load_state,
-    match_layout,
-    save_state,
-    saved_layout,
-)
+from rankflow.training.checkpoint import save_state
 from rankflow.training.checks import check_managed
 from rankflow.training.controller import Controller
 from rankflow.training.ledger import Ledger
-
-T = TypeVar("T")
+from rankflow.training.trainer_patches import (
+    callbacks,
+    caller,
+    folder_name,
+    follow_ranks_when_loading,
+    keep_whole_checkpoints,
+    loaded,
+    log_first,
+    state_to_resume,
+)
 
 
 class RankFlowCallback(TrainerCallback):
@@ -124,9 +114,9 @@ class RankFlowCallback(TrainerCallback):
         self._over_budget = False  # at the last evaluation
         self.listeners = Listeners()
         self._state: TrainerState | None = None  # of the Trainer that trains
-        _callbacks.add(self)
-        _follow_ranks_when_loading()
-        _keep_a_whole_checkpoint()
+        callbacks.add(self)
+        follow_ranks_when_loading()
+        keep_whole_checkpoints()
 
     def on_resize(self, callback: OnResize) -> RemovableHandle:
         """As `Controller.on_resize`, for this and every later train(); also before the first."""
@@ -145,7 +135,7 @@ class RankFlowCallback(TrainerCallback):
 
     def _hold_out(self, args: TrainingArguments) -> None:
         """Set a part of the training data aside, before any DataLoader is made of it."""
-        trainer = _caller(Trainer)
+        trainer = caller(Trainer)
         data: Any = trainer.train_dataset if trainer is not None else None
         if trainer is None or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise ConfigError(
@@ -181,7 +171,7 @@ class RankFlowCallback(TrainerCallback):
         if self.flow is not None:
             # A second train(), or auto_find_batch_size starting over: a new run from the ranks there are.
             self.flow.detach()
-        for other in list(_callbacks):  # of a Trainer that was interrupted: this one trains now
+        for other in list(callbacks):  # of a Trainer that was interrupted: this one trains now
             flow = other.flow
             if flow is not None and flow.attached and (flow.model, flow.adapter_name) == (model, self.adapter_name):
                 flow.detach()
@@ -195,7 +185,7 @@ class RankFlowCallback(TrainerCallback):
             adapter_name=self.adapter_name,
             ledger=own_ledger(ledger),
             seed=args.seed if self.seed is None else self.seed,
-            state=_state_to_resume(model, state) if state.global_step > 0 else None,
+            state=state_to_resume(model, state) if state.global_step > 0 else None,
             listeners=self.listeners,
             processes=functools.partial(processes_of, model, timeout=self.timeout),
             **self._options,
@@ -204,7 +194,7 @@ class RankFlowCallback(TrainerCallback):
             self._warn_any()
         self._over_budget = state.global_step > 0 and not self.flow.within_budget
         self._forget_best(state)
-        _log_first(self)
+        log_first(self)
 
     # -- while training -------------------------------------------------------------------------------------------
 
@@ -229,7 +219,7 @@ class RankFlowCallback(TrainerCallback):
     def save_beside(self, state: TrainerState, file: Path) -> None:
         """The Trainer is about to write `state`, the last `file` of a checkpoint: the rank state goes before it, and so
         is there before the Trainer removes older checkpoints, which is before `on_save`."""
-        if state is self._state and self.flow is not None and file.parent.name == _folder_name(state):
+        if state is self._state and self.flow is not None and file.parent.name == folder_name(state):
             self._forget_best(state)
             save_state(self.flow, file.parent)
 
@@ -246,7 +236,7 @@ class RankFlowCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The Trainer looks in the checkpoint's root alone, where PEFT puts "default" and no other adapter.
             best, model = Path(state.best_model_checkpoint), kwargs["model"]
-            if _loaded.get(model) != best and (best / self.adapter_name).is_dir():
+            if loaded.get(model) != best and (best / self.adapter_name).is_dir():
                 model.load_adapter(str(best), self.adapter_name, is_trainable=True)
         summary = self.flow.finish()
         if state.is_world_process_zero and not _quiet():
@@ -279,184 +269,3 @@ class RankFlowCallback(TrainerCallback):
 def _quiet() -> bool:
     """Whether transformers was told to be (`log_level`), or `logging` shows what we have to say already."""
     return get_verbosity() > logging.WARNING or logging.getLogger("rankflow").isEnabledFor(logging.INFO)
-
-
-# -- loading across changed ranks -------------------------------------------------------------------------------------
-
-_callbacks: weakref.WeakSet[RankFlowCallback] = weakref.WeakSet()
-_loaded: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()  # model -> checkpoint it was given
-
-
-def _follow_ranks_when_loading() -> None:
-    """Let `PeftModel.load_adapter` reshape an adapter before it loads a checkpoint of ours onto it.
-
-    PEFT refuses tensors of other ranks and ignores the saved scaling, and the Trainer resumes through it before any
-    callback runs. It is wrapped on the class, once, because the Trainer may make its model later than its callbacks;
-    other adapters and other checkpoints pass through.
-    """
-    load = PeftModel.load_adapter
-    if hasattr(load, "follows_ranks"):
-        return
-
-    @functools.wraps(load)
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = checkpoint_of(model_id) if adapter_name in self.peft_config else None
-        _loaded.pop(self, None)
-        if checkpoint is None:
-            if adapter_name not in self.peft_config or not _callbacks:
-                return load(self, model_id, adapter_name, *args, **kwargs)
-            try:
-                with Transaction() as transaction, arriving(self, adapter_name, model_id, transaction, whole=False):
-                    return load(self, model_id, adapter_name, *args, **kwargs)
-            except RuntimeError as e:
-                raise CheckpointError(
-                    f"{model_id}: its adapter does not fit this one, and it has no {FOLDER} folder with the ranks it "
-                    f"had come to. {_NO_STATE}"
-                ) from e
-        folder = str(adapter_folder(model_id, adapter_name))  # the Trainer offers the root, which is where "default" is
-        flows = [c.flow for c in _callbacks if c.flow is not None and c.flow.attached]
-        flow = next((f for f in flows if f.model is self and f.adapter_name == adapter_name), None)
-
-        def bring(transaction: Transaction) -> Any:
-            with arriving(self, adapter_name, folder, transaction):
-                return load(self, folder, adapter_name, *args, **kwargs)
-
-        state = load_state(checkpoint)
-        if flow is None or state is None:
-            with Transaction() as transaction:
-                match_layout(self, folder, adapter_name, transaction)
-                result = bring(transaction)
-        else:  # the best model at the end of training: its parameters stay in the optimizer
-            init = getattr(self.peft_config[adapter_name], "init_lora_weights", True)
-            result = flow.go_back(saved_layout(folder, flow.layout, init), bring, state)
-        _loaded[self] = checkpoint
-        return result
-
-    load_adapter.follows_ranks = True  # type: ignore[attr-defined]
-    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
-
-
-# -- whole checkpoints ------------------------------------------------------------------------------------------------
-
-
-def _keep_a_whole_checkpoint() -> None:
-    """Let rank state be in a checkpoint before its last file is, and let training resume from whole checkpoints only.
-
-    Methods are wrapped on their classes, once: no event comes between a checkpoint's files and the removal of older
-    ones, nor before a checkpoint to resume from is chosen. Trainers without our callback pass through.
-    """
-    if hasattr(Trainer.train, "keeps_whole"):
-        return
-    write, save, train = TrainerState.save_to_json, Trainer._save_checkpoint, Trainer.train
-
-    @functools.wraps(write)
-    def save_to_json(self: TrainerState, json_path: str) -> None:
-        for callback in list(_callbacks):
-            callback.save_beside(self, Path(json_path))
-        write(self, json_path)
-
-    @functools.wraps(save)
-    def _save_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if self.args.should_save and any(_ours(self)):  # of an earlier run: no longer whole from here on
-            (Path(str(self.args.output_dir)) / _folder_name(self.state) / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        return save(self, *args, **kwargs)
-
-    @functools.wraps(train)
-    def guarded(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        callback = next(_ours(self), None)
-        if callback is not None and resume_from_checkpoint:
-            given = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            resume_from_checkpoint = _resumable(given, Path(str(self.args.output_dir)), callback.adapter_name)
-        return train(self, resume_from_checkpoint, *args, **kwargs)
-
-    guarded.keeps_whole = True  # type: ignore[attr-defined]
-    TrainerState.save_to_json = save_to_json  # type: ignore[method-assign]
-    Trainer._save_checkpoint = _save_checkpoint  # type: ignore[method-assign]
-    Trainer.train = guarded  # type: ignore[method-assign]
-
-
-def _ours(trainer: Trainer) -> Iterator[RankFlowCallback]:
-    return (c for c in trainer.callback_handler.callbacks if isinstance(c, RankFlowCallback))
-
-
-def _folder_name(state: TrainerState) -> str:
-    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _resumable(given: Path | None, output_dir: Path, adapter_name: str) -> str | bool:
-    """The checkpoint to resume from: the `given` one, else the newest in `output_dir` that is whole; True for the
-    Trainer to say that there is none.
-
-    Raises:
-        CheckpointError: it, or all of them, are not whole.
-    """
-    if given is not None and not given.is_dir():
-        return str(given)
-    problems: dict[Path, str] = {}
-    for checkpoint in [given] if given is not None else _checkpoints(output_dir):
-        problem = incomplete(checkpoint, adapter_name)
-        if problem is None:
-            for passed, why in problems.items():
-                warnings.warn(f"{passed} cannot be resumed from: {why}. Going on from {checkpoint}", stacklevel=3)
-            if not any(file.name.startswith("optimizer") for file in checkpoint.iterdir()):
-                warnings.warn(
-                    f"{checkpoint} was saved without its optimizer (save_only_model): training goes on from its "
-                    "weights, ranks and step, but the optimizer's state, the learning rate schedule and random "
-                    "numbers begin anew",
-                    stacklevel=3,
-                )
-            return str(checkpoint)
-        problems[checkpoint] = problem
-    if not problems:
-        return True
-    others = [c for c in _checkpoints((given or output_dir / "x").parent) if c not in problems]
-    whole = next((c for c in others if incomplete(c, adapter_name) is None), None)
-    found = f" Resume from {whole}, the newest whole one there." if whole is not None else ""
-    said = "; ".join(f"{checkpoint} cannot be resumed from: {why}" for checkpoint, why in problems.items())
-    raise CheckpointError(f"{said}.{found} {_NO_STATE}")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints in a folder, newest first."""
-    named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = [(int(m[1]), path) for path in folder.glob("*") if (m := named.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-_NO_STATE = (
-    "If the process was killed while it saved, resume from an earlier checkpoint; if it was saved without "
-    "RankFlowCallback, start anew from its adapter: rankflow.restore(model, checkpoint), then train()"
-)
-
-
-def _state_to_resume(model: nn.Module, state: TrainerState) -> dict[str, Any]:
-    checkpoint = _loaded.get(model)
-    saved = load_state(checkpoint) if checkpoint is not None else None
-    if saved is None:
-        raise CheckpointError(
-            f"training resumes at step {state.global_step} from a checkpoint that does not say how far its ranks had "
-            f"come. {_NO_STATE}"
-        )
-    return saved
-
-
-def _log_first(callback: RankFlowCallback) -> None:
-    """Move `callback` ahead of the reporters, so that what it adds to a log reaches TensorBoard and the others.
-
-    The Trainer hands its callbacks everything but the list they are in; the handler that is calling us holds it.
-    """
-    handler = _caller(CallbackHandler)
-    if handler is not None:
-        others = [c for c in handler.callbacks if c is not callback]
-        handler.callbacks = [callback, *others]  # a new list: the handler is walking the old one
-
-
-def _caller(kind: type[T]) -> T | None:
-    """The nearest object of that kind of which a method is calling us."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, kind):
-            return owner
-        frame = frame.f_back
-    return None

@@ -5,9 +5,9 @@ from fault import Fault
 FAULTS = [
     Fault(
         "resume without reshaping",
-        "training/trainer.py",
-        "                match_layout(self, folder, adapter_name, transaction)",
-        "                pass",
+        "training/trainer_patches.py",
+        "            match_layout(model, folder, adapter_name, transaction)",
+        "            pass",
     ),
     Fault(
         "believe in checkpoints above the budget",

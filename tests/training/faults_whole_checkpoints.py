@@ -5,19 +5,19 @@ from fault import Fault
 FAULTS = [
     Fault(
         "leave rank state out of what the Trainer saves",
-        "training/trainer.py",
-        "for callback in list(_callbacks):",
+        "training/trainer_patches.py",
+        "for callback in list(callbacks):",
         "for callback in ():",
     ),
     Fault(
         "resume from whatever is newest",
-        "training/trainer.py",
+        "training/trainer_patches.py",
         "        if problem is None:\n            for passed",
         "        if True:\n            for passed",
     ),
     Fault(
         "take a checkpoint that is written over for a whole one",
-        "training/trainer.py",
+        "training/trainer_patches.py",
         ".unlink(missing_ok=True)\n        return save",
         "\n        return save",
     ),
