@@ -27,9 +27,11 @@ if TYPE_CHECKING:
         PlanError,
         RankFlowError,
     )
-    from rankflow.plans.plan import Layout, RankPlan, Slot
-    from rankflow.policies.base import Observation, Policy, Signal, Study
+    from rankflow.plans.layout import Layout, Slot
+    from rankflow.plans.plan import RankPlan
+    from rankflow.policies.base import Policy
     from rankflow.policies.gate import Gate
+    from rankflow.policies.observation import Observation, Signal, Study
     from rankflow.serving.verdicts import check
     from rankflow.surgery.ema import averaged_model
     from rankflow.surgery.resize import resize

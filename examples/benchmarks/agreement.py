@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from rankflow.distributed.comm import Wire
 from rankflow.distributed.replicas import Replicas
-from rankflow.plans.plan import Layout, RankPlan, Refactor, Slot
-from rankflow.policies.base import Observation, Signal
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Refactor
+from rankflow.plans.plan import RankPlan
+from rankflow.policies.observation import Observation, Signal
 
 RANK, TARGET, WIDTH = 16, 8, 4096
 _PATIENCE = 60  # seconds that others wait for one that has failed

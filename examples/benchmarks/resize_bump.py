@@ -39,7 +39,8 @@ from data import LINEARS, Reviews, minilm_classifier, reviews
 from rankflow.linalg.decompose import spectrum
 from rankflow.linalg.spectrum import Gauge
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Grow, Keep, RankPlan, Refactor
+from rankflow.plans.ops import Grow, Keep, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 
 Batch = dict[str, Tensor]

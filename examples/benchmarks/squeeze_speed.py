@@ -39,7 +39,7 @@ from rankflow.linalg.decompose import refactor, spectrum
 from rankflow.linalg.parallel import Pool
 from rankflow.linalg.svd import low_rank
 from rankflow.plans.budget import Budget
-from rankflow.policies.base import Signal
+from rankflow.policies.observation import Signal
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

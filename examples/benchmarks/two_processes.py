@@ -31,7 +31,8 @@ import rankflow
 from data import reviews
 from rankflow.distributed.ddp import rebuild
 from rankflow.linalg.decompose import spectrum
-from rankflow.plans.plan import RankPlan, Refactor
+from rankflow.plans.ops import Refactor
+from rankflow.plans.plan import RankPlan
 
 SIZE = 2
 MODULES, WIDTH, RANK, TARGET = 224, 4096, 16, 8

@@ -14,9 +14,11 @@ from rankflow.errors import ConfigError, first_line
 from rankflow.formats.io.pretrained import build, load_config
 from rankflow.lora.adapter import Adapter
 from rankflow.observe.averages import AVERAGED, sources
-from rankflow.plans.budget import even
-from rankflow.plans.plan import Layout, Slot
-from rankflow.policies.base import Phase, Policy, Signal
+from rankflow.plans.allocate import even
+from rankflow.plans.layout import Layout, Slot
+from rankflow.policies.base import Policy
+from rankflow.policies.lifecycle import Phase
+from rankflow.policies.observation import Signal
 
 _WIDE = 8  # bytes of a number that is summed up: statistics, and all that processes tell one another
 _MOMENTS = 2  # of Adam and AdamW, in the dtype of the factors

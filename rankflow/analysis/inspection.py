@@ -20,10 +20,10 @@ from rankflow.formats.open import open_adapter
 from rankflow.linalg.decompose import Metric
 from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Spectrum
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.names import arrange
-from rankflow.plans.plan import Layout, Slot
-from rankflow.policies.base import Signal
 from rankflow.policies.metrics import averages_of
+from rankflow.policies.observation import Signal
 
 ENERGY_AT = (1, 2, 4, 8, 16)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankflow.plans.margins import closest
+from rankflow.plans.allocate import closest
 from rankflow.training.ledger import Event, Ledger
 
 _BESIDE = ("seconds", "time", "matrices")  # of an event: where and when it happened

@@ -23,7 +23,7 @@ from rankflow.linalg.parallel import Pool
 from rankflow.linalg.random import keyed_generator
 from rankflow.linalg.spectrum import Gauge, Spectrum
 from rankflow.linalg.svd import Backend
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.serving.export import Fitting, padded
 
 # Of factors in float64 that one batch may hold; a GPU is busy with far less.

@@ -19,8 +19,9 @@ from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Gauge, Spectrum
 from rankflow.linalg.svd import Backend, check_backend
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Layout, RankPlan
-from rankflow.plans.transitions import best_cut, ops_to
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
+from rankflow.plans.shrink import best_cut, ops_to
 from rankflow.surgery.surgeon import Surgeon
 
 if TYPE_CHECKING:

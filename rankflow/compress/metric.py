@@ -15,7 +15,7 @@ from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import Metric
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.linalg.svd import Backend
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.policies.metrics import averages_of, metric_of_each, spectrum_in
 
 

@@ -9,8 +9,9 @@ import yaml
 from pydantic import TypeAdapter
 
 from rankflow.compress.report import SqueezeReport
-from rankflow.config.load import limits_of, read_yaml, validated
+from rankflow.config.load import limits_of, validated
 from rankflow.config.schema import BudgetFile, PlanFile
+from rankflow.config.yaml import read_yaml
 from rankflow.errors import ConfigError
 from rankflow.formats.io.atomic import atomic_file
 from rankflow.formats.io.outputs import check_output

@@ -10,7 +10,7 @@ from typing import Any
 from rankflow.compress.accept import Trial
 from rankflow.linalg.decompose import Metric
 from rankflow.linalg.spectrum import Spectrum, relative
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.serving.engines import engine_named
 
 

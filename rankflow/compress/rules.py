@@ -24,8 +24,8 @@ from collections.abc import Mapping
 
 from rankflow.errors import ConfigError
 from rankflow.linalg.spectrum import Spectrum
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import units
-from rankflow.plans.plan import Layout, Slot
 
 
 def noise_threshold(sigma: list[float], slot: Slot) -> float:

@@ -34,7 +34,7 @@ from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.linalg.parallel import Pool, Progress, usable
 from rankflow.linalg.spectrum import Gauge
 from rankflow.linalg.svd import Backend, check_backend
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.serving.export import Fitting, fitting_for
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, TypedDict
 from rankflow.compress.rules import above_noise, as_planned, fewest, fit_ranks
 from rankflow.errors import ConfigError
 from rankflow.linalg.spectrum import Spectrum
-from rankflow.plans.budget import Budget, allocate
+from rankflow.plans.allocate import allocate
+from rankflow.plans.budget import Budget
 from rankflow.plans.knapsack import allocate_exactly, cover, upper_bound
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limits
-from rankflow.plans.plan import Layout, Slot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from rankflow.config import schema as grammar
+from rankflow.config import schema
+from rankflow.config.messages import explain, nearest
+from rankflow.config.yaml import read_yaml
 from rankflow.errors import ConfigError
 from rankflow.plans.limits import Limit, Limits
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle, Policy
+from rankflow.policies.base import Policy
+from rankflow.policies.lifecycle import Lifecycle
 
 PolicyLike = str | os.PathLike[str] | Mapping[str, Any] | Policy | Lifecycle
 
 T = TypeVar("T")
-
-schema = grammar.schema
 
 
 def load_policy(policy: PolicyLike) -> Lifecycle:
@@ -75,10 +74,10 @@ class Description:
 def describe() -> list[Description]:
     """Every policy, with its settings, their types, defaults and meanings."""
     found = []
-    for name in grammar.policy_names():
-        cls = grammar.policy_class(name)
+    for name in schema.policy_names():
+        cls = schema.policy_class(name)
         hints = get_type_hints(cls, include_extras=True)
-        model = grammar.params_model(cls)
+        model = schema.params_model(cls)
         settings = tuple(
             Setting(f.name, _type_name(hints[f.name]), f.default, model.model_fields[f.name].description or "")
             for f in fields(cls)
@@ -110,69 +109,8 @@ def _find(policy: str | os.PathLike[str]) -> Path:
         hint = f"; a policy of that name is shipped: use {path.stem!r}" if path.stem in known else ""
         raise ConfigError(f"{path}: no such file{hint}")
     if str(policy) not in known:
-        raise ConfigError(f"no policy is called {str(policy)!r}{_nearest(str(policy), known)}")
+        raise ConfigError(f"no policy is called {str(policy)!r}{nearest(str(policy), known)}")
     return known[str(policy)]
-
-
-_LARGEST = 100_000  # values that a file may come to, aliases spelt out
-_DEEPEST = 64
-
-
-class _Loader(yaml.SafeLoader):
-    """safe_load, but a key that stands twice in a mapping is an error instead of silently winning, and so are aliases
-    of aliases that a small file would fill the memory with."""
-
-    def __init__(self, stream: str):
-        super().__init__(stream)
-        self._sizes: dict[int, int] = {}  # of nodes, aliases spelt out
-        self._depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", self.peek_event().start_mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        if node is not None and id(node) not in self._sizes:
-            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
-            parts = (part for item in inside for part in (item if isinstance(item, tuple) else (item,)))
-            size = 1 + sum(self._sizes.get(id(part), 0) for part in parts)
-            if size > _LARGEST:
-                raise yaml.constructor.ConstructorError(None, None, "too many values", node.start_mark)
-            self._sizes[id(node)] = size
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file says; a key that stands twice is an error.
-
-    Raises:
-        ConfigError: the file cannot be read, or is not YAML.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read: {e}") from None
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
-    except (ValueError, TypeError, AttributeError, KeyError) as e:  # what becomes of a date or number that is none
-        raise ConfigError(f"{path}: not valid YAML: a value is not what its form or tag says: {e}") from None
-    except yaml.MarkedYAMLError as e:
-        place = f"line {e.problem_mark.line + 1}: " if e.problem_mark is not None else ""
-        hint = "; a pattern that begins with * needs quotes" if "alias" in f"{e.context} {e.problem}" else ""
-        raise ConfigError(f"{path}: {place}not valid YAML: {e.problem}{hint}") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
 
 
 # -- checking and building --------------------------------------------------------------------------------------------
@@ -187,7 +125,7 @@ def _parse(data: Any, source: str) -> Lifecycle:
         for i, phase in enumerate(data["phases"][:-1]):
             if isinstance(phase, dict) and phase.get("until") is None:
                 errors[f"phases[{i}].until"] = ["is missing; only the last phase may leave it out"]
-    model: TypeAdapter[Any] = TypeAdapter(grammar.lifecycle_model()) if several else grammar.single_model()
+    model: TypeAdapter[Any] = TypeAdapter(schema.lifecycle_model()) if several else schema.single_model()
     errors |= _beside_unknown_policies(model, data, several)
     spec = validated(model, data, source, errors)
     phases = spec.phases if several else [spec]
@@ -211,14 +149,14 @@ def _beside_unknown_policies(model: TypeAdapter[Any], data: dict[str, Any], seve
         model.validate_python({**data, "phases": meant} if several else meant[0])
     except ValidationError as e:
         for error in e.errors(include_url=False):
-            place, message = _explain(error, data)
+            place, message = explain(error, data)
             found.setdefault(place, []).append(message)
     return found
 
 
 def _meant(phase: dict[Any, Any]) -> dict[Any, Any]:
     """`phase`, if its policy is one; else as if one had been named."""
-    name, known = phase.get("policy"), grammar.policy_names()
+    name, known = phase.get("policy"), schema.policy_names()
     if isinstance(name, str) and name in known:
         return phase
     if close := difflib.get_close_matches(str(name)[:100], known, 1):
@@ -226,13 +164,13 @@ def _meant(phase: dict[Any, Any]) -> dict[Any, Any]:
     return {**{key: value for key, value in phase.items() if key != "params"}, "policy": "hold"}
 
 
-def _build(phase: grammar.PhaseSpec) -> Policy:
+def _build(phase: schema.PhaseSpec) -> Policy:
     settings = {name: getattr(phase.params, name) for name in type(phase.params).model_fields}
     if phase.when is not None:
         settings["when"] = When(**phase.when.model_dump(exclude_none=True))
     if phase.budget is not None:
         settings["budget"] = phase.budget.build()
-    return grammar.policy_class(phase.policy)(**settings)
+    return schema.policy_class(phase.policy)(**settings)
 
 
 def validated(
@@ -249,7 +187,7 @@ def validated(
         spec = model.validate_python(data)
     except ValidationError as e:
         for error in e.errors(include_url=False):
-            place, message = _explain(error, data)
+            place, message = explain(error, data)
             if message not in found.setdefault(place, []):
                 found[place].append(message)
     if found:
@@ -257,7 +195,7 @@ def validated(
     return spec
 
 
-def limits_of(spec: grammar.Shared, data: Mapping[str, Any]) -> Limits:
+def limits_of(spec: schema.Shared, data: Mapping[str, Any]) -> Limits:
     """The limits of a file that was read as `data` and checked as `spec`."""
     entries = (
         Limit(pattern, limit.min, limit.max, peft=type(data["limits"][pattern]) is int)
@@ -270,82 +208,9 @@ def _check_object(name: str, policy: Policy) -> None:
     """Settings of a shipped policy that was made in Python; others look after themselves."""
     if not type(policy).__module__.startswith("rankflow.policies.methods."):
         return
-    model = grammar.params_model(type(policy))
+    model = schema.params_model(type(policy))
     try:
         model.model_validate({key: getattr(policy, key) for key in model.model_fields})
     except ValidationError as e:
-        found = [_explain(error, {}) for error in e.errors(include_url=False)]
+        found = [explain(error, {}) for error in e.errors(include_url=False)]
         raise ConfigError("\n".join(f"{name}: {place}: {message}" for place, message in found)) from None
-
-
-def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
-    """Where, and what to do about it."""
-    loc = list(error["loc"])
-    tag = 2 if loc[:1] == ["phases"] else 0
-    # pydantic names the member of the union, which is not in the file
-    policy = loc.pop(tag) if len(loc) > tag and loc[tag] in grammar.policy_names() else None
-    if "params" in loc:
-        del loc[loc.index("params") + 2 :]  # nor are those of a union of values
-    message, context = error["msg"], error.get("ctx", {})
-    given = _short(error["input"])
-    match error["type"]:
-        case "extra_forbidden":
-            key = loc[-1]
-            if "phases" in data and loc == [key] and key in grammar.PhaseSpec.model_fields:
-                message = "stands beside `phases`; a file has one policy or several phases: move it into a phase"
-            else:
-                message = f"unknown key{_nearest(str(key)[:100], _keys(loc[:-1], policy, 'phases' in data))}"
-        case "missing":
-            message = "is missing"
-        case "union_tag_invalid":
-            loc.append("policy")
-            tag = context["tag"]
-            message = f"no policy is called {_short(tag)}{_nearest(str(tag)[:100], grammar.policy_names())}"
-        case "union_tag_not_found":
-            loc.append("policy")
-            message = f"is missing; known: {', '.join(grammar.policy_names())}"
-        case "value_error":
-            message = message.removeprefix("Value error, ")
-        case "literal_error":
-            message = f"is {given}, but should be {context['expected']}"
-            message += _nearest(str(error["input"])[:100], re.findall(r"'(\w+)'", context["expected"]), known=False)
-        case "model_type" | "dict_type":
-            message = f"should be a mapping, not {given}"
-        case _:
-            message = f"{message.removeprefix('Input ').lower()}, not {given}"
-    return _place(loc), message
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]} ..."
-
-
-def _place(loc: Iterable[Any]) -> str:
-    def parts() -> Iterator[str]:
-        for part in loc:
-            yield f".{part}" if isinstance(part, str) and part.isidentifier() else f"[{_short(part)}]"
-
-    return "".join(parts()).removeprefix(".") or "the file"
-
-
-def _keys(loc: list[Any], policy: str | None, several: bool) -> list[str]:
-    """The keys that the mapping at `loc` may have."""
-    models: dict[str, type[BaseModel]] = {"budget": grammar.BudgetSpec, "when": grammar.WhenSpec}
-    if loc[:1] == ["limits"]:
-        return list(grammar.LimitSpec.model_fields)
-    if loc and loc[-1] == "params" and policy is not None:
-        return list(grammar.params_model(grammar.policy_class(policy)).model_fields)
-    if loc and loc[-1] in models:
-        return list(models[loc[-1]].model_fields)
-    if loc:
-        return [*grammar.PhaseSpec.model_fields, "until"]
-    return [*grammar.Run.model_fields, *(["phases"] if several else grammar.PhaseSpec.model_fields)]
-
-
-def _nearest(wrong: str, valid: Iterable[str], *, known: bool = True) -> str:
-    """How a message about `wrong` goes on: the name that was probably meant, and those there are."""
-    valid = list(valid)
-    close = difflib.get_close_matches(wrong, valid, 1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{meant or ';'} known: {', '.join(valid)}" if known else meant

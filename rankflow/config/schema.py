@@ -32,7 +32,8 @@ import rankflow.policies.methods
 from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
 from rankflow.plans.schedule import resolve_step
-from rankflow.policies.base import Mode, Policy
+from rankflow.policies.base import Policy
+from rankflow.policies.lifecycle import Mode
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -35,8 +35,9 @@ from rankflow.distributed.single import SingleProcess, T
 from rankflow.errors import ConfigError, DistributedError, PlanError
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Layout, RankPlan
-from rankflow.policies.base import Observation, Signal
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
+from rankflow.policies.observation import Observation, Signal
 
 _SUMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})  # over tokens; all others are averages over batches
 _DRIFT = 1e-6  # relative: replicas get the same gradients and have the same bits, but for how their devices add up

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Layout, RankPlan
-from rankflow.policies.base import Observation
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
+from rankflow.policies.observation import Observation
 
 T = TypeVar("T")
 

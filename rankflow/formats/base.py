@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.linalg.svd import Backend
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
 
 BASE_COPY = ".base_layer.weight"  # what PEFT saves beside the factors of embeddings: the base model's own weight
 Put = Callable[[str, Tensor, Tensor], None]  # module, A [*e, r, in], B [*e, out, r]

@@ -27,7 +27,7 @@ from rankflow.formats.single_file import names as naming
 from rankflow.formats.single_file.diffusers import METADATA, DiffusersAdapter, spare, split, unit_scales, with_configs
 from rankflow.formats.single_file.kohya import kohya_metadata, stamp
 from rankflow.formats.single_file.writer import Module, check_single, outline, overhead, write_single
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 
 FORMATS = ("peft", "kohya", "diffusers")
 Source = SavedAdapter | DenseAdapter

@@ -25,7 +25,9 @@ from rankflow.lora.adapter import Adapter
 from rankflow.lora.site import Site
 from rankflow.lora.transaction import Transaction
 from rankflow.optim.optimizer_state import OptimizerState
-from rankflow.plans.plan import Open, RankPlan, Refactor, Slot
+from rankflow.plans.layout import Slot
+from rankflow.plans.ops import Open, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.policies.gate import Gate
 
 Params = dict[str, nn.Parameter]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankflow.plans.plan import Drop, Grow, Keep, Op, Open
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Open
 from rankflow.policies.gate import Gate
 
 Change = Callable[[str, Tensor], Tensor]  # of what belongs to the parameter of that name

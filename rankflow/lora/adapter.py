@@ -15,9 +15,9 @@ from rankflow.lora import site_edits
 from rankflow.lora.discover import adapted_layers, find, refuse_unsupported
 from rankflow.lora.site import Site
 from rankflow.lora.transaction import Transaction
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.peft_inits import loadable_init, refuse_init
 from rankflow.plans.peft_patterns import anchored, exclude_modules, rank_config
-from rankflow.plans.plan import Layout, Slot
 
 
 class Adapter:

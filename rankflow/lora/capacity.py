@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.policies.base import Policy
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rankflow.errors import AdapterError
 from rankflow.linalg.decompose import Factor
 from rankflow.linalg.factor_shapes import canonical_a, canonical_b, stored_b
-from rankflow.plans.plan import Slot
+from rankflow.plans.layout import Slot
 
 DORMANT = "_rankflow_dormant"  # attribute of a LoraLayer: adapter name -> Dormant
 

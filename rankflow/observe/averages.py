@@ -10,8 +10,8 @@ from torch import Tensor
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.statistics import Running
-from rankflow.plans.plan import Op
-from rankflow.policies.base import Observation, Signal
+from rankflow.plans.ops import Op
+from rankflow.policies.observation import Observation, Signal
 
 AVERAGED = frozenset({Signal.MEAN_ZZ, Signal.MEAN_DD, Signal.MEASURED})
 _SUMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})

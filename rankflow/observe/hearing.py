@@ -15,8 +15,8 @@ from rankflow.lora.adapter import Adapter
 from rankflow.lora.dtensor import part
 from rankflow.lora.site import Site
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Layout
-from rankflow.policies.base import Observation, Signal
+from rankflow.plans.layout import Layout
+from rankflow.policies.observation import Observation, Signal
 
 _SILENCE: Mapping[Signal, Callable[[Site, Tensor], Tensor]] = {  # of a module, and what another has of the signal
     Signal.GRAD_A: lambda site, other: torch.zeros_like(site.a().detach()),

@@ -28,7 +28,7 @@ from rankflow.observe.contractions import (
     linear_contraction,
     touched_columns,
 )
-from rankflow.policies.base import Signal
+from rankflow.policies.observation import Signal
 
 GRAMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})
 DELTA = frozenset(

@@ -23,7 +23,7 @@ from rankflow.lora.site import Site
 from rankflow.observe.contractions import RandomProjection
 from rankflow.observe.eagerness import stay_eager
 from rankflow.observe.hooks import DELTA, GRAMS, INPUT, Mask, Recorder
-from rankflow.policies.base import GATE_SIGNALS, Lazy, Observation, Signal
+from rankflow.policies.observation import GATE_SIGNALS, Lazy, Observation, Signal
 
 _LAZY: dict[Signal, Callable[[Site], Tensor]] = {
     Signal.A: lambda site: site.a().detach().clone(),

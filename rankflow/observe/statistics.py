@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankflow.plans.plan import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
 
 MIX_EPS = 1e-3  # of the largest part of a mixed direction: smaller ones are not asked whether they were measured
 

@@ -20,7 +20,7 @@ from rankflow.linalg.random import own_random_numbers
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.interrupts import give_way
 from rankflow.observe.probes import Probes
-from rankflow.policies.base import Observation, Signal, Study
+from rankflow.policies.observation import Observation, Signal, Study
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 

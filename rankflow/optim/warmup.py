@@ -20,7 +20,7 @@ from rankflow.lora.dtensor import part, rows
 from rankflow.lora.site import Site
 from rankflow.lora.transaction import Transaction
 from rankflow.optim.optimizer_state import OptimizerState
-from rankflow.plans.plan import Drop, Grow, Keep, Op, Open, Refactor
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Open, Refactor
 
 
 class Youth(NamedTuple):

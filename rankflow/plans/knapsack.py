@@ -9,8 +9,9 @@ from itertools import accumulate
 import torch
 
 from rankflow.errors import ConfigError
-from rankflow.plans.budget import Budget, Options
-from rankflow.plans.plan import Layout
+from rankflow.plans.allocate import Options
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout
 
 _MOST_WORK = 4_000_000_000  # additions: some seconds
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import units
-from rankflow.plans.plan import Layout, Op, RankPlan, Slot, Train
-from rankflow.plans.transitions import first
+from rankflow.plans.ops import Op, Train
+from rankflow.plans.plan import RankPlan
+from rankflow.plans.shrink import first
 
 
 def spare_last(

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from rankflow.errors import ConfigError
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.peft_patterns import compiled, matches
-from rankflow.plans.plan import Layout, Slot
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Names as people read them: modules by type, in order of layers, and strings of strangers without what acts."""
+"""Names as people read them: modules by type and layer, and strings of strangers without what acts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -64,3 +65,14 @@ def _shared_prefix(paths: Sequence[Sequence[str]]) -> int:
     """How many leading parts all paths have in common, the last part of each never counted."""
     shortest = min(map(len, paths), default=1) - 1
     return next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest)
+
+
+def layer_of(name: str) -> str:
+    """The layer that a module belongs to: its name up to the last part that is a number; its own name without one."""
+    parts = name.split(".")
+    return ".".join(parts[: max((i for i, part in enumerate(parts, 1) if part.isdecimal()), default=len(parts))])
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key by which layers.2 comes before layers.10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]

@@ -103,17 +103,6 @@ def _strip(pattern: str, ours: Collection[str]) -> str:
     return pattern
 
 
-def layer_of(name: str) -> str:
-    """The layer that a module belongs to: its name up to the last part that is a number; its own name without one."""
-    parts = name.split(".")
-    return ".".join(parts[: max((i for i, part in enumerate(parts, 1) if part.isdecimal()), default=len(parts))])
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which layers.2 comes before layers.10."""
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
-
-
 @lru_cache(maxsize=4096)
 def compiled(pattern: str) -> regex.Pattern[str]:
     """A regular expression as Python's own `re` understands it, for `matches`.

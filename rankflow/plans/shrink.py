@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from rankflow.plans.budget import Budget, allocate, round_scores
+from rankflow.linalg.decompose import Metric
+from rankflow.linalg.spectrum import Gauge, Spectrum
+from rankflow.plans.allocate import allocate, allocation_margin, round_scores
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout
 from rankflow.plans.limits import allowed_ranks
-from rankflow.plans.margins import allocation_margin
-from rankflow.plans.plan import Layout, Op, RankPlan
-from rankflow.plans.transitions import Shrink, first, ops_to
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Refactor
+from rankflow.plans.plan import RankPlan
+
+Shrink = Callable[[int], Sequence[Op]]
+
+
+def ops_to(rank: int, now: int, shrink: Shrink) -> Sequence[Op]:
+    """What takes a module from rank `now` to `rank`: growth, leaving the adapter, nothing, or what `shrink` says."""
+    if rank > now:
+        return [Grow(rank - now)]
+    if rank == now:
+        return []
+    return [Drop()] if rank == 0 else shrink(rank)
+
+
+def first(order: Sequence[int]) -> Shrink:
+    """Shrinks to the directions that come first in `order`; they stay in the order they have."""
+    return lambda rank: [Keep(tuple(sorted(order[:rank])))]
+
+
+def best_cut(spectrum: Callable[[], Spectrum], metric: Metric = "weights", gauge: Gauge = "nearest") -> Shrink:
+    """Shrinks to the best approximation in the metric of `spectrum`, which is asked for only when there is a cut.
+
+    Growth supplies the directions that the factors at hand have no room for.
+    """
+
+    def shrink(rank: int) -> Sequence[Op]:
+        cut = spectrum().cut(rank, gauge)
+        return [Refactor(cut.N, cut.M, metric), *([Grow(cut.fresh)] if cut.fresh else [])]
+
+    return shrink
 
 
 def prune(
@@ -49,7 +81,7 @@ def prune(
 def pruning_margin(
     scores: Mapping[str, Tensor], ops: Mapping[str, Sequence[Op]], layout: Layout, budget: Budget
 ) -> float | None:
-    """Of `prune` under a budget, which gave `ops`; see `rankflow.plans.margins`."""
+    """Of `prune` under a budget, which gave `ops`; see `rankflow.plans.allocate`."""
     gains = {name: sorted(of.tolist(), reverse=True) for name, of in scores.items()}
     return allocation_margin(gains, RankPlan(ops).apply_to(layout).ranks, layout, budget)
 

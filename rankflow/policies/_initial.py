@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import ConfigError, PlanError
-from rankflow.plans.budget import Budget, allocate
-from rankflow.plans.margins import allocation_margin
-from rankflow.plans.plan import Grow, Layout, Op, RankPlan, Refactor, Slot
+from rankflow.plans.allocate import allocate, allocation_margin
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Grow, Op, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.plans.transitions import first, ops_to
-from rankflow.policies.base import Observation, Policy, Signal, State
+from rankflow.plans.shrink import first, ops_to
+from rankflow.policies.base import Policy, State
+from rankflow.policies.observation import Observation, Signal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,9 @@
-"""Quantisation of a tensor to 2, 4, 8, 16 or 32 bits by gates that double the bits one after the other, and what it
-saves: Bayesian Bits (van Baalen et al., arXiv 2005.07093, section 2).
+"""Hard-concrete gates, and quantisation of a tensor to 2, 4, 8, 16 or 32 bits by such gates, which double the bits one
+after the other: Bayesian Bits (van Baalen et al., arXiv 2005.07093, section 2).
+
+A gate is z = clamp(t (zeta - gamma) + gamma, 0, 1), t the sigmoid of (logit + logistic noise) / beta, after Louizos,
+Welling & Kingma (arXiv 1712.01312, section 2.3). It is exactly 0 or exactly 1 with some probability, and in between has
+a gradient. Constants and the rule for inference are those of Bayesian Bits. Elementwise in logits of any shape.
 
 x is clipped to [-c, c] and rounded to the 2-bit grid, what that leaves over to the 4-bit grid, and so on:
 
@@ -17,8 +21,43 @@ Differs: from the released code,
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+from operator import mul
+
 import torch
 from torch import Tensor
+
+BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
+MOST_CLOSED = 0.34  # at inference a gate whose P(z = 0) is below this is on
+_SHIFT = BETA * math.log(-GAMMA / ZETA)
+THRESHOLD = _SHIFT + math.log(1 / MOST_CLOSED - 1)  # the logit above which that is so, -0.9353
+
+
+def sample(logit: Tensor, u: Tensor) -> Tensor:
+    """z for uniform noise `u`, which is kept within [1e-6, 1 - 1e-6]: its logarithms must be finite."""
+    u = u.clamp(1e-6, 1 - 1e-6)
+    t = torch.sigmoid((torch.log(u) - torch.log1p(-u) + logit) / BETA)
+    return (t * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def chain(z: Tensor) -> Tensor:
+    """z1, z1 z2, z1 z2 z3, ... along the last dimension, for gates that count only while all before them are on.
+
+    Not `cumprod`, whose backward pass waits for the device to see whether there are zeros.
+    """
+    return torch.stack([*accumulate(z.unbind(-1), mul)], -1)
+
+
+def probability(logit: Tensor) -> Tensor:
+    """Q = P(z > 0)."""
+    return torch.sigmoid(logit - _SHIFT)
+
+
+def is_on(logit: Tensor) -> Tensor:
+    """The gate at inference, bool: on where P(z = 0) < 0.34."""
+    return torch.sigmoid(_SHIFT - logit) < MOST_CLOSED
+
 
 WIDTHS = (4, 8, 16, 32)  # what gates can add to the 2 bits that are always there
 FULL = 32  # bits of what is not quantised

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from rankflow.linalg.decompose import orthogonality_term
-from rankflow.plans.plan import Drop, Grow, Keep, Layout, RankPlan
-from rankflow.policies.base import Observation, Policy, Signal, State
+from rankflow.plans.layout import Layout
+from rankflow.plans.ops import Drop, Grow, Keep
+from rankflow.plans.plan import RankPlan
+from rankflow.policies.base import Policy, State
 from rankflow.policies.gate import Gate
-from rankflow.policies.scores import smoothed
+from rankflow.policies.observation import Observation, Signal
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def smoothed(i: Number, u: Number, s: Number, beta1: float, beta2: float) -> tuple[Number, Number]:
+    """I' = beta1 I + (1 - beta1) s and U' = beta2 U + (1 - beta2) |s - I'| (AdaLoRA, arXiv 2303.10512, eqs. 9, 10)."""
+    i = beta1 * i + (1 - beta1) * s  # type: ignore[assignment]
+    return i, beta2 * u + (1 - beta2) * abs(s - i)  # type: ignore[return-value]
+
 
 # What is scored of each direction: its row of A, its column of B, and the gate between them
 _PARTS = {

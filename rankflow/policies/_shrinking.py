@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from rankflow.plans.budget import Budget, check_lowers
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.plans.schedule import Curve, curve
 from rankflow.policies.base import Policy, State
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rankflow.plans.plan import Slot
+from rankflow.plans.layout import Slot
 
 Theta = Mapping[str, Tensor]  # a gate's parameters of one module, float32
 Draw = Mapping[str, Tensor]  # what one module's forward uses of them, for one forward pass

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rankflow.plans.budget import Budget, even
+from rankflow.plans.allocate import even
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout
 from rankflow.plans.limits import Unit, units
-from rankflow.plans.plan import Layout
-from rankflow.policies.base import Phase, Policy
+from rankflow.policies.base import Policy
+from rankflow.policies.lifecycle import Phase
 
 
 def idle_phases(layout: Layout, phases: Sequence[Phase]) -> list[str]:

@@ -11,7 +11,7 @@ from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import Metric, spectrum
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.linalg.svd import Backend
-from rankflow.policies.base import Signal
+from rankflow.policies.observation import Signal
 
 Measured = Mapping[Signal, Tensor]  # of one module: `MEASURED` and the averages there are, if it was heard at all
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rankflow.compress.accept import Trial
     from rankflow.compress.report import SqueezeReport
     from rankflow.config.load import Description
-    from rankflow.plans.plan import Layout
-    from rankflow.policies.base import Phase
+    from rankflow.plans.layout import Layout
+    from rankflow.policies.lifecycle import Phase
     from rankflow.serving.verdicts import Verdict
     from rankflow.training.ledger import Event
 

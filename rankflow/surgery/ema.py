@@ -14,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from rankflow.gating.parametrize import as_used, ungate
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Grow, Keep, Op, Open, RankPlan, Share, Train
-from rankflow.plans.transitions import first, ops_to
+from rankflow.plans.ops import Grow, Keep, Op, Open, Share, Train
+from rankflow.plans.plan import RankPlan
+from rankflow.plans.shrink import first, ops_to
 from rankflow.surgery.holders import ours
 from rankflow.surgery.listeners import Listeners
 from rankflow.surgery.staging import Staged

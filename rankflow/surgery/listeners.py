@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Op, RankPlan
+from rankflow.plans.ops import Op
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.staging import Staged
 
 Parameters = Mapping[str, nn.Parameter]  # of one module, by role: A, B, bias, magnitude

@@ -16,8 +16,9 @@ from rankflow.linalg.spectrum import Spectrum
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.site import Site
 from rankflow.optim.optimizer_state import OnUnknownState
-from rankflow.plans.plan import Layout, RankPlan
-from rankflow.plans.transitions import best_cut, ops_to
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
+from rankflow.plans.shrink import best_cut, ops_to
 from rankflow.surgery.surgeon import Surgeon
 
 

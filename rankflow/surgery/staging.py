@@ -19,7 +19,7 @@ from rankflow.lora.site import Site
 from rankflow.lora.site_edits import Entries
 from rankflow.optim.moments import Moments, Partner, SeedV
 from rankflow.optim.optimizer_state import OptimizerState, Swap
-from rankflow.plans.plan import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
 
 ROLES: tuple[Factor, Factor] = ("A", "B")
 Added = tuple[Tensor, Tensor]  # rows of A ``[*experts, n, in]``, gates' values in them, and columns of B

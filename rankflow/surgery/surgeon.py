@@ -18,7 +18,9 @@ from rankflow.observe.averages import Averages
 from rankflow.optim.moments import SeedV
 from rankflow.optim.optimizer_state import OnUnknownState, OptimizerState
 from rankflow.optim.warmup import Ramps
-from rankflow.plans.plan import Layout, RankPlan, Share, Train
+from rankflow.plans.layout import Layout
+from rankflow.plans.ops import Share, Train
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.holders import Holders
 from rankflow.surgery.listeners import Listeners
 from rankflow.surgery.staging import Added, Stage, Staged, check_finite

@@ -23,8 +23,8 @@ from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.gating.parametrize import refuse_gates
 from rankflow.lora.adapter import Adapter, reshape
 from rankflow.lora.transaction import Transaction
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.peft_inits import changes_base
-from rankflow.plans.plan import Layout, Slot
 from rankflow.training.controller import Controller
 from rankflow.training.state import check_seal
 

@@ -10,9 +10,9 @@ from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.dtensor import REMEDY
 from rankflow.optim.optimizer_state import OnUnknownState, OptimizerState
-from rankflow.plans.plan import Layout
-from rankflow.policies.base import Lifecycle, Phase
+from rankflow.plans.layout import Layout
 from rankflow.policies.gate import Gate
+from rankflow.policies.lifecycle import Lifecycle, Phase
 
 _WHOLE = 64  # a module whose greatest rank is above this, and all it can have, is taken for one without a limit
 

@@ -43,11 +43,14 @@ from rankflow.observe.study import (
 from rankflow.optim.handlers.registry import innermost
 from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.plans.last_direction import spare_last
-from rankflow.plans.plan import Layout, RankPlan, Share
-from rankflow.plans.shrink import direction_sizes
-from rankflow.plans.transitions import first, ops_to
-from rankflow.policies.base import Lifecycle, Observation, Phase, Policy, Signal, State
+from rankflow.plans.layout import Layout
+from rankflow.plans.ops import Share
+from rankflow.plans.plan import RankPlan
+from rankflow.plans.shrink import direction_sizes, first, ops_to
+from rankflow.policies.base import Policy, State
 from rankflow.policies.idleness import idle_phases
+from rankflow.policies.lifecycle import Lifecycle, Phase
+from rankflow.policies.observation import Observation, Signal
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.attachments import Attachment, make_way

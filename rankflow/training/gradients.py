@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.policies.base import Policy
 
 PenaltyMode = Literal["gradient", "in_loss"]

@@ -22,10 +22,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
 
-from rankflow.errors import CheckpointError
+from rankflow.errors import CheckpointError, PlanError
 from rankflow.formats.io.disk import make_folder, sync, sync_open
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Layout, RankPlan, replay
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
 
 Event = dict[str, Any]
 
@@ -232,9 +233,9 @@ class Ledger:
             out = [(int(self.events[0]["step"]), layout)]
             for event in self.events:
                 if event["event"] == "resize":
-                    layout = replay(layout, event["plan"])
+                    layout = RankPlan.from_json(event["plan"]).apply_to(layout)
                     out.append((int(event["step"]), layout))
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, RuntimeError, PlanError) as e:
             raise CheckpointError(f"{what}: cannot be replayed ({ascii(str(e))[:200]}); it is damaged") from None
         if not layout:
             raise CheckpointError(f"{what}: is of a run without modules; it is damaged")

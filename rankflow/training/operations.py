@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from rankflow.distributed.single import SingleProcess
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import RankPlan, Train
+from rankflow.plans.ops import Train
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.ledger import Ledger
 

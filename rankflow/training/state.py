@@ -14,7 +14,7 @@ from torch import Tensor, uint8
 
 from rankflow import __version__
 from rankflow.errors import CheckpointError
-from rankflow.policies.base import Lifecycle
+from rankflow.policies.lifecycle import Lifecycle
 
 FORMAT = 2  # of the training state; goes up whenever an older rankflow could not read it
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rankflow.plans.layout import Layout
 from rankflow.plans.names import arrange
-from rankflow.plans.plan import Layout
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import torch
 from tiny import Tiny
 
 from rankflow.analysis.run_comparison import compare
-from rankflow.plans.plan import Grow, Keep, Layout, RankPlan, Refactor, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Grow, Keep, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.render.tables import comparison_table
 from rankflow.training.ledger import Ledger
 from tests.render.test_tables import text

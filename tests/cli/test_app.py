@@ -19,7 +19,9 @@ import rankflow
 from rankflow.analysis.forecast import blank_layout
 from rankflow.cli.app import app
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Grow, Layout, RankPlan, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Grow
+from rankflow.plans.plan import RankPlan
 from rankflow.render.tables import new_table
 from rankflow.training.ledger import Ledger
 

@@ -30,7 +30,7 @@ from rankflow.formats.io.tensors import open_tensors
 from rankflow.formats.io.writers import SafetensorsWriter
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
 
 TARGETS = r"layers\.\d\.(q|up)"  # a list would match vis.layers too, by the ends of names
 LINEARS = ["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up"]

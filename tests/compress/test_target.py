@@ -20,10 +20,11 @@ from rankflow import ConfigError, Target, inspect, squeeze, squeeze_each
 from rankflow.cli.app import app
 from rankflow.compress.rules import noise_threshold
 from rankflow.linalg.decompose import spectrum
-from rankflow.plans.budget import Budget, allocate
+from rankflow.plans.allocate import allocate
+from rankflow.plans.budget import Budget
 from rankflow.plans.knapsack import allocate_exactly, cover, upper_bound
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.plan import Layout, Slot
 from tests.compress.test_squeeze import saved
 
 SIGMA = (10, 5, 2.5, 1, 0.5, 0.1, 0.05, 0.01)

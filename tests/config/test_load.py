@@ -16,11 +16,11 @@ import yaml
 
 from rankflow.config import load as config
 from rankflow.config import schema as grammar
-from rankflow.config.load import describe, load_policy, schema, shipped
+from rankflow.config.load import describe, load_policy, shipped
 from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limit
-from rankflow.plans.plan import Layout, Slot
 from rankflow.plans.schedule import When
 from rankflow.policies.base import Policy
 from rankflow.policies.methods.increlora import IncreLora
@@ -261,11 +261,11 @@ def test_every_policy_has_a_shipped_file():
 
 
 def test_the_published_schema_is_that_of_the_code():
-    assert json.loads((shipped()["hold"].parent / "schema.json").read_text()) == schema()
+    assert json.loads((shipped()["hold"].parent / "schema.json").read_text()) == grammar.schema()
 
 
 def test_the_schema_knows_every_setting_with_its_meaning():
-    text = json.dumps(schema())
+    text = json.dumps(grammar.schema())
     for description in describe():
         for setting in description.settings:
             assert json.dumps(setting.meaning) in text

@@ -33,7 +33,7 @@ FAULTS = [
     ),
     Fault(
         "bad files: aliases of aliases",
-        "config/load.py",
+        "config/yaml.py",
         "if size > _LARGEST:",
         "if False:",
         "::test_yaml",

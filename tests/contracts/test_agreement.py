@@ -14,8 +14,8 @@ from agreement import decision, together
 
 from rankflow.distributed.replicas import Replicas
 from rankflow.errors import DistributedError
-from rankflow.plans.plan import Layout, Slot
-from rankflow.policies.base import Observation, Signal
+from rankflow.plans.layout import Layout, Slot
+from rankflow.policies.observation import Observation, Signal
 
 LAYOUT = Layout({"q": Slot(4, 8, 8, 1.0)})
 

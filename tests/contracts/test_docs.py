@@ -12,7 +12,7 @@ from loops import tiny_llama, token_batches
 
 import rankflow
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle
+from rankflow.policies.lifecycle import Lifecycle
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,10 +22,11 @@ from whole_files import put
 from rankflow import AdapterError, CheckpointError, ConfigError, expand, inspect, squeeze
 from rankflow.calibration.statistics import Statistics
 from rankflow.compress.plan_file import read_plan, write_plan
-from rankflow.config.load import read_yaml
+from rankflow.config.yaml import read_yaml
 from rankflow.plans.budget import Budget
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.peft_patterns import matches, natural
+from rankflow.plans.names import natural
+from rankflow.plans.peft_patterns import matches
 from rankflow.training.ledger import Ledger
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "fuzzing.py"

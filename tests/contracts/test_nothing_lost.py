@@ -15,11 +15,14 @@ from helpers import same, snapshot
 from tiny import Tiny, batch, loss, save, timeless, tiny
 
 import rankflow
-from rankflow.plans.plan import Drop, Grow, Keep, Open, RankPlan, Refactor, Train
+from rankflow.plans.ops import Drop, Grow, Keep, Open, Refactor, Train
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle, Policy, Signal, Study
+from rankflow.policies.base import Policy
 from rankflow.policies.gate import Gate
+from rankflow.policies.lifecycle import Lifecycle
 from rankflow.policies.methods.sora import SoraGate
+from rankflow.policies.observation import Signal, Study
 from rankflow.training.ledger import Ledger
 from tests.gating.test_gates import Noisy
 from tests.training.test_controller import hooks_on

@@ -19,7 +19,9 @@ from rankflow.plans.budget import Budget
 from rankflow.plans.limits import Limit, Limits
 from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle, Observation, Policy
+from rankflow.policies.base import Policy
+from rankflow.policies.lifecycle import Lifecycle
+from rankflow.policies.observation import Observation
 from tests.config.test_load import START
 
 RANKS = (4, 4, 6, 4, 3, 4)  # total 25

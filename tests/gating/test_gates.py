@@ -23,11 +23,15 @@ from rankflow.errors import AdapterError, ConfigError, OptimizerError, PlanError
 from rankflow.gating.forward import Gates
 from rankflow.lora.adapter import Adapter
 from rankflow.optim.optimizer_state import OptimizerState
-from rankflow.plans.plan import Drop, Grow, Keep, Layout, Open, RankPlan, Refactor
+from rankflow.plans.layout import Layout
+from rankflow.plans.ops import Drop, Grow, Keep, Open, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle, Policy, Signal
+from rankflow.policies.base import Policy
 from rankflow.policies.gate import Gate
+from rankflow.policies.lifecycle import Lifecycle
 from rankflow.policies.methods.hold import Hold
+from rankflow.policies.observation import Signal
 from rankflow.surgery.surgeon import Surgeon
 
 

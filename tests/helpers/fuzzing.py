@@ -35,7 +35,7 @@ from rankflow.cli.app import app
 from rankflow.compress.plan_file import read_budget, read_plan
 from rankflow.compress.quantized import load_quantized
 from rankflow.formats.open import open_adapter
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 from rankflow.render.watch import view
 from rankflow.training.checkpoint import load_state, saved_layout
 from rankflow.training.ledger import Ledger

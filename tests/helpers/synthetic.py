@@ -12,10 +12,14 @@ from torch import Tensor
 from rankflow.linalg.random import keyed_generator
 from rankflow.observe.statistics import Running
 from rankflow.plans.last_direction import spare_last
-from rankflow.plans.plan import Drop, Grow, Keep, Layout, Op, Open, RankPlan, Refactor, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Open, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.shrink import direction_sizes
-from rankflow.policies.base import Observation, Phase, Policy, Signal, State, Study
+from rankflow.policies.base import Policy, State
 from rankflow.policies.gate import Gate
+from rankflow.policies.lifecycle import Phase
+from rankflow.policies.observation import Observation, Signal, Study
 
 AVERAGED = {Signal.MEAN_ZZ, Signal.MEAN_DD, Signal.MEASURED}
 Scores = Callable[[str, int], float]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankflow import squeeze
 from rankflow.calibration.statistics import Statistics, digest
-from rankflow.policies.base import Signal
+from rankflow.policies.observation import Signal
 
 Files = dict[str, bytes]  # name in the source's folder, or in a folder of it, -> content
 RANK = 4

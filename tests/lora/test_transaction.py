@@ -20,7 +20,8 @@ from rankflow.lora.adapter import Adapter
 from rankflow.lora.interrupts import HeldBack, give_way
 from rankflow.lora.interrupts import _blocks as held_back
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Grow, Keep, RankPlan
+from rankflow.plans.ops import Grow, Keep
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.controller import Controller
 from rankflow.training.ledger import Ledger

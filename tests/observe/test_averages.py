@@ -22,9 +22,13 @@ from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import AVERAGED, sources
 from rankflow.observe.probes import Probes
-from rankflow.plans.plan import Drop, Grow, Keep, Layout, RankPlan, Train
+from rankflow.plans.layout import Layout
+from rankflow.plans.ops import Drop, Grow, Keep, Train
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle, Observation, Policy, Signal
+from rankflow.policies.base import Policy
+from rankflow.policies.lifecycle import Lifecycle
+from rankflow.policies.observation import Observation, Signal
 from rankflow.surgery.surgeon import Surgeon
 from tests.gating.test_gates import Rounded, Spread
 from tests.observe.test_probes import checkpointed, encoder, reviews, sentence_loss

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 import rankflow
 from rankflow.plans.last_direction import spare_last
-from rankflow.plans.plan import Drop, Keep, Layout, RankPlan, Slot, Train
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Drop, Keep, Train
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Policy
+from rankflow.policies.base import Policy
+from rankflow.policies.observation import Observation
 
 TOWERS = ["vision1", "vision2"]  # first in order, so that no tie goes against them
 NAMES = [*TOWERS, "text1", "text2"]

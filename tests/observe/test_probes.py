@@ -23,7 +23,7 @@ from rankflow.lora.base_weight import base_weight
 from rankflow.observe.averages import AVERAGED
 from rankflow.observe.contractions import Draws, conv_contraction, delta_score, linear_contraction, touched_columns
 from rankflow.observe.probes import Probes
-from rankflow.policies.base import GATE_SIGNALS, Observation, Signal
+from rankflow.policies.observation import GATE_SIGNALS, Observation, Signal
 
 INPUT = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})  # of linear layers only
 HOOKED = frozenset(Signal) - {Signal.A, Signal.B, Signal.SINGULAR_VALUES} - GATE_SIGNALS - INPUT - AVERAGED

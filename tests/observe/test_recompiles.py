@@ -16,9 +16,11 @@ from tiny import LAYERS, Tiny, batch, compiled_code_of_nobody_else, loss, tiny  
 
 import rankflow
 from rankflow.observe.compile import Recompiles, versions
+from rankflow.plans.layout import Layout
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.plan import Grow, Keep, Layout, RankPlan
-from rankflow.policies.base import Lifecycle
+from rankflow.plans.ops import Grow, Keep
+from rankflow.plans.plan import RankPlan
+from rankflow.policies.lifecycle import Lifecycle
 from tests.training.test_controller import scripted
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own

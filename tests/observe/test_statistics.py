@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankflow.linalg.random import keyed_generator
 from rankflow.observe.statistics import Running
-from rankflow.plans.plan import Drop, Grow, Keep, Op, Refactor, Train
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Refactor, Train
 
 IN, OUT, SCALING = 6, 5, 1.5
 

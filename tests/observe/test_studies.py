@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from rankflow.errors import ConfigError, RankFlowError
 from rankflow.lora.adapter import Adapter
 from rankflow.observe.study import run_study
-from rankflow.plans.plan import Keep, Layout, RankPlan
-from rankflow.policies.base import Observation, Policy, Signal, State, Study
+from rankflow.plans.layout import Layout
+from rankflow.plans.ops import Keep
+from rankflow.plans.plan import RankPlan
+from rankflow.policies.base import Policy, State
+from rankflow.policies.observation import Observation, Signal, Study
 
 GRADIENTS = frozenset({Signal.A, Signal.B, Signal.GRAD_A, Signal.GRAD_B})
 

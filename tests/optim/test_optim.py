@@ -21,7 +21,8 @@ from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.optim.handlers.registry import find_handler, innermost
 from rankflow.optim.moments import Moments
-from rankflow.plans.plan import Drop, Grow, Keep, RankPlan, Refactor
+from rankflow.plans.ops import Drop, Grow, Keep, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 
 

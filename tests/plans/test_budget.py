@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from rankflow.errors import ConfigError, PlanError
-from rankflow.plans.budget import Budget, allocate, even, grow_by_score, reachable, round_scores
+from rankflow.plans.allocate import allocate, even, grow_by_score, round_scores
+from rankflow.plans.budget import Budget, reachable
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.plan import Layout, Slot
 
 NAMES = [f"model.layers.{i}.attn.{m}_proj" for i in range(2) for m in "qkv"]
 

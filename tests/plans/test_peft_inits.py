@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import rankflow
 from rankflow.errors import AdapterError, CheckpointError, RankFlowError
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Keep, RankPlan, Train
+from rankflow.plans.ops import Keep, Train
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 
 SQUEEZE = {"policy": "squeeze", "budget": {"mean_rank": 2}, "when": {"start": 4, "every": 4, "stop": "80%"}}

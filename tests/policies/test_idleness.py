@@ -13,7 +13,8 @@ import rankflow
 from rankflow.config.load import load_policy, shipped
 from rankflow.config.schema import policy_names
 from rankflow.errors import ConfigError
-from rankflow.plans.plan import Layout, RankPlan, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.plan import RankPlan
 from rankflow.policies.base import Policy
 from rankflow.policies.idleness import idle_phases
 from tests.config.test_load import START

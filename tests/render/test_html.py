@@ -23,7 +23,9 @@ from rankflow.analysis.run import Run, run_of
 from rankflow.analysis.run_comparison import Comparison, compare
 from rankflow.cli.json_schemas import schemas
 from rankflow.compress.report import SqueezeReport
-from rankflow.plans.plan import Grow, Keep, Layout, RankPlan, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Grow, Keep
+from rankflow.plans.plan import RankPlan
 from rankflow.render.html import render, write_page
 from rankflow.render.reports import inspection_page, run_page, squeeze_page
 from rankflow.training.ledger import Ledger

@@ -15,8 +15,10 @@ from rich.table import Table
 from rankflow.analysis.inspection import InspectedModule, Inspection
 from rankflow.compress.report import SqueezedModule, SqueezeReport
 from rankflow.errors import CheckpointError, ConfigError
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.names import arrange
-from rankflow.plans.plan import Drop, Grow, Layout, RankPlan, Slot
+from rankflow.plans.ops import Drop, Grow
+from rankflow.plans.plan import RankPlan
 from rankflow.render.run_figure import plot_ledger, plot_spectra
 from rankflow.render.tables import events_table, gates_table, inspection_table, ranks_table, squeeze_table
 from rankflow.training.ledger import Ledger

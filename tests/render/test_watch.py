@@ -19,7 +19,9 @@ import rankflow
 from rankflow.analysis.run import find_ledger, follow, standing
 from rankflow.cli.app import app
 from rankflow.errors import CheckpointError
-from rankflow.plans.plan import Keep, Layout, RankPlan, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Keep
+from rankflow.plans.plan import RankPlan
 from rankflow.training.ledger import Ledger
 
 LAYOUT = Layout({f"layers.{i}.{kind}": Slot(4, 16, 8, 2.0) for kind in ("q", "v") for i in range(3)})

@@ -5,7 +5,7 @@ from fault import Fault
 FAULTS = [
     Fault(
         "let live cuts move factors to the sorted basis",
-        "plans/transitions.py",
+        "plans/shrink.py",
         'gauge: Gauge = "nearest"',
         'gauge: Gauge = "keep"',
     ),

@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 
 import rankflow
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Drop, Grow, Keep, RankPlan, Train
+from rankflow.plans.ops import Drop, Grow, Keep, Train
+from rankflow.plans.plan import RankPlan
 from tests.contracts.test_nothing_lost import Told, begun, cut, phases
 from tests.training.test_trainer import trainer
 

@@ -12,7 +12,8 @@ from helpers import KINDS, lora, loss_of, outputs, same, snapshot
 from rankflow.errors import PlanError
 from rankflow.lora.adapter import Adapter
 from rankflow.observe.statistics import Running
-from rankflow.plans.plan import Open, RankPlan, Refactor, replay
+from rankflow.plans.ops import Open, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.policies.gate import Gate
 from rankflow.surgery.surgeon import Surgeon
 
@@ -141,4 +142,4 @@ def test_opening_goes_through_json_and_a_replay():
     plan = RankPlan({name: (Open((2, 0), 1e-5),)}, "open")
     written = json.loads(json.dumps(plan.to_json()))
     assert RankPlan.from_json(written, plan.pack()).ops == plan.ops
-    assert replay(surgeon.layout, written) == surgeon.layout == plan.apply_to(surgeon.layout)
+    assert RankPlan.from_json(written).apply_to(surgeon.layout) == surgeon.layout == plan.apply_to(surgeon.layout)

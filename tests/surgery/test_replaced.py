@@ -16,7 +16,8 @@ from tiny import MASKED, Tiny, batch, loss, tiny
 from torch import nn
 
 import rankflow
-from rankflow.plans.plan import Drop, Grow, Keep, RankPlan
+from rankflow.plans.ops import Drop, Grow, Keep
+from rankflow.plans.plan import RankPlan
 from tests.contracts.test_nothing_lost import Told, phases
 from tests.training.test_trainer import trainer
 

@@ -29,7 +29,8 @@ from rankflow.errors import AdapterError, ConfigError, OptimizerError, PlanError
 from rankflow.linalg.decompose import spectrum
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.plan import Drop, Grow, Keep, RankPlan, Refactor, Train
+from rankflow.plans.ops import Drop, Grow, Keep, Refactor, Train
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.resize import resize
 from rankflow.surgery.surgeon import Surgeon
 

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 import rankflow
 from rankflow.errors import AdapterError, ConfigError
-from rankflow.policies.base import Lifecycle
 from rankflow.policies.gate import Gate
+from rankflow.policies.lifecycle import Lifecycle
 from rankflow.policies.methods.sora import SoraGate
 from rankflow.training.trainer import RankFlowCallback
 from tests.contracts.test_nothing_lost import AVERAGES, HELD_OUT, Told, phases

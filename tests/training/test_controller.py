@@ -12,9 +12,12 @@ from peft import PeftModel, get_peft_model_state_dict
 
 import rankflow
 from rankflow.errors import AdapterError, CheckpointError, ConfigError, OptimizerError, RankFlowError
-from rankflow.plans.plan import Drop, Grow, Keep, RankPlan
+from rankflow.plans.ops import Drop, Grow, Keep
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle, Observation, Policy, Signal, Study
+from rankflow.policies.base import Policy
+from rankflow.policies.lifecycle import Lifecycle
+from rankflow.policies.observation import Observation, Signal, Study
 from rankflow.training.checkpoint import load_state, save_state
 from rankflow.training.ledger import Ledger
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rankflow.errors import CheckpointError
-from rankflow.plans.plan import Drop, Grow, Keep, Layout, RankPlan, Refactor, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Drop, Grow, Keep, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.training.ledger import Ledger
 
 START = Layout({"a": Slot(4, 16, 8, 2.0), "b": Slot(2, 16, 8, 2.0)})

@@ -16,7 +16,7 @@ import rankflow
 from rankflow import ConfigError, RankFlowCallback
 from rankflow.config.load import load_policy
 from rankflow.lora.adapter import Adapter
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
 from rankflow.training.checks import check_rooms
 from tests.training.test_trainer import EVALUATED, Metric, trainer
 

@@ -22,8 +22,8 @@ from rankflow.formats.base import SavedModule, Sketch
 from rankflow.formats.io.outputs import suffixed
 from rankflow.formats.io.tensors import all_finite
 from rankflow.linalg.svd import low_rank
-from rankflow.plans.peft_patterns import natural
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.names import natural
 
 _ROWS = 1024  # of a residual that are formed at once
 

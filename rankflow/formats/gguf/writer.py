@@ -23,7 +23,7 @@ from rankflow.formats.gguf.names import Names
 from rankflow.formats.io.atomic import atomic_file, is_plain
 from rankflow.formats.io.outputs import check_output
 from rankflow.formats.peft.adapter import PeftAdapter
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 
 _SUFFIX = ".gguf"
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -35,7 +35,7 @@ from rankflow.formats.peft_config import (
 )
 from rankflow.formats.single_file.keys import refuse_empty, refuse_unknown_factors
 from rankflow.formats.wrappers import peft_names, renamed, renaming_note, unwrapped_config
-from rankflow.plans.plan import Layout
+from rankflow.plans.layout import Layout
 
 
 class PeftAdapter:

@@ -17,8 +17,8 @@ from rankflow.errors import AdapterError
 from rankflow.formats.base import SavedModule, checked_slot
 from rankflow.formats.peft_config import CONFIG, pattern_value, wrapped_parameters
 from rankflow.formats.single_file.keys import foreign_factors
-from rankflow.plans.peft_patterns import natural
-from rankflow.plans.plan import Slot
+from rankflow.plans.layout import Slot
+from rankflow.plans.names import natural
 
 _PREFIX = "base_model.model."
 _MOST_ORDERS = 10_000  # in which the parameters of one module may have been wrapped

@@ -30,8 +30,8 @@ from rankflow.formats.single_file.keys import (
 )
 from rankflow.formats.single_file.lycoris import fold_tucker, refuse_variants
 from rankflow.formats.single_file.writer import Module, check_single, outline, overhead, write_single
-from rankflow.plans.peft_patterns import natural
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.names import natural
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rankflow.errors import ConfigError
-from rankflow.plans.plan import Layout, RankPlan
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.shrink import prune, pruning_margin
 from rankflow.policies._sensitivity import Triplets, frozen_last, measured, triplet_scores
 from rankflow.policies._shrinking import Lowering
-from rankflow.policies.base import Observation, State
+from rankflow.policies.base import State
+from rankflow.policies.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

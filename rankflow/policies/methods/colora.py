@@ -13,12 +13,14 @@ from pydantic import Field, PositiveInt
 from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import spectrum
 from rankflow.linalg.spectrum import Spectrum
-from rankflow.plans.budget import allocate, check_reachable, proportional
-from rankflow.plans.margins import allocation_margin
-from rankflow.plans.plan import Layout, RankPlan, Slot
+from rankflow.plans.allocate import allocate, allocation_margin, proportional
+from rankflow.plans.budget import check_reachable
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.plans.transitions import best_cut, ops_to
-from rankflow.policies.base import Observation, Policy, Signal, State, Study
+from rankflow.plans.shrink import best_cut, ops_to
+from rankflow.policies.base import Policy, State
+from rankflow.policies.observation import Observation, Signal, Study
 
 
 @dataclass(frozen=True, kw_only=True)

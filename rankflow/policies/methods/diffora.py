@@ -13,15 +13,18 @@ from torch import Tensor
 
 from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import spectrum
-from rankflow.plans.budget import allocate, check_reachable, round_scores
+from rankflow.plans.allocate import allocate, round_scores
+from rankflow.plans.budget import check_reachable
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Unit, units
-from rankflow.plans.peft_patterns import layer_of
-from rankflow.plans.plan import Drop, Grow, Layout, Op, RankPlan, Share, Slot
+from rankflow.plans.names import layer_of
+from rankflow.plans.ops import Drop, Grow, Op, Share
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import StepLike, resolve_step
-from rankflow.plans.shrink import all_finite, best, direction_sizes
-from rankflow.plans.transitions import ops_to
-from rankflow.policies.base import Observation, Policy, Signal, State
+from rankflow.plans.shrink import all_finite, best, direction_sizes, ops_to
+from rankflow.policies.base import Policy, State
 from rankflow.policies.gate import Draw, Gate, Theta
+from rankflow.policies.observation import Observation, Signal
 
 Relax = Literal["sigmoid", "softmax"]
 

@@ -8,13 +8,14 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field, PositiveInt
 
-from rankflow.plans.budget import Budget, grow_by_score, reachable
-from rankflow.plans.margins import closest, growth_margin
-from rankflow.plans.plan import Layout, RankPlan
-from rankflow.plans.shrink import best, prune, pruning_margin
-from rankflow.plans.transitions import ops_to
+from rankflow.plans.allocate import closest, grow_by_score, growth_margin
+from rankflow.plans.budget import Budget, reachable
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
+from rankflow.plans.shrink import best, ops_to, prune, pruning_margin
 from rankflow.policies._sensitivity import Orth, Triplets, frozen_last, measured, triplet_scores
-from rankflow.policies.base import Observation, State
+from rankflow.policies.base import State
+from rankflow.policies.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from rankflow.plans.budget import Budget, even
-from rankflow.plans.plan import Layout
+from rankflow.plans.allocate import even
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout
 from rankflow.policies._initial import Opening
-from rankflow.policies.base import Observation, Signal, Study
+from rankflow.policies.observation import Observation, Signal, Study
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from rankflow.plans.budget import Budget, proportional
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.allocate import proportional
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
 from rankflow.policies._initial import Opening
-from rankflow.policies.base import Observation, Signal, Study
+from rankflow.policies.observation import Observation, Signal, Study
 
 
 @dataclass(frozen=True, kw_only=True)

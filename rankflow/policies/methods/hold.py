@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rankflow.errors import ConfigError
-from rankflow.plans.plan import Layout, RankPlan
+from rankflow.plans.layout import Layout
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Policy, State
+from rankflow.policies.base import Policy, State
+from rankflow.policies.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import orthogonality_term
-from rankflow.plans.budget import Budget, check_reachable, grow_by_score, next_ranks
+from rankflow.plans.allocate import grow_by_score, growth_margin, next_ranks
+from rankflow.plans.budget import Budget, check_reachable
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import units
-from rankflow.plans.margins import growth_margin
-from rankflow.plans.plan import Grow, Keep, Layout, Op, Open, RankPlan, Refactor, Slot
-from rankflow.policies._sensitivity import Orth
-from rankflow.policies.base import Observation, Policy, Signal, State
+from rankflow.plans.ops import Grow, Keep, Op, Open, Refactor
+from rankflow.plans.plan import RankPlan
+from rankflow.policies._sensitivity import Orth, smoothed
+from rankflow.policies.base import Policy, State
 from rankflow.policies.gate import Gate
-from rankflow.policies.scores import smoothed
+from rankflow.policies.observation import Observation, Signal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rankflow.errors import ConfigError
 from rankflow.linalg.random import keyed_generator
+from rankflow.plans.layout import Layout
 from rankflow.plans.limits import matching
-from rankflow.plans.peft_patterns import layer_of
-from rankflow.plans.plan import Layout, RankPlan, Train
+from rankflow.plans.names import layer_of
+from rankflow.plans.ops import Train
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Policy, State
+from rankflow.policies.base import Policy, State
+from rankflow.policies.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

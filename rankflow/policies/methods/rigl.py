@@ -14,11 +14,15 @@ from torch import Tensor
 
 from rankflow.errors import ConfigError
 from rankflow.linalg.growth import gradient_directions
-from rankflow.plans.budget import Budget, allocate, rounded
-from rankflow.plans.plan import Drop, Grow, Keep, Layout, Op, RankPlan, Slot
+from rankflow.plans.allocate import allocate, rounded
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Drop, Grow, Keep, Op
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import curve
 from rankflow.plans.shrink import direction_sizes
-from rankflow.policies.base import Observation, Policy, Signal, State
+from rankflow.policies.base import Policy, State
+from rankflow.policies.observation import Observation, Signal
 
 Queue = list[tuple[float, int | None]]  # (gain, direction) by gain; None for a direction that is new
 

@@ -12,11 +12,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from rankflow.errors import ConfigError
-from rankflow.plans.plan import Layout, RankPlan, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.shrink import all_finite, direction_sizes, prune
 from rankflow.policies._shrinking import Lowering
-from rankflow.policies.base import Observation, Signal, State
+from rankflow.policies.base import State
 from rankflow.policies.gate import Draw, Gate, Theta
+from rankflow.policies.observation import Observation, Signal
 
 Prox = Literal["soft", "official"]
 Threshold = Literal["lr_scaled", "absolute"]

@@ -13,15 +13,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import Metric
 from rankflow.linalg.spectrum import Gauge, Spectrum
-from rankflow.plans.budget import Budget, allocate
+from rankflow.plans.allocate import allocate, allocation_margin
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout
 from rankflow.plans.limits import units
-from rankflow.plans.margins import allocation_margin
-from rankflow.plans.plan import Carry, Layout, Op, RankPlan
+from rankflow.plans.ops import Op
+from rankflow.plans.plan import Carry, RankPlan
 from rankflow.plans.schedule import curve
-from rankflow.plans.transitions import best_cut, ops_to
+from rankflow.plans.shrink import best_cut, ops_to
 from rankflow.policies._shrinking import Lowering, Shape
-from rankflow.policies.base import Observation, Signal, State
+from rankflow.policies.base import State
 from rankflow.policies.metrics import averages_of, metric_of_each, spectrum_in
+from rankflow.policies.observation import Observation, Signal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,9 @@ from rankflow.errors import CheckpointError
 from rankflow.formats.io import atomic
 from rankflow.formats.io.atomic import atomic_file, atomic_folder, together
 from rankflow.formats.io.disk import locked
-from rankflow.plans.plan import Layout, RankPlan, Refactor, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.training.ledger import Ledger
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is open")

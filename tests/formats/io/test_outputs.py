@@ -46,7 +46,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "budget.yaml").write_text(BUDGET)
     ledger = Ledger(tmp_path / "run.jsonl")
     ledger.append(
-        "attach", 0, layout=rankflow.plans.plan.Layout({"a": rankflow.plans.plan.Slot(4, 16, 8, 2.0)}).to_json()
+        "attach", 0, layout=rankflow.plans.layout.Layout({"a": rankflow.plans.layout.Slot(4, 16, 8, 2.0)}).to_json()
     )
     ledger.append("finish", 9)
     (tmp_path / "data.txt").write_text("one\ntwo\n")

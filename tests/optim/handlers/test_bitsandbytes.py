@@ -21,7 +21,8 @@ import rankflow
 from rankflow.errors import ConfigError, OptimizerError
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.base_weight import base_weight
-from rankflow.plans.plan import Drop, Grow, Keep, RankPlan, Refactor
+from rankflow.plans.ops import Drop, Grow, Keep, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 from tests.optim.test_optim import Lion, assert_steps_are_sane, mixing
 

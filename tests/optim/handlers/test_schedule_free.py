@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from rankflow.errors import OptimizerError
 from rankflow.lora.adapter import Adapter
 from rankflow.optim.moments import Moments
-from rankflow.plans.plan import Drop, Grow, Keep, Op, RankPlan, Refactor
+from rankflow.plans.ops import Drop, Grow, Keep, Op, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.trainer import RankFlowCallback
 from tests.optim.test_optim import mixing, orthogonal

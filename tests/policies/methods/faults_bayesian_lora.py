@@ -17,19 +17,19 @@ FAULTS = [
     ),
     Fault(
         "leave gates on that are mostly closed",
-        "policies/hardconcrete.py",
+        "policies/_quantizer.py",
         "return torch.sigmoid(_SHIFT - logit) < MOST_CLOSED",
         "return torch.sigmoid(_SHIFT - logit) < 1 - MOST_CLOSED",
     ),
     Fault(
         "charge bits whose parents are off",
-        "policies/methods/bayesian_lora.py",
+        "policies/bits_and_rank.py",
         'chain(probability(t["bits"])).unbind(-1)',
         'probability(t["bits"]).unbind(-1)',
     ),
     Fault(
         "never fix the gates",
-        "policies/methods/bayesian_lora.py",
+        "policies/bits_and_rank.py",
         "return step <= self.last",
         "return True",
     ),

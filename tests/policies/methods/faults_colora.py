@@ -29,7 +29,7 @@ FAULTS = [
     ),
     Fault(
         "give a module more parameters than its weights",
-        "plans/budget.py",
+        "plans/allocate.py",
         "quotient * _LATER",
         "quotient",
     ),

@@ -12,7 +12,7 @@ FAULTS = [
     ),
     Fault(
         "round ranks down instead of to the nearest",
-        "plans/budget.py",
+        "plans/allocate.py",
         "budget.cost(slot) / (i + 0.5)",
         "budget.cost(slot) / (i + 1)",
         "tests/policies/methods/test_colora.py",

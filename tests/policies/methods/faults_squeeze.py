@@ -11,7 +11,7 @@ FAULTS = [
     ),
     Fault(
         "forget the growth that a cut asks for",
-        "plans/transitions.py",
+        "plans/shrink.py",
         ", *([Grow(cut.fresh)] if cut.fresh else [])]",
         "]",
         "tests/surgery/test_surgeon.py",

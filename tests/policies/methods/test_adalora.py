@@ -11,12 +11,14 @@ from peft import PeftModel
 
 from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
-from rankflow.plans.plan import Grow, Keep, Layout, RankPlan, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Grow, Keep
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
 from rankflow.policies._sensitivity import follow, observe_triplets, triplet_scores
-from rankflow.policies.base import Observation, Signal
 from rankflow.policies.methods.adalora import AdaLora
 from rankflow.policies.methods.elalora import ElaLora
+from rankflow.policies.observation import Observation, Signal
 
 PARTS = ((Signal.A, Signal.GRAD_A), (Signal.B, Signal.GRAD_B), (Signal.GATE, Signal.GATE_GRAD))
 

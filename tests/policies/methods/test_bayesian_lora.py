@@ -29,13 +29,15 @@ from rankflow.gating.forward import Gates
 from rankflow.lora.adapter import Adapter
 from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.budget import Budget
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.schedule import When
 from rankflow.policies import _quantizer as bits
-from rankflow.policies import hardconcrete
-from rankflow.policies.base import Lifecycle, Observation, Signal
-from rankflow.policies.methods.bayesian_lora import BayesianLora, BitsAndRank
+from rankflow.policies import _quantizer as hardconcrete
+from rankflow.policies.bits_and_rank import BitsAndRank
+from rankflow.policies.lifecycle import Lifecycle
+from rankflow.policies.methods.bayesian_lora import BayesianLora
 from rankflow.policies.methods.hold import Hold
+from rankflow.policies.observation import Observation, Signal
 from rankflow.training.trainer import RankFlowCallback
 from tests.training.test_trainer import default_weights, trainer
 

@@ -23,12 +23,15 @@ from rankflow.config.load import load_policy
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.observe.study import run_study
-from rankflow.plans.budget import Budget, even
+from rankflow.plans.allocate import even
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.plan import Drop, Grow, Layout, RankPlan, Refactor, Slot
+from rankflow.plans.ops import Drop, Grow, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Signal
 from rankflow.policies.methods.colora import CoLora
+from rankflow.policies.observation import Observation, Signal
 
 KINDS = ["linear", "conv1d_transformers", "embedding", "conv"]
 

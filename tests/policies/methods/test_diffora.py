@@ -11,10 +11,12 @@ from peft import PeftModel
 
 from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
-from rankflow.plans.plan import Drop, Layout, Slot
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.ops import Drop
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Lifecycle, Observation, Signal
+from rankflow.policies.lifecycle import Lifecycle
 from rankflow.policies.methods.diffora import Diffora, DifforaGate
+from rankflow.policies.observation import Observation, Signal
 
 OUTER = token_batches(3, seed=7)
 

@@ -22,9 +22,9 @@ from rankflow.errors import AdapterError, ConfigError, PlanError
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.budget import Budget
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.plan import Drop, Grow, Refactor
-from rankflow.policies.base import Observation, Signal
+from rankflow.plans.ops import Drop, Grow, Refactor
 from rankflow.policies.methods.eva import Eva
+from rankflow.policies.observation import Observation, Signal
 from rankflow.training.trainer import RankFlowCallback
 from tests.training.test_trainer import trainer
 

@@ -18,11 +18,12 @@ from rankflow.config.load import load_policy
 from rankflow.errors import AdapterError, ConfigError, PlanError
 from rankflow.lora.adapter import Adapter
 from rankflow.observe.study import run_study
-from rankflow.plans.budget import Budget, allocate, proportional
+from rankflow.plans.allocate import allocate, proportional
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.plan import Layout, Slot
-from rankflow.policies.base import Observation, Signal
 from rankflow.policies.methods.gora import Gora
+from rankflow.policies.observation import Observation, Signal
 from rankflow.training.ledger import Ledger
 
 ANY = {"*": {"min": 0, "max": 16}}

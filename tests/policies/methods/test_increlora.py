@@ -16,12 +16,14 @@ import rankflow
 from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limits
-from rankflow.plans.plan import Grow, Keep, Layout, Open, RankPlan, Refactor, Slot
+from rankflow.plans.ops import Grow, Keep, Open, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Signal
 from rankflow.policies.gate import Gate
 from rankflow.policies.methods.increlora import IncreLora
+from rankflow.policies.observation import Observation, Signal
 from rankflow.training.checkpoint import load_state, save_state
 
 

@@ -17,10 +17,10 @@ from synthetic import World
 from rankflow.config.load import load_policy
 from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation
 from rankflow.policies.methods.lisa import Lisa
+from rankflow.policies.observation import Observation
 from rankflow.training.ledger import Ledger
 from rankflow.training.trainer import RankFlowCallback
 from tests.training.test_trainer import default_weights, trainer

@@ -17,11 +17,13 @@ from synthetic import World, run
 from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout
 from rankflow.plans.limits import Limit, Limits
-from rankflow.plans.plan import Drop, Grow, Keep, Layout, RankPlan
+from rankflow.plans.ops import Drop, Grow, Keep
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Signal
 from rankflow.policies.methods.rigl import RigL
+from rankflow.policies.observation import Observation, Signal
 from rankflow.surgery.surgeon import Surgeon
 
 EVENTS = When(10, 10).resolve(60)  # 10, 20, ..., 60; they end at step 61

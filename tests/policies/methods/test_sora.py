@@ -15,10 +15,10 @@ from rankflow.config.load import load_policy
 from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.budget import Budget
-from rankflow.plans.plan import Layout, Slot
+from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Signal
 from rankflow.policies.methods.sora import Sora, SoraGate
+from rankflow.policies.observation import Observation, Signal
 
 numbers = st.floats(-3, 3, allow_nan=False, width=32)
 

@@ -14,10 +14,11 @@ from synthetic import World, run
 from rankflow.errors import ConfigError
 from rankflow.observe.statistics import Running
 from rankflow.plans.budget import Budget
-from rankflow.plans.plan import Drop, Grow, RankPlan, Refactor
+from rankflow.plans.ops import Drop, Grow, Refactor
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
-from rankflow.policies.base import Observation, Signal
 from rankflow.policies.methods.squeeze import Squeeze
+from rankflow.policies.observation import Observation, Signal
 
 ONCE = When(20, 100).resolve(60)  # one event, at step 20
 EVENTS = When(10, 10).resolve(60)

@@ -8,9 +8,10 @@ import random
 import pytest
 import torch
 
-from rankflow.plans.budget import Budget, allocate, grow_by_score
-from rankflow.plans.margins import allocation_margin, closest, growth_margin
-from rankflow.plans.plan import Layout, RankPlan, Slot
+from rankflow.plans.allocate import allocate, allocation_margin, closest, grow_by_score, growth_margin
+from rankflow.plans.budget import Budget
+from rankflow.plans.layout import Layout, Slot
+from rankflow.plans.plan import RankPlan
 from rankflow.plans.shrink import prune, pruning_margin
 
 
