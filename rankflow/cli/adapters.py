@@ -150,13 +150,14 @@ def inspect(
     epsilon: Annotated[
         float, typer.Option(metavar="E", help="With --base: a direction without a cosine of E is an intruder.")
     ] = 0.5,
+    modules: Annotated[bool, typer.Option("--modules", help="Show every module, below the means by type.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the spectra, e.g. spectra.png.")] = None,
     html: options.Html = None,
     force: options.ForceAll = False,
 ) -> None:
-    """Show every module's spectrum and every type's mean: effective and stable rank, how many directions are above the
-    noise, and the energy that 1, 2, 4, 8 and 16 hold."""
+    """Show the means of every type of module, and with --modules every module's spectrum: effective and stable rank,
+    how many directions are above the noise, and the energy that 1, 2, 4, 8 and 16 hold."""
     from rankflow.formats.io.outputs import check_apart
 
     leave_stdout(plot, html)
@@ -191,8 +192,9 @@ def inspect(
     if as_json:
         print_json(found.to_json())
         return
-    print_table(inspection_table(found))
     print_table(types_table(found))
+    if modules:
+        print_table(inspection_table(found))
     if plot is not None:
         say(f"Drew {plot}.")
     if html is not None:

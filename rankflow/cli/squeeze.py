@@ -84,7 +84,7 @@ def squeeze(
     from rankflow.compress.squeeze import squeeze_each
     from rankflow.formats.io.atomic import is_plain
     from rankflow.formats.io.outputs import suffixed
-    from rankflow.render.tables import squeeze_table, trials_table
+    from rankflow.render.tables import acceptance_table, squeeze_table
     from rankflow.serving.export import fitting_for
 
     fitting = fitting_for(engine, to=to, base=base)
@@ -133,7 +133,7 @@ def squeeze(
         write_page(squeeze_page(reports[0]), html, force=html in there)
     for done in reports:
         if done.trials:
-            print_table(trials_table(done.trials))
+            print_table(acceptance_table(done.trials))
         print_table(squeeze_table(done))
         if done.out is not None:
             say(f"Wrote {done.out} in {done.seconds:.1f} s.")

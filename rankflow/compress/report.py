@@ -62,6 +62,7 @@ class SqueezeReport:
     notes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()  # of a gate
     seconds: float = 0.0
+    language_model: bool = True  # whether vLLM and its like may serve it
 
     @property
     def params_before(self) -> int:

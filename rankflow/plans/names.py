@@ -24,6 +24,25 @@ def shown(text: object, *, lines: bool = False, most: int | None = None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shortened(text: str, most: int) -> str:
+    """A name of at most `most` characters: of a longer one, whole words of both ends, as its middle tells least."""
+    if len(text) <= most:
+        return text
+    words = re.split(r"(?<=[._ ])", text)  # each with what comes after it
+    last = words.pop()
+    head, tail = "", last[-(most - 1) :]
+    while words:
+        if len(head) <= len(tail) and len(head) + len(words[0]) + 1 + len(tail) <= most:
+            head += words.pop(0)
+        elif len(head) + 1 + len(words[-1]) + len(tail) <= most:
+            tail = words.pop() + tail
+        elif len(head) + len(words[0]) + 1 + len(tail) <= most:
+            head += words.pop(0)
+        else:
+            break
+    return f"{head}…{tail}"
+
+
 @dataclass(frozen=True)
 class Row:
     """A module's place in a table or picture: modules of one type together, in order of their layers."""

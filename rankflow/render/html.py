@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,34 +15,12 @@ from rankflow.formats.io.atomic import atomic_file, is_plain
 from rankflow.formats.io.outputs import Reads, check_output
 from rankflow.plans.names import shown
 from rankflow.render.figure import DARK, LIGHT, Paper, png
+from rankflow.render.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ENDS = (".html", ".htm")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of numbers, or of text; `means` is shown over its heading."""
-
-    name: str
-    means: str = ""
-    text: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is shown, and the `value` that its column is sorted by; beside it a bar of length `share`, or a curve."""
-
-    text: str
-    value: str | float = ""
-    title: str = ""
-    long: bool = False
-    share: float | None = None
-    curve: str = ""
-    line: float | None = None
-    says: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,8 +42,7 @@ class Section:
     title: str
     about: str = ""
     picture: Picture | None = None
-    columns: Sequence[Column] = ()
-    rows: Sequence[Sequence[Cell]] = ()
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -128,37 +104,3 @@ def render(page: Page) -> str:
 def _shown(value: object) -> object:
     """Strings without what acts, which is more than HTML knows to escape; markup is our own."""
     return shown(value, lines=True) if isinstance(value, str) and not hasattr(value, "__html__") else value
-
-
-# -- cells ----------------------------------------------------------------------------------------------------------
-
-
-def word(text: str, title: str = "", *, long: bool = False) -> Cell:
-    return Cell(text, value=text, title=title, long=long)
-
-
-def number(value: float | None, shown: str = "{:,}") -> Cell:
-    """Nothing for None, which sorts last."""
-    return Cell("" if value is None else shown.format(value), value="" if value is None else value)
-
-
-def share(value: float) -> Cell:
-    return Cell(f"{value:.1%}", value=value, share=min(1.0, max(0.0, value)))
-
-
-def curve(sigma: Sequence[float], top: float, line: float | None = None, *, decades: float = 3.0) -> Cell:
-    """Singular values as steps of their logarithm, the highest at `top`; a line at one more value."""
-
-    def height(value: float) -> float:
-        return 20 * max(0.0, min(1.0, 1 + math.log10(value / top) / decades)) if value > 0 < top else 0.0
-
-    wide = 100 / len(sigma)
-    steps = "".join(f"V{20 - height(s):.2f}H{(i + 1) * wide:.2f}" for i, s in enumerate(sigma))
-    at = 20 - height(line) if line is not None and line > 0 else None
-    return Cell(
-        "",
-        value=sigma[0],
-        curve=f"M0 20{steps}V20Z",
-        line=at,
-        says=f"singular values from {sigma[0]:.3g} to {sigma[-1]:.3g}",
-    )

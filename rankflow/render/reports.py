@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from rankflow.plans.names import arrange
-from rankflow.render.html import Cell, Column, Fact, Page, Picture, Section, curve, number, share, word
+from rankflow.render.html import Fact, Page, Picture, Section
 from rankflow.render.run_figure import ledger_figure
 from rankflow.render.spectra_figure import spectra_figure
-from rankflow.render.tables import intruders_mean
+from rankflow.render.tables import (
+    carried_table,
+    events_table,
+    gates_table,
+    inspection_table,
+    intruders_mean,
+    ranks_table,
+    squeeze_table,
+    types_table,
+)
 
 if TYPE_CHECKING:
-    from rankflow.analysis.inspection import InspectedModule, Inspection
+    from rankflow.analysis.inspection import Inspection
     from rankflow.compress.report import SqueezeReport
-    from rankflow.training.ledger import Event, Ledger
+    from rankflow.training.ledger import Ledger
 
 _FOOTER = "Written by rankflow. This file is complete in itself; click a heading to sort by it."
-_EFFECTIVE = Column("effective", "Effective rank: exp of the entropy of the singular values over their sum")
-_STABLE = Column("stable", "Stable rank: sum of squared singular values over the largest square")
-_ABOVE = Column("above noise", "Singular values above the noise threshold; the rank that squeeze --auto gives")
 
 
 def inspection_page(found: Inspection) -> Page:
@@ -42,14 +46,14 @@ def inspection_page(found: Inspection) -> Page:
         lambda paper: spectra_figure(found, paper, titled=False), "Heat maps of the singular values of every module"
     )
     sections = [
-        Section("By type of module", "Means over the modules of a type.", None, *_types(found)),
+        Section("By type of module", "Means over the modules of a type.", None, types_table(found)),
         Section(
             "Spectra",
             "Singular values of ΔW, by layer (down) and direction (across). Cyan: effective rank; white: how many are "
             "above the noise; grey: beyond the rank.",
             picture,
         ),
-        Section("Modules", _modules_about(found), None, *_modules(found)),
+        Section("Modules", _modules_about(found), None, inspection_table(found)),
         *_carried(found.carried),
     ]
     return Page(_named(found.source), f"LoRA adapter, {found.source}", facts, sections, found.notes, _FOOTER)
@@ -66,35 +70,10 @@ def squeeze_page(done: SqueezeReport) -> Page:
         Fact("energy kept", f"{done.energy_kept:.2%}"),
         Fact("weight error", f"{done.weight_error:.2%}"),
     ]
-    columns = [
-        Column("module", text=True),
-        Column("rank before"),
-        Column("rank after"),
-        Column("energy kept", "Share of the squared singular values, in the metric, that is left"),
-        Column("error", "Relative error in the metric"),
-        Column("weight error", "Relative error of ΔW"),
-        Column("parameters"),
-        Column("metric", text=True),
-    ]
-    modules = {m.name: m for m in done.modules}
-    rows = [
-        (
-            word(row.short, row.name),
-            number(m.rank_before),
-            number(m.rank_after),
-            share(m.energy_kept),
-            number(m.relative_error, "{:.2%}"),
-            number(m.weight_error, "{:.2%}"),
-            number(m.params_after),
-            word(m.metric),
-        )
-        for row in arrange(modules)
-        if (m := modules[row.name])
-    ]
     target = ", ".join(f"{key} {value}" for key, value in done.target.items())
     about = f"Squeezed from {done.source}: {target}; metric {done.metric}"
     title = _named(done.out or done.source)
-    sections = [Section("Modules", "", None, columns, rows), *_carried(done.carried)]
+    sections = [Section("Modules", "", None, squeeze_table(done, every=True)), *_carried(done.carried)]
     return Page(title, about, facts, sections, done.notes, _FOOTER)
 
 
@@ -116,22 +95,19 @@ def run_page(ledger: Ledger, source: str) -> Page:
     ]
     picture = Picture.of(lambda paper: ledger_figure(ledger, paper=paper), "The rank of every module over the steps")
     gates = [
-        Section(f"Gates of {fold['policy']}, folded at step {fold['step']}", "What they came to.", None, *_gates(fold))
-        for fold in events
-        if fold["event"] == "fold" and fold["gates"]
+        Section(table.title, "What they came to.", None, table)
+        for table in (gates_table(e) for e in events if e["event"] == "fold" and e["gates"])
     ]
     sections = [
         Section("Ranks", "", picture),
-        Section("Events", "What happened when, and why.", None, *_events(events)),
+        Section("Events", "What happened when, and why.", None, events_table(events)),
         *gates,
-        Section("Modules", "Their ranks from the first step to the last.", None, *_ranks(history)),
+        Section("Modules", "Their ranks from the first step to the last.", None, ranks_table(history)),
     ]
     return Page(_named(source), f"Run, as its ledger tells it: {source}", facts, sections, (), _FOOTER)
 
 
-# -- parts ----------------------------------------------------------------------------------------------------------
-
-Table = tuple[Sequence[Column], Sequence[Sequence[Cell]]]
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 def _carried(carried: Mapping[str, int]) -> list[Section]:
@@ -139,139 +115,13 @@ def _carried(carried: Mapping[str, int]) -> list[Section]:
     if not carried:
         return []
     about = f"Tensors that are no factors, {decimal(sum(carried.values()))} in all: a squeeze keeps them as they are."
-    rows = [(word(name), number(size)) for name, size in carried.items()]
-    return [Section("Carried along", about, None, [Column("tensor", text=True), Column("bytes")], rows)]
+    return [Section("Carried along", about, None, carried_table(carried))]
 
 
 def _named(path: str) -> str:
     return Path(path).resolve().name or path
 
 
-def _energies(ks: Iterable[int]) -> list[Column]:
-    return [Column(f"E{k}", f"Energy: share of the squared singular values in the {k} largest") for k in ks]
-
-
-def _intruders_column(found: Inspection) -> list[Column]:
-    return [Column("intruders", f"Intruders: {intruders_mean(found)}")] if found.base else []
-
-
-def _types(found: Inspection) -> Table:
-    energies = _energies(found.types[0].energy if found.types else ())
-    columns = [
-        Column("type", text=True),
-        Column("modules"),
-        Column("rank"),
-        Column("least"),
-        Column("most"),
-        *(_EFFECTIVE, _STABLE, _ABOVE),
-        *_intruders_column(found),
-        *energies,
-        Column("share of energy", "Of the squared singular values of the whole adapter"),
-    ]
-    rows = [
-        (
-            word(t.type),
-            number(t.modules),
-            number(t.rank, "{:.1f}"),
-            number(t.rank_min),
-            number(t.rank_max),
-            *(number(x, "{:.1f}") for x in (t.rank_effective, t.rank_stable, t.rank_above_noise)),
-            *([number(t.intruders)] if found.base else []),
-            *(number(energy, "{:.0%}") for energy in t.energy.values()),
-            share(t.energy_share),
-        )
-        for t in found.types
-    ]
-    return columns, rows
-
-
 def _modules_about(found: Inspection) -> str:
     about = "Bars: logarithms of the singular values over three decades, with the noise threshold as a line."
     return f"{about} Intruders: {intruders_mean(found)}." if found.base else about
-
-
-def _modules(found: Inspection) -> Table:
-    measured = any(m.tokens is not None for m in found.modules)
-    columns = [
-        Column("module", text=True),
-        Column("rank"),
-        *(_EFFECTIVE, _STABLE),
-        Column("noise threshold", "The largest singular value that noise of the size of the median one has"),
-        _ABOVE,
-        *_intruders_column(found),
-        Column("largest", "The largest singular value"),
-        Column("spectrum", "Sorted by the largest singular value"),
-        *_energies(found.modules[0].energy),
-        Column("shape", "Parameters sort it"),
-        *([Column("tokens", "That the direction measured least was measured over")] if measured else []),
-        *(Column(f"effective in {k}", f"Effective rank of the spectrum in metric {k}") for k in found.metrics),
-    ]
-    modules = {m.name: m for m in found.modules}
-    top = max(m.sigma[0] for m in found.modules)
-
-    def row(short: str, m: InspectedModule) -> tuple[Cell, ...]:
-        in_metrics = (m.metrics[k].rank_effective if k in m.metrics else None for k in found.metrics)
-        return (
-            word(short, m.name),
-            number(m.rank),
-            *(number(x, "{:.1f}") for x in (m.rank_effective, m.rank_stable)),
-            number(m.noise_threshold, "{:.3g}"),
-            number(m.rank_above_noise),
-            *([number(None if m.intruders is None else len(m.intruders.found))] if found.base else []),
-            number(m.sigma[0], "{:.3g}"),
-            curve(m.sigma, top, m.noise_threshold),
-            *(number(energy, "{:.0%}") for energy in m.energy.values()),
-            Cell(f"{m.out_features} x {m.in_features}", value=m.params),
-            *([number(m.tokens)] if measured else []),
-            *(number(x, "{:.1f}") for x in in_metrics),
-        )
-
-    return columns, [row(r.short, modules[r.name]) for r in arrange(modules)]
-
-
-def _events(events: Sequence[Event]) -> Table:
-    columns = [
-        Column("step"),
-        Column("event", text=True),
-        Column("policy", text=True),
-        Column("modules", "How many were resized"),
-        Column("total rank"),
-        Column("why", text=True),
-    ]
-    rows = [
-        (
-            number(int(e["step"])),
-            word(str(e["event"])),
-            word(str(e.get("policy", ""))),
-            number(len(e["ranks"]) if e.get("ranks") else None),
-            number(e.get("total_rank")),
-            word(str(e.get("reason", "")) or ", ".join(map(str, e.get("notes", []))), long=True),
-        )
-        for e in events
-    ]
-    return columns, rows
-
-
-def _gates(fold: Event) -> Table:
-    reports: Mapping[str, Mapping[str, Any]] = fold["gates"]
-    keys = list(dict.fromkeys(key for report in reports.values() for key in report))
-    columns = [Column("module", text=True), *(Column(key.replace("_", " ")) for key in keys)]
-    rows = [
-        (word(row.short, row.name), *(number(reports[row.name].get(key), "{:.4g}") for key in keys))
-        for row in arrange(reports)
-    ]
-    return columns, rows
-
-
-def _ranks(history: Sequence[tuple[int, Mapping[str, int]]]) -> Table:
-    columns = [
-        *(Column("module", text=True), Column("first"), Column("last"), Column("least"), Column("most")),
-        Column("changes", "Events at which its rank became another"),
-    ]
-    rows = []
-    for row in arrange(history[0][1]):
-        ranks = [ranks[row.name] for _, ranks in history]
-        changes = sum(a != b for a, b in pairwise(ranks))
-        numbers = (ranks[0], ranks[-1], min(ranks), max(ranks), changes)
-        rows.append((word(row.short, row.name), *map(number, numbers)))
-    return columns, rows

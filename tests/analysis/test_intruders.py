@@ -126,7 +126,7 @@ def test_conv1d_of_transformers_is_turned(tmp_path: Path):
 
 def test_the_command_says_how_many(tmp_path: Path):
     tuned_minilm(tmp_path / "adapter")
-    shown = run("inspect", tmp_path / "adapter", "--base", minilm_folder(), "--top-k", 8).stdout
+    shown = run("inspect", tmp_path / "adapter", "--base", minilm_folder(), "--top-k", 8, "--modules").stdout
     assert "of 8" in shown
     data = json.loads(run("inspect", tmp_path / "adapter", "--base", minilm_folder(), "--json").stdout)
     assert data["epsilon"] == 0.5

@@ -19,9 +19,9 @@ FAULTS = [
     ),
     Fault(
         "let headings make columns wide",
-        "render/tables.py",
-        '"\\n".join(wrap(column, _HEADING, break_long_words=False))',
-        "column",
+        "render/table.py",
+        '"\\n".join(wrap(name, _HEADING, break_long_words=False))',
+        "name",
         "-k heading",
     ),
 ]

@@ -22,7 +22,7 @@ from rankflow.lora.adapter import Adapter
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.ops import Grow
 from rankflow.plans.plan import RankPlan
-from rankflow.render.tables import new_table
+from rankflow.render.table import Column, Table, number, word
 from rankflow.training.ledger import Ledger
 
 COMMANDS = [
@@ -123,7 +123,7 @@ def test_squeeze_writes_beside_the_source_and_reports(adapter: Path, tmp_path: P
     report = json.loads((tmp_path / "out.json").read_text())
     assert {m["rank_after"] for m in report["modules"]} == {3}
     assert report["serving_bucket"] == 8  # of vLLM's 1, 8, 16, ...
-    assert "largest rank 3: vLLM's --max-lora-rank 8" in " ".join(result.stdout.split())
+    assert "largest rank 3: vLLM --max-lora-rank 8" in " ".join(result.stdout.split())
     assert report["out"] == str(tmp_path / "adapter-r3")
     tensors = load_file(tmp_path / "adapter-r3" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
@@ -209,8 +209,8 @@ def test_runs_are_compared_by_their_decisions_and_the_status_says_so(ledger: Pat
 
 
 def test_inspect_shows_every_module_and_its_json_is_nothing_but_json(adapter: Path, tmp_path: Path):
-    table = run("inspect", adapter).stdout
-    assert all(f"_proj {i} " in table for i in range(2))
+    summary, table = run("inspect", adapter).stdout, run("inspect", adapter, "--modules").stdout
+    assert all(f"_proj {i} " in table and f"_proj {i} " not in summary for i in range(2))
     result = run("inspect", adapter, "--json", "--plot", tmp_path / "x.png")
     data = json.loads(result.stdout)
     assert result.stderr == ""
@@ -255,9 +255,9 @@ def test_a_peft_folder_is_refused_where_another_format_was_given(adapter: Path, 
 
 @pytest.mark.parametrize("columns", [["a step sends"], ["a resize, at most", "parameters"]])
 def test_a_heading_is_no_wider_than_the_numbers_below_it(columns: list[str]):
-    table = new_table("title", "module:", *columns)
-    table.add_row("m", *("1" for _ in columns))
-    headings = [str(column.header) for column in table.columns]
+    heads = [Column("module", text=True), *map(Column, columns)]
+    table = Table("title", heads, [[word("m"), *(number(1) for _ in columns)]])
+    headings = [str(column.header) for column in table.__rich__().columns]
     assert [heading.replace("\n", " ") for heading in headings] == ["module", *columns]
     assert max(len(line) for heading in headings for line in heading.split("\n")) <= 10
 
