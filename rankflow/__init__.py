@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rankflow.calibration.statistics import Statistics
     from rankflow.compress.live import squeeze_model
     from rankflow.compress.quantized import load_quantized, save_quantized
+    from rankflow.compress.residual import expand
     from rankflow.compress.squeeze import canonicalize, pad, squeeze, squeeze_each
-    from rankflow.compress.tail import expand
     from rankflow.compress.target import Target
     from rankflow.config.load import load_policy
     from rankflow.errors import (
@@ -56,7 +56,7 @@ _HOME = {
     "canonicalize": "compress.squeeze",
     "check": "serving.verdicts",
     "diff": "analysis.difference",
-    "expand": "compress.tail",
+    "expand": "compress.residual",
     "pad": "compress.squeeze",
     "squeeze": "compress.squeeze",
     "squeeze_each": "compress.squeeze",

@@ -86,7 +86,7 @@ def squeezed(job: Job, task: Task, known: set[tuple[Any, ...]]) -> None:
         batches = [batch for batch, _ in zip(task.batches(job.seed + 1_000, 8), range(BATCHES), strict=False)]
         rankflow.calibrate(model, batches).save(statistics)
         for i, (kind, metric, rank) in enumerate(track(wanted, f"seed {job.seed}", console=console)):
-            common: Settings = {"metric": metric, "statistics": None if metric == "weights" else statistics}
+            common: Settings = {"metric": metric, "calibration": None if metric == "weights" else statistics}
 
             def size_of(target: Settings, common: Settings = common) -> int:
                 return rankflow.squeeze(source, **target, **common, dry_run=True).params_after

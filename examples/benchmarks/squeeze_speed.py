@@ -96,8 +96,8 @@ def budgets(source: Path, k: int) -> dict[str, dict[str, Any]]:
     measured = random_statistics(source)
     return {
         f"--target-rank {k}": {"target_rank": k},
-        f"--target-rank {k} --metric outputs": {"target_rank": k, "metric": "outputs", "statistics": measured},
-        f"--target-rank {k} --metric loss": {"target_rank": k, "metric": "loss", "statistics": measured},
+        f"--target-rank {k} --metric outputs": {"target_rank": k, "metric": "outputs", "calibration": measured},
+        f"--target-rank {k} --metric loss": {"target_rank": k, "metric": "loss", "calibration": measured},
         "--plan (half the ranks 4, half 12)": {"ranks": {n: 12 if i % 2 else 4 for i, n in enumerate(layout)}},
         "--energy 0.9": {"energy": 0.9},
         "--energy 0.9 --global": {"energy": 0.9, "across": True},
@@ -108,7 +108,7 @@ def budgets(source: Path, k: int) -> dict[str, dict[str, Any]]:
         "--dynamic-method sv_fro 0.95": {"sv_fro": 0.95},
         "--dynamic-method sv_cumulative 0.5": {"sv_cumulative": 0.5},
         f"--max-params {params}": {"max_params": params},
-        f"--max-params {params} --metric loss": {"max_params": params, "metric": "loss", "statistics": measured},
+        f"--max-params {params} --metric loss": {"max_params": params, "metric": "loss", "calibration": measured},
         f"--size {params * 4 >> 20}MiB": {"size": params * 4},
         f"--budget mean_rank {k}": {"budget": Budget("mean_rank", k)},
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankflow.deprecation import renamed_arguments
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.base import SavedAdapter
 from rankflow.formats.open import open_adapter
@@ -51,11 +52,12 @@ class Difference:
         return asdict(self)
 
 
+@renamed_arguments(kind="from_format")
 def diff(
     first: str | Path,
     second: str | Path,
     *,
-    kind: str | Sequence[str] | None = None,
+    from_format: str | Sequence[str] | None = None,
     base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Difference:
@@ -65,14 +67,15 @@ def diff(
     subtracted that is nearly equal, so adapters that agree to rounding are found to.
 
     Args:
-        kind: their format, as for `rankflow.squeeze`, or the first's and the second's; told from the files if left out.
+        from_format: their format, as for `rankflow.squeeze`, or the first's and the second's; told from the files if
+            left out.
         base: the base model's folder, for adapters that say less than all in their file.
 
     Raises:
         ConfigError: an unknown format, or more than two.
         AdapterError: one is no LoRA adapter, or they share no module, or a module's shapes differ.
     """
-    kinds = [kind, kind] if kind is None or isinstance(kind, str) else [*kind]
+    kinds = [from_format] * 2 if from_format is None or isinstance(from_format, str) else [*from_format]
     if len(kinds) != 2:
         raise ConfigError(f"{len(kinds)} formats for two adapters; give one for both, or one for each")
     ours, theirs = (open_adapter(path, of, base) for path, of in zip((first, second), kinds, strict=True))

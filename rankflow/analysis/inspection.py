@@ -13,11 +13,12 @@ import torch
 from rankflow.analysis.base_comparison import compare
 from rankflow.analysis.intruders import Intruders
 from rankflow.calibration.statistics import Statistics
-from rankflow.compress.metric import Yardstick
+from rankflow.compress.metric import Metric
 from rankflow.compress.rules import above_noise
+from rankflow.deprecation import renamed_arguments
 from rankflow.errors import naming
 from rankflow.formats.open import open_adapter
-from rankflow.linalg.decompose import Metric
+from rankflow.linalg.decompose import MetricName
 from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.plans.layout import Layout, Slot
@@ -130,10 +131,11 @@ class Inspection:
         return asdict(self)
 
 
+@renamed_arguments(kind="from_format")
 def inspect(
     src: str | Path,
     *,
-    kind: str | None = None,
+    from_format: str | None = None,
     calibration: Statistics | str | Path | None = None,
     base: str | Path | None = None,
     top_k: int = 10,
@@ -143,7 +145,7 @@ def inspect(
     """Spectra of an adapter folder or file, as `squeeze` sees them.
 
     Args:
-        kind: as for `rankflow.squeeze`.
+        from_format: as for `rankflow.squeeze`.
         calibration: statistics of data, or their file: spectra in the metrics that they serve come beside.
         base: folder of the base model, as for `rankflow.squeeze`; and intruder dimensions are counted against its
             weights (`rankflow.analysis.intruders`), among the first `top_k` of each module, by cosines below `epsilon`.
@@ -152,12 +154,12 @@ def inspect(
         AdapterError: no LoRA adapter, damaged, or of a variant that cannot be resized; no statistics file.
         ConfigError: the statistics are those of another adapter, or the base is no model's folder, or another model.
     """
-    adapter = open_adapter(src, kind, base)
+    adapter = open_adapter(src, from_format, base)
     layout = adapter.layout
     statistics = Statistics.load(calibration) if isinstance(calibration, str | Path) else calibration
-    weights = Yardstick.of("weights", None, layout, ())
+    weights = Metric.of("weights", None, layout, ())
     served = [] if statistics is None else _served(statistics)
-    yardsticks: dict[Metric, Yardstick] = {m: Yardstick.of(m, statistics, layout, ()) for m in served}
+    metrics: dict[MetricName, Metric] = {m: Metric.of(m, statistics, layout, ()) for m in served}
 
     def look(name: str) -> InspectedModule:
         slot = layout[name]
@@ -167,12 +169,12 @@ def inspect(
             slot,
             replace(weights.spectrum(*of_module, "exact"), outside=adapter.outside(name)),
             None if statistics is None else int(statistics.measured[name][Signal.MEASURED].min()),
-            {m: _figures(y.spectrum(*of_module, "exact")) for m, y in yardsticks.items() if y.metrics[name] == m},
+            {m: _figures(y.spectrum(*of_module, "exact")) for m, y in metrics.items() if y.of_each[name] == m},
         )
 
     with naming(adapter.path):
         modules = tuple(Pool(None if base else progress, len(layout)).each(look, layout).values())
-    notes = [*adapter.notes, *_unmeasured(yardsticks, layout)]
+    notes = [*adapter.notes, *_unmeasured(metrics, layout)]
     if base is not None:
         against = compare(adapter, Path(base), top_k=top_k, epsilon=epsilon, progress=progress)
         modules = tuple(replace(m, intruders=against.found.get(m.name)) for m in modules)
@@ -204,15 +206,15 @@ def by_type(modules: Sequence[InspectedModule]) -> tuple[InspectedType, ...]:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _served(statistics: Statistics) -> list[Metric]:
+def _served(statistics: Statistics) -> list[MetricName]:
     """The metrics of data that there are averages for."""
     known = {signal for averages in statistics.measured.values() for signal in averages}
-    metrics: tuple[Metric, ...] = ("outputs", "loss")
+    metrics: tuple[MetricName, ...] = ("outputs", "loss")
     return [metric for metric in metrics if averages_of(metric) <= known]
 
 
-def _unmeasured(yardsticks: Mapping[Metric, Yardstick], layout: Layout) -> list[str]:
-    lacking = next((y.lacking for y in yardsticks.values()), ())
+def _unmeasured(metrics: Mapping[MetricName, Metric], layout: Layout) -> list[str]:
+    lacking = next((y.lacking for y in metrics.values()), ())
     few = f"{', '.join(lacking[:3])}{' and others' if len(lacking) > 3 else ''}"
     said = f"{len(lacking)} of {len(layout)} modules were measured over fewer tokens than they have directions: {few}"
     return [said] if lacking else []

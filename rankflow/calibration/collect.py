@@ -4,7 +4,7 @@
 
     statistics = rankflow.calibrate(model, batches)
     statistics.save("stats.safetensors")
-    rankflow.squeeze("adapter", target_rank=8, metric="loss", statistics="stats.safetensors")
+    rankflow.squeeze("adapter", target_rank=8, metric="loss", calibration="stats.safetensors")
 """
 
 from __future__ import annotations

@@ -57,18 +57,18 @@ def calibrate(
     say(f"Wrote {out}: {len(found.measured)} modules, {found.tokens:,} tokens in {found.batches} batches.")
 
 
-@app.command(epilog="Example: [bold]rankflow expand out/small tail.safetensors -o out/whole[/bold]")
+@app.command(epilog="Example: [bold]rankflow expand out/small residual.safetensors -o out/whole[/bold]")
 def expand(
     adapter: options.Adapter,
-    tail: Annotated[Path, typer.Argument(metavar="TAIL", help="What `squeeze --keep-tail` kept.")],
+    residual: Annotated[Path, typer.Argument(metavar="RESIDUAL", help="What `squeeze --keep-residual` kept.")],
     out: options.Out,
     force: options.Force = False,
 ) -> None:
-    """Put a squeezed adapter and its tail together again."""
-    from rankflow.compress.tail import expand as run
+    """Put a squeezed adapter and its residual together again."""
+    from rankflow.compress.residual import expand as run
 
     with bar("expanding") as progress:
-        ranks = run(adapter, tail, out, force=force, progress=progress)
+        ranks = run(adapter, residual, out, force=force, progress=progress)
     say(f"Wrote {out}: {len(ranks)} modules, total rank {sum(ranks.values()):,}.")
 
 
@@ -76,7 +76,7 @@ def expand(
 def canonicalize(
     adapter: options.Adapter,
     out: options.Out,
-    kind: options.From = None,
+    from_format: options.From = None,
     base: options.Base = None,
     force: options.Force = False,
 ) -> None:
@@ -84,7 +84,7 @@ def canonicalize(
     from rankflow.compress.squeeze import canonicalize as run
 
     with bar("sorting") as progress:
-        done = run(adapter, out, kind=kind, base=base, force=force, progress=progress)
+        done = run(adapter, out, from_format=from_format, base=base, force=force, progress=progress)
     say(f"Wrote {done.out}: {len(done.modules)} modules, same ranks, same DeltaW.")
 
 
@@ -94,8 +94,8 @@ def pad(
     rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of every module; the engine's choice.")] = None,
     engine: options.For = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder or file to write.")] = None,
-    kind: options.From = None,
-    to: options.Format = None,
+    from_format: options.From = None,
+    to_format: options.Format = None,
     base: options.Base = None,
     force: options.Force = False,
 ) -> None:
@@ -104,7 +104,17 @@ def pad(
     from rankflow.render.tables import squeeze_table
 
     with bar("padding") as progress:
-        done = run(adapter, out, rank=rank, engine=engine, force=force, kind=kind, to=to, base=base, progress=progress)
+        done = run(
+            adapter,
+            out,
+            rank=rank,
+            engine=engine,
+            force=force,
+            from_format=from_format,
+            to_format=to_format,
+            base=base,
+            progress=progress,
+        )
     print_table(squeeze_table(done))
     say(f"Wrote {done.out} in {done.seconds:.1f} s.")
 
@@ -113,9 +123,11 @@ def pad(
 def diff(
     first: options.Adapter,
     second: options.Adapter,
-    kind: Annotated[
+    from_format: Annotated[
         list[str] | None,
-        typer.Option("--from", metavar="FORMAT", help="As in squeeze: of both, or given twice, of one and the other."),
+        typer.Option(
+            "--from-format", metavar="FORMAT", help="As in squeeze: of both, or given twice, of one and the other."
+        ),
     ] = None,
     base: options.Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
@@ -125,8 +137,8 @@ def diff(
     from rankflow.render.tables import difference_table
 
     with bar("comparing") as progress:
-        kinds = kind[0] if kind and len(kind) == 1 else kind or None
-        found = run(first, second, kind=kinds, base=base, progress=progress)
+        kinds = from_format[0] if from_format and len(from_format) == 1 else from_format or None
+        found = run(first, second, from_format=kinds, base=base, progress=progress)
     if as_json:
         print_json(found.to_json())
     else:
@@ -141,7 +153,7 @@ def inspect(
         Path | None,
         typer.Option(metavar="FILE", help="Statistics from `rankflow calibrate`: spectra in outputs and loss too."),
     ] = None,
-    kind: options.From = None,
+    from_format: options.From = None,
     base: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Base model's folder: intruder dimensions are counted against its weights."),
@@ -178,7 +190,13 @@ def inspect(
 
     with bar("inspecting") as progress:
         found = run(
-            adapter, kind=kind, calibration=calibration, base=base, top_k=top_k, epsilon=epsilon, progress=progress
+            adapter,
+            from_format=from_format,
+            calibration=calibration,
+            base=base,
+            top_k=top_k,
+            epsilon=epsilon,
+            progress=progress,
         )
     if plot is not None:
         from rankflow.render.run_figure import plot_spectra

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 _UsageError: Any = typer.BadParameter.__base__  # click's, or typer's own copy of it
 _TRACEBACK = "RANKFLOW_TRACEBACK"  # set it to see where an error came from
 _LONGEST = 4000  # characters of a message
+_RENAMED = {  # options of the last version
+    "--for": "--engine",
+    "--format": "--to-format",
+    "--from": "--from-format",
+    "--gate": "--accept",
+    "--keep-tail": "--keep-residual",
+}
 _STATUS_INTERRUPTED = 130
 _NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory")  # torch's on Linux and macOS, Windows, GPUs
 # What damaged or hostile input can make Python and torch raise; anything else is a fault of ours
@@ -40,9 +47,9 @@ class _Group(TyperGroup):
     """Whatever goes wrong is one message on stderr and a status, never a traceback. Ctrl-C, SIGTERM and SIGHUP let
     the process remove unfinished files before it ends."""
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **options: Any) -> Any:
         with _usage_shown():
-            return super().make_context(*args, **options)
+            return super().make_context(info_name, _by_new_names(args), *rest, **options)
 
     def invoke(self, ctx: Any) -> Any:
         _left.set(False)
@@ -65,6 +72,20 @@ class _Group(TyperGroup):
                 raise
             say(f"rankflow: {_what(e)}, in: rankflow {shown(' '.join(words), most=400)}{_whose(e)}", err=True)
         raise typer.Exit(2)
+
+
+def _by_new_names(words: list[str]) -> list[str]:
+    """The words of a command line with options by their present names; says so on stderr where one was an old name."""
+    found = []
+    for i, word in enumerate(words):
+        old, equals, value = word.partition("=")
+        if word == "--":
+            return [*found, *words[i:]]
+        if old in _RENAMED:
+            say(f"rankflow: {old} is now {_RENAMED[old]}; the old name goes with the next version", err=True)
+            word = _RENAMED[old] + equals + value
+        found.append(word)
+    return found
 
 
 def _of_memory(e: Exception) -> bool:

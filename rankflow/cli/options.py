@@ -77,19 +77,19 @@ Backend = Annotated[
 For = Annotated[
     str | None,
     typer.Option(
-        "--for",
+        "--engine",
         metavar="ENGINE",
         help="vllm, sglang, lorax, tensorrt-llm, llamacpp, diffusers, comfyui or peft: write what that loads rightly.",
     ),
 ]
 Format = Annotated[
     str | None,
-    typer.Option("--format", metavar="FORMAT", help="Write peft, kohya, diffusers or gguf; as the source is."),
+    typer.Option("--to-format", metavar="FORMAT", help="Write peft, kohya, diffusers or gguf; as the source is."),
 ]
 From = Annotated[
     str | None,
     typer.Option(
-        "--from",
+        "--from-format",
         metavar="FORMAT",
         help="peft, kohya, comfyui, diffusers or full (a whole model); told from the file if left out.",
     ),
@@ -132,7 +132,7 @@ def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Pat
 
     found, base = given["calibration"], given["base"]
     data = None if found is None or found.suffix == ".safetensors" else found
-    for_gguf = given.get("to") == "gguf" or given.get("engine") == "llamacpp"
+    for_gguf = given.get("to_format") == "gguf" or given.get("engine") == "llamacpp"
     needless = base is not None and not for_gguf and not uses_base(given["adapter"])
     together = "--calibration DATA and --base MODEL go together; a statistics file needs no base"
     if base is None and data is not None:
@@ -158,7 +158,7 @@ def read(source: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 _GOALS = (
     *("target_rank", "energy", "error", "auto", "max_params", "size", "dynamic_method", "budget", "plan", "ranks"),
-    "gate",
+    "accept",
 )
 
 
@@ -196,10 +196,10 @@ def targets(given: Mapping[str, Any], *, keep: bool = False) -> list[Target]:
     if given.get("plan") is not None:
         goal["ranks"] = read_plan(given["plan"])
     ranks = given.get("ranks")
-    if given.get("gate") is not None:
+    if given.get("accept") is not None:
         if ranks is not None:
-            raise ConfigError("a gate looks for the rank by itself, so --ranks cannot be given too; leave out one")
-        return every_rank(open_adapter(given["adapter"], given["kind"], given["base"]).layout, **goal)
+            raise ConfigError("acceptance looks for the rank by itself, so --ranks cannot be given too; leave out one")
+        return every_rank(open_adapter(given["adapter"], given["from_format"], given["base"]).layout, **goal)
     if ranks is None:
         return [Target(**goal)]
     if re.fullmatch(r"\d+(,\d+)*", ranks) is None:

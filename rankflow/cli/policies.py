@@ -14,14 +14,15 @@ from rankflow.errors import ConfigError
 
 @app.command(
     epilog="Example: [bold]rankflow check policies/increlora.yaml --model out/adapter --total-steps 3000[/bold]; "
-    "or [bold]rankflow check out/adapter --for vllm --base models/llama[/bold]"
+    "or [bold]rankflow check out/adapter --engine vllm --base models/llama[/bold]"
 )
 def check(
     subject: Annotated[
         str, typer.Argument(metavar="POLICY|ADAPTER", help="Policy file, or the name of a shipped one; or an adapter.")
     ],
     engine: Annotated[
-        str | None, typer.Option("--for", metavar="ENGINE", help="With an adapter: what is to serve it, as in squeeze.")
+        str | None,
+        typer.Option("--engine", metavar="ENGINE", help="With an adapter: what is to serve it, as in squeeze."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With an adapter: print JSON, and nothing else.")] = False,
     model: Annotated[
@@ -39,7 +40,7 @@ def check(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
-    kind: options.From = None,
+    from_format: options.From = None,
     base: options.BaseLookedUp = None,
 ) -> None:
     """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
@@ -52,7 +53,7 @@ def check(
     from rankflow.config.load import load_policy, shipped
     from rankflow.formats.open import looks_like_adapter
 
-    given = {"--for": engine, "--from": kind, "--base": base, "--json": as_json or None}
+    given = {"--engine": engine, "--from-format": from_format, "--base": base, "--json": as_json or None}
     of_adapters = [option for option, value in given.items() if value is not None]
     is_policy = Path(subject).suffix in (".yaml", ".yml") or (subject in shipped() and not Path(subject).exists())
     if of_adapters and is_policy:
@@ -60,7 +61,7 @@ def check(
     if of_adapters or looks_like_adapter(Path(subject)):
         if model is not None:
             raise ConfigError(f"{subject}: is an adapter, and --model goes with a policy; give its base with --base")
-        _check_adapter(Path(subject), engine, as_json, kind, base)
+        _check_adapter(Path(subject), engine, as_json, from_format, base)
         return
     from rankflow.analysis.forecast import foretell
     from rankflow.policies.idleness import idle_phases
@@ -101,7 +102,7 @@ def policies(
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _check_adapter(adapter: Path, engine: str | None, as_json: bool, kind: str | None, base: str | None) -> None:
+def _check_adapter(adapter: Path, engine: str | None, as_json: bool, from_format: str | None, base: str | None) -> None:
     """
     Raises:
         typer.Exit: with status 1, if anything would go wrong.
@@ -109,7 +110,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, kind: str |
     from rankflow.render.tables import verdict_table
     from rankflow.serving.verdicts import check as run
 
-    found = run(adapter, engine, kind=kind, base=base)
+    found = run(adapter, engine, from_format=from_format, base=base)
     if as_json:
         print_json(found.to_json())
     elif found.problems:

@@ -51,26 +51,26 @@ def squeeze(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out and write nothing.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON too.")] = None,
     html: options.Html = None,
-    keep_tail: Annotated[
+    keep_residual: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep what is cut off; `rankflow expand` puts it back.")
     ] = None,
-    gate: Annotated[
+    accept: Annotated[
         str | None,
         typer.Option(metavar="CMD", help="The smallest rank for which CMD {} succeeds; {} is a candidate's path."),
     ] = None,
-    kind: options.From = None,
-    to: options.Format = None,
+    from_format: options.From = None,
+    to_format: options.Format = None,
     engine: options.For = None,
     force: options.ForceAll = False,
 ) -> None:
     """Write a smaller adapter: the best of its rank, in its own format. Needs no base model; the source is only read.
 
     Give exactly one target: --target-rank, --ranks, --energy, --error, --auto, --dynamic-method, --max-params, --size,
-    --budget or --plan; or --gate. With --for or --format it may be left out, and ranks stay as they are.
+    --budget or --plan; or --accept. With --engine or --to-format it may be left out, and ranks stay as they are.
     """
     from rankflow.formats.io.outputs import Around, check_apart, check_harmless, check_output
 
-    leave_stdout(out, report, html, keep_tail)
+    leave_stdout(out, report, html, keep_residual)
     reads = options.read({"its own source": adapter}, ctx.params)
     if report is not None:
         check_output(report, reads, force=force or dry_run, parents=False)
@@ -80,21 +80,21 @@ def squeeze(
         if ranks is not None:
             raise ConfigError(f"{html}: a report is of one adapter; leave --html out, or give one rank")
         check_page_file(html, reads, force=force or dry_run)
-    from rankflow.compress.accept import command_gate
+    from rankflow.compress.accept import acceptance_command
     from rankflow.compress.squeeze import squeeze_each
     from rankflow.formats.io.atomic import is_plain
     from rankflow.formats.io.outputs import suffixed
     from rankflow.render.tables import acceptance_table, squeeze_table
     from rankflow.serving.export import fitting_for
 
-    fitting = fitting_for(engine, to=to, base=base)
-    targets = options.targets(ctx.params, keep=engine is not None or to is not None)
-    accept = None if gate is None else command_gate(gate)
+    fitting = fitting_for(engine, to_format=to_format, base=base)
+    targets = options.targets(ctx.params, keep=engine is not None or to_format is not None)
+    judge = None if accept is None else acceptance_command(accept)
     outs = None
     if out is not None:
         outs = [out] if ranks is None else [suffixed(out, target.suffix) for target in targets]
     besides = [path for path in (report, html) if path is not None]
-    writes = [*besides, *(outs or ()), *([] if keep_tail is None else [keep_tail])]
+    writes = [*besides, *(outs or ()), *([] if keep_residual is None else [keep_residual])]
     for path in writes:  # before any data are run through the model
         check_harmless(path, reads)
         if path not in besides and not dry_run and base is not None:
@@ -103,21 +103,21 @@ def squeeze(
     there = {path for path in besides if os.path.lexists(path)}
     with bar("calibrating") as progress:
         statistics = options.statistics(ctx.params, progress)
-    with bar("squeezing" if gate is None else "trying ranks") as progress:
+    with bar("squeezing" if accept is None else "trying ranks") as progress:
         reports = squeeze_each(
             adapter,
             targets,
             outs,
             metric=metric,
-            statistics=statistics,
+            calibration=statistics,
             backend=backend,  # type: ignore[arg-type]  # checked there
             dtype=dtype,
             device=device,
             force=force,
             dry_run=dry_run,
-            keep_tail=keep_tail,
-            gate=accept,
-            kind=kind,
+            keep_residual=keep_residual,
+            accept=judge,
+            from_format=from_format,
             fitting=fitting,
             around=Around(reads, besides),
             progress=progress,
@@ -167,7 +167,7 @@ def plan(
     base: options.Base = None,
     backend: options.Backend = None,
     device: options.Device = "cpu",
-    kind: options.From = None,
+    from_format: options.From = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a plan that is there already.")] = False,
 ) -> None:
     """Write down the ranks a squeeze would come to, to be read and edited; `squeeze --plan` does exactly that."""
@@ -189,11 +189,11 @@ def plan(
             adapter,
             targets,
             metric=metric,
-            statistics=statistics,
+            calibration=statistics,
             backend=backend,  # type: ignore[arg-type]  # checked there
             device=device,
             dry_run=True,
-            kind=kind,
+            from_format=from_format,
             fitting=fitting_for(None, base=base),
             progress=progress,
         )

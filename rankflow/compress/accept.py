@@ -19,11 +19,11 @@ Judge = Callable[[Path], bool]  # whether the adapter at that path is good enoug
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate, put before a gate."""
+    """One candidate that was judged."""
 
     rank: int
     passed: bool
-    seconds: float  # that the gate took
+    seconds: float  # that judging took
 
 
 def search(ranks: Sequence[int], passes: Callable[[int], bool]) -> list[Trial]:
@@ -59,46 +59,46 @@ def accepted(trials: Sequence[Trial]) -> int:
     good = [trial.rank for trial in trials if trial.passed]
     if not good:
         tried = ", ".join(str(trial.rank) for trial in trials)
-        raise ConfigError(f"the gate accepted none of ranks {tried}, in that order; nothing is written")
+        raise ConfigError(f"accepted was none of ranks {tried}, tried in that order; nothing is written")
     return min(good)
 
 
 def contradictions(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """What speaks against a gate that every larger rank passes too; a note, or none."""
+    """A note where a rank failed above one that passed, or none."""
     failed = max((trial.rank for trial in trials if not trial.passed), default=0)
     passed = min((trial.rank for trial in trials if trial.passed), default=failed)
     if failed <= passed:
         return ()
     return (
-        f"the gate is not monotone: rank {failed} failed where rank {passed} passed; do not trust it to rank sizes",
+        f"acceptance is not monotone: rank {failed} failed where rank {passed} passed; do not trust it to rank sizes",
     )
 
 
-def command_gate(command: str) -> Judge:
-    """A gate that runs a command, no shell in between: `{}` in it is the candidate's path, which without one comes
-    last. Status 0 is good. What it prints goes to stderr.
+def acceptance_command(command: str) -> Judge:
+    """A judge that runs a command, without a shell: `{}` in it is the candidate's path, which without one comes last.
+    Status 0 accepts. What the command prints goes to stderr.
 
     Raises:
-        ConfigError: no command. From the gate itself: one that cannot be run, or a script that the path would be
+        ConfigError: no command. From the judge itself: one that cannot be run, or a script that the path would be
             part of, with what a shell acts on in its name.
     """
     try:
         words = shlex.split(command)
     except ValueError as e:
-        raise ConfigError(f"--gate {command!r}: {e}") from None
+        raise ConfigError(f"--accept {command!r}: {e}") from None
     if not words:
-        raise ConfigError("--gate is empty; give a command, e.g. --gate 'python evaluate.py {}'")
+        raise ConfigError("--accept is empty; give a command, e.g. --accept 'python evaluate.py {}'")
     if not any("{}" in word for word in words):
         words.append("{}")
 
-    def gate(candidate: Path) -> bool:
+    def accept(candidate: Path) -> bool:
         try:
             arguments = [_filled(word, candidate) for word in words]
             return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=_STDERR, check=False).returncode == 0
         except OSError as e:
-            raise ConfigError(f"--gate: {words[0]} cannot be run ({e.strerror})") from None
+            raise ConfigError(f"--accept: {words[0]} cannot be run ({e.strerror})") from None
 
-    return gate
+    return accept
 
 
 def _filled(word: str, candidate: Path) -> str:
@@ -111,7 +111,7 @@ def _filled(word: str, candidate: Path) -> str:
     path = str(candidate)
     if "{}" in word and re.search(_SCRIPT, word) and shlex.quote(path) != path:
         raise ConfigError(
-            f"--gate: {word!r} is a script, and {path!r} in it would not be read as a path; hand it over as a word of "
-            "its own, e.g. sh -c 'evaluate \"$1\"' sh {}"
+            f"--accept: {word!r} is a script, and {path!r} in it would not be read as a path; hand it over as a word "
+            "of its own, e.g. sh -c 'evaluate \"$1\"' sh {}"
         )
     return word.replace("{}", path)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankflow.compress.metric import Yardstick
-from rankflow.compress.tail import tail_writer
+from rankflow.compress.metric import Metric
+from rankflow.compress.residual import residual_writer
 from rankflow.errors import ConfigError, naming
 from rankflow.formats.base import Put, SavedAdapter
 from rankflow.formats.io.atomic import together
@@ -35,14 +35,14 @@ class Cutting:
     """
     Args:
         adapter: what is cut; only read.
-        yardstick: what a cut preserves.
+        metric: what a cut preserves.
         device, backend, gauge: see `rankflow.squeeze`.
         dtype: of what is written; that of each module if None.
         canonical: whether modules that keep their rank have their directions sorted too.
     """
 
     adapter: SavedAdapter
-    yardstick: Yardstick
+    metric: Metric
     device: torch.device
     backend: Backend
     gauge: Gauge
@@ -57,7 +57,7 @@ class Cutting:
 
     @property
     def _plain(self) -> bool:
-        return self.backend == "exact" and self.yardstick.metric == "weights"
+        return self.backend == "exact" and self.metric.name == "weights"
 
     def measure(self, pool: Pool) -> None:
         """Let `pool` decompose all modules, and write nothing."""
@@ -74,23 +74,25 @@ class Cutting:
         out: Path,
         fitting: Fitting,
         *,
-        tail: Path | None = None,
+        residual: Path | None = None,
         force: bool = False,
     ) -> None:
-        """Let `pool` write the adapter at these ranks to `out`, and what is cut off to `tail`; modules that were not
-        decomposed before are now."""
+        """Let `pool` write the adapter at these ranks to `out`, and what is cut off to `residual`.
+
+        Modules that were not decomposed before are now.
+        """
         rows = fitting.ranks(ranks)
         with ExitStack() as files:
-            put_tail = None
-            if tail is not None and isinstance(self.adapter, PeftAdapter):
+            put_residual = None
+            if residual is not None and isinstance(self.adapter, PeftAdapter):
                 both = files.enter_context(together())
-                put_tail = files.enter_context(tail_writer(tail, self.adapter, ranks, self.dtype, both))
+                put_residual = files.enter_context(residual_writer(residual, self.adapter, ranks, self.dtype, both))
                 put = files.enter_context(self.adapter.rewrite(out, rows, dtype=self.dtype, force=force, group=both))
             else:
                 put = files.enter_context(self.adapter.rewrite(out, rows, dtype=self.dtype, force=force))
             with naming(self.adapter.path):
                 self.spectra = pool.each(
-                    lambda name: self._write(name, ranks[name], rows[name], put, put_tail), self.adapter.layout
+                    lambda name: self._write(name, ranks[name], rows[name], put, put_residual), self.adapter.layout
                 )
 
     # -- one module -------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ class Cutting:
         return [replace(one, outside=self.adapter.outside(name)) for name, one in zip(names, found, strict=True)]
 
     def _spectrum(self, name: str, a: Tensor, b: Tensor) -> Spectrum:
-        found = self.yardstick.spectrum(name, a, b, self.adapter.layout[name].scaling, self.backend)
+        found = self.metric.spectrum(name, a, b, self.adapter.layout[name].scaling, self.backend)
         return replace(found, outside=self.adapter.outside(name))
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -112,19 +114,19 @@ class Cutting:
             return a.double(), b.double()  # once for all; bfloat16 may do with less where weights are all that counts
         return a, b
 
-    def _write(self, name: str, rank: int, rows: int, put: Put, put_tail: Put | None) -> Spectrum:
+    def _write(self, name: str, rank: int, rows: int, put: Put, put_residual: Put | None) -> Spectrum:
         a, b = self._factors(name)
         slot, dtype = self.adapter.layout[name], self.dtype or self.adapter.entries[name].dtype
         found = self.spectra.get(name) or self._spectrum(name, a, b)
-        if self.canonical or (rank < slot.rank and put_tail is not None):
+        if self.canonical or (rank < slot.rank and put_residual is not None):
             a, b = self._cut(found, a, b, slot.rank, name)
         elif 0 < rank < slot.rank:
             a, b = self._cut(found, a, b, rank, name)
         if rows:
             kept = padded(a[..., :rank, :], b[..., :rank], rows)
             put(name, *(_rounded(t, dtype, name) for t in kept))
-        if rank < slot.rank and put_tail is not None:
-            put_tail(name, _rounded(a[..., rank:, :], dtype, name), _rounded(b[..., rank:], dtype, name))
+        if rank < slot.rank and put_residual is not None:
+            put_residual(name, _rounded(a[..., rank:, :], dtype, name), _rounded(b[..., rank:], dtype, name))
         return found
 
     def _cut(self, found: Spectrum, A: Tensor, B: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:

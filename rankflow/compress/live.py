@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from rankflow.calibration.statistics import Statistics
-from rankflow.compress.metric import Yardstick
+from rankflow.compress.metric import Metric
 from rankflow.compress.report import SqueezeReport, report
 from rankflow.compress.target import Goal, Target
+from rankflow.deprecation import renamed_arguments
 from rankflow.gating.parametrize import refuse_gates
 from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Gauge, Spectrum
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@renamed_arguments(statistics="calibration")
 def squeeze_model(
     model: nn.Module,
     *,
     metric: str = "weights",
-    statistics: Statistics | str | Path | None = None,
+    calibration: Statistics | str | Path | None = None,
     backend: Backend = "exact",
     gauge: Gauge = "keep",
     optimizer: torch.optim.Optimizer | None = None,
@@ -56,18 +58,16 @@ def squeeze_model(
     refuse_gates(adapter.sites.values())
     surgeon = Surgeon(adapter, optimizer)
     layout = Layout({name: slot for name, slot in adapter.layout().items() if slot.rank})
-    yardstick = Yardstick.of(metric, statistics, layout, [goal])
+    cut_in = Metric.of(metric, calibration, layout, [goal])
 
     def measure(name: str) -> Spectrum:
         site = adapter.sites[name]
-        return yardstick.spectrum(name, site.a(), site.b(), layout[name].scaling, backend)
+        return cut_in.spectrum(name, site.a(), site.b(), layout[name].scaling, backend)
 
     spectra = Pool(progress, len(layout)).each(measure, layout)
     ranks = goal.choose(layout, spectra)
     ops = {
-        name: ops_to(
-            rank, layout[name].rank, best_cut(partial(spectra.__getitem__, name), yardstick.metrics[name], gauge)
-        )
+        name: ops_to(rank, layout[name].rank, best_cut(partial(spectra.__getitem__, name), cut_in.of_each[name], gauge))
         for name, rank in ranks.items()
     }
     after = surgeon.apply(RankPlan(ops, f"squeeze to {goal.given}"))
@@ -75,7 +75,7 @@ def squeeze_model(
         layout,
         Layout({name: after[name] for name in layout}),
         spectra,
-        yardstick.metrics,
+        cut_in.of_each,
         source=f"adapter {adapter_name!r} of {type(model).__name__}",
         out=None,
         target=goal.given,
@@ -84,6 +84,6 @@ def squeeze_model(
         gauge=gauge,
         dtype=None,
         dry_run=False,
-        notes=yardstick.notes,
+        notes=cut_in.notes,
         seconds=time.perf_counter() - began,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankflow.calibration.statistics import Statistics
 from rankflow.compress.target import Target
 from rankflow.errors import ConfigError
-from rankflow.linalg.decompose import Metric
+from rankflow.linalg.decompose import MetricName
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.linalg.svd import Backend
 from rankflow.plans.layout import Layout
@@ -20,18 +20,22 @@ from rankflow.policies.metrics import averages_of, metric_of_each, spectrum_in
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """In which metric each module of a layout is cut; `lacking` are those that were not measured enough."""
+class Metric:
+    """The metric that an adapter is cut in.
 
-    metric: Metric
-    metrics: Mapping[str, Metric]
+    name: what was asked for. of_each: module -> the metric it is cut in, its weights where it was not measured enough.
+    lacking: those modules.
+    """
+
+    name: MetricName
+    of_each: Mapping[str, MetricName]
     lacking: tuple[str, ...] = ()
     statistics: Statistics | None = None
 
     @classmethod
     def of(
         cls, metric: str, statistics: Statistics | str | Path | None, layout: Layout, targets: Iterable[Target]
-    ) -> Yardstick:
+    ) -> Metric:
         """
         Raises:
             ConfigError: a metric without the statistics that it takes, with some it has no use for, with those of
@@ -45,7 +49,7 @@ class Yardstick:
                 if statistics is None
                 else "metric 'weights' has no use for statistics of data; choose metric 'outputs' or 'loss'"
             )
-        known: Metric = metric  # type: ignore[assignment]  # averages_of has looked
+        known: MetricName = metric  # type: ignore[assignment]  # averages_of has looked
         if statistics is None:
             return cls(known, dict.fromkeys(layout, known))
         found = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
@@ -67,15 +71,15 @@ class Yardstick:
             return spectrum_in("weights", A, B, scaling, {}, backend)
         self.statistics.check_factors(name, A, B)
         measured = {s: t.to(A.device) for s, t in self.statistics.measured[name].items()}
-        return spectrum_in(self.metrics[name], A, B, scaling, measured, backend)
+        return spectrum_in(self.of_each[name], A, B, scaling, measured, backend)
 
     @property
     def notes(self) -> tuple[str, ...]:
         if not self.lacking:
             return ()
         few = ", ".join(itertools.islice(self.lacking, 3)) + (" and others" if len(self.lacking) > 3 else "")
-        fallen = sum(metric != self.metric for metric in self.metrics.values())
+        fallen = sum(metric != self.name for metric in self.of_each.values())
         return (
-            f"{fallen} of {len(self.metrics)} modules are cut by their weights, as there are directions measured over "
+            f"{fallen} of {len(self.of_each)} modules are cut by their weights, as there are directions measured over "
             f"fewer tokens than their module has directions: in {few}",
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rankflow.compress.accept import Trial
-from rankflow.linalg.decompose import Metric
+from rankflow.linalg.decompose import MetricName
 from rankflow.linalg.spectrum import Spectrum, relative
 from rankflow.plans.layout import Layout
 from rankflow.serving.engines import engine_named
@@ -28,7 +28,7 @@ class SqueezedModule:
     error: float
     params_before: int
     params_after: int
-    metric: Metric
+    metric: MetricName
     relative_error: float
     weight_error: float
 
@@ -60,7 +60,7 @@ class SqueezeReport:
     copied: tuple[str, ...] = ()  # files beside the adapter
     carried: dict[str, int] = field(default_factory=dict)  # tensors that are no factors, kept as they are: name, bytes
     notes: tuple[str, ...] = ()
-    trials: tuple[Trial, ...] = ()  # of a gate
+    trials: tuple[Trial, ...] = ()  # of ranks that were to be accepted
     seconds: float = 0.0
     language_model: bool = True  # whether vLLM and its like may serve it
 
@@ -91,7 +91,7 @@ def report(
     before: Layout,
     after: Layout,
     spectra: Mapping[str, Spectrum],
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, MetricName],
     *,
     notes: tuple[str, ...] = (),
     **about: Any,

@@ -20,10 +20,11 @@ import torch
 from rankflow.calibration.statistics import Statistics
 from rankflow.compress.accept import Judge, accepted, contradictions, search
 from rankflow.compress.cutting import Cutting
-from rankflow.compress.metric import Yardstick
+from rankflow.compress.metric import Metric
 from rankflow.compress.report import SqueezeReport, report
-from rankflow.compress.tail import check_tail
+from rankflow.compress.residual import check_residual
 from rankflow.compress.target import Goal, Target, every_rank
+from rankflow.deprecation import renamed_arguments
 from rankflow.errors import ConfigError, naming
 from rankflow.formats.base import SavedAdapter, Sketch
 from rankflow.formats.io.atomic import is_plain
@@ -52,22 +53,25 @@ _DTYPES = {
 }
 
 
+@renamed_arguments(
+    statistics="calibration", kind="from_format", to="to_format", gate="accept", keep_tail="keep_residual"
+)
 def squeeze(
     src: str | Path,
     out: str | Path | None = None,
     *,
     metric: str = "weights",
-    statistics: Statistics | str | Path | None = None,
+    calibration: Statistics | str | Path | None = None,
     backend: Backend | None = None,
     dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     gauge: Gauge = "balanced",
     force: bool = False,
     dry_run: bool = False,
-    keep_tail: str | Path | None = None,
-    gate: Judge | None = None,
-    kind: str | None = None,
-    to: str | None = None,
+    keep_residual: str | Path | None = None,
+    accept: Judge | None = None,
+    from_format: str | None = None,
+    to_format: str | None = None,
     engine: str | None = None,
     base: str | Path | None = None,
     progress: Progress | None = None,
@@ -86,7 +90,7 @@ def squeeze(
             of which the difference from `base` is taken, up to the highest rank asked for, or 64 where none is.
         out: folder or file to write; `<src>-r8` and the like beside the source if left out.
         metric: what is preserved: `weights`, or what data make of them: `outputs` of layers, or the `loss`.
-        statistics: of data, for the latter two: a `Statistics` of this very adapter, or its file.
+        calibration: statistics of data, for the latter two: a `Statistics` of this very adapter, or its file.
         backend: `exact`, or a randomised SVD of the full update, as the paper's (`rankflow.linalg.svd`). Left out, it
         is
             `exact` from factors, and `torch` where the update comes as a full matrix.
@@ -94,12 +98,13 @@ def squeeze(
         gauge: `balanced` splits singular values evenly between A and B; `keep` keeps |A| / |B|.
         force: replace `out` if it is an adapter.
         dry_run: compute the report and write nothing.
-        keep_tail: a `.safetensors` file for what is cut off, with which `rankflow.expand` goes back; `out` and it
+        keep_residual: a `.safetensors` file for what is cut off, with which `rankflow.expand` goes back; `out` and it
             appear together or not at all, but for what `rankflow.formats.io.atomic.together` says.
-        gate: in place of a target: takes the path of a candidate and says whether it is good enough; the smallest
+        accept: in place of a target: takes the path of a candidate and says whether it is good enough; the smallest
             uniform rank that it accepts is written, to `<src>-accepted` if `out` is left out. Found by bisection.
-        kind: the source's format (`peft`, `kohya`, `comfyui`, `diffusers`, `full`); told from its tensors if left out.
-        to: the output's format (`peft`, `kohya`, `diffusers`, `gguf`); the source's if left out.
+        from_format: the source's format (`peft`, `kohya`, `comfyui`, `diffusers`, `full`); told from its tensors if
+            left out.
+        to_format: the output's format (`peft`, `kohya`, `diffusers`, `gguf`); the source's if left out.
         engine: what is to load it (`rankflow.serving.engines`): written so that it is scaled as it should be,
         padded
             with zeros to one rank where the engine wants that.
@@ -113,25 +118,26 @@ def squeeze(
     """
     (found,) = squeeze_each(
         src,
-        [Target(**target)] if gate is None else every_rank(open_adapter(src, kind, base).layout, **target),
+        [Target(**target)] if accept is None else every_rank(open_adapter(src, from_format, base).layout, **target),
         None if out is None else [out],
         metric=metric,
-        statistics=statistics,
+        calibration=calibration,
         backend=backend,
         dtype=dtype,
         device=device,
         gauge=gauge,
         force=force,
         dry_run=dry_run,
-        keep_tail=keep_tail,
-        gate=gate,
-        kind=kind,
-        fitting=fitting_for(engine, to=to, base=base),
+        keep_residual=keep_residual,
+        accept=accept,
+        from_format=from_format,
+        fitting=fitting_for(engine, to_format=to_format, base=base),
         progress=progress,
     )
     return found
 
 
+@renamed_arguments(kind="from_format", to="to_format")
 def pad(
     src: str | Path,
     out: str | Path | None = None,
@@ -139,8 +145,8 @@ def pad(
     rank: int | None = None,
     engine: str | None = None,
     force: bool = False,
-    kind: str | None = None,
-    to: str | None = None,
+    from_format: str | None = None,
+    to_format: str | None = None,
     base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SqueezeReport:
@@ -151,30 +157,33 @@ def pad(
         ConfigError, AdapterError: as `squeeze`.
     """
     if rank is None and engine is None:
-        raise ConfigError("padding needs a rank or an engine; give --rank or --for")
+        raise ConfigError("padding needs a rank or an engine; give --rank or --engine")
     outs = None if out is None else [out]
-    fitting = fitting_for(engine, rank=rank, to=to, base=base)
-    (found,) = squeeze_each(src, [Target(keep=True)], outs, force=force, kind=kind, fitting=fitting, progress=progress)
+    fitting = fitting_for(engine, rank=rank, to_format=to_format, base=base)
+    (found,) = squeeze_each(
+        src, [Target(keep=True)], outs, force=force, from_format=from_format, fitting=fitting, progress=progress
+    )
     return found
 
 
+@renamed_arguments(statistics="calibration", kind="from_format", gate="accept", keep_tail="keep_residual")
 def squeeze_each(
     src: str | Path,
     targets: Sequence[Target],
     outs: Sequence[str | Path] | None = None,
     *,
     metric: str = "weights",
-    statistics: Statistics | str | Path | None = None,
+    calibration: Statistics | str | Path | None = None,
     backend: Backend | None = None,
     dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     gauge: Gauge = "balanced",
     force: bool = False,
     dry_run: bool = False,
-    keep_tail: str | Path | None = None,
+    keep_residual: str | Path | None = None,
     canonical: bool = False,
-    gate: Judge | None = None,
-    kind: str | None = None,
+    accept: Judge | None = None,
+    from_format: str | None = None,
     fitting: Fitting | None = None,
     around: Around | None = None,
     progress: Progress | None = None,
@@ -183,25 +192,25 @@ def squeeze_each(
 
     With `canonical` modules that keep their rank have their directions sorted too. `fitting`: how outputs are written.
     `around`: what the caller reads and writes besides, which outputs have to spare.
-    With `gate` only the first of `targets`, which are uniform ranks and grow, that it accepts is written, to the one of
-    `outs`.
+    With `accept` only the first of `targets`, which are uniform ranks and grow, that it accepts is written, to the one
+    of `outs`.
 
     Raises:
         ConfigError, AdapterError: as `squeeze`; nothing is written if one of the targets or outputs cannot be had, or
-            none passes the gate.
+            none is accepted.
     """
     began = time.perf_counter()
     if backend is not None:
         check_backend(backend)
     where, wanted = usable(device), _dtype(dtype)
     fitting = fitting or Fitting()
-    adapter = fitting.open(src, kind, _sketch(targets, backend))
+    adapter = fitting.open(src, from_format, _sketch(targets, backend))
     if adapter.sketch is not None:
         backend, used = "exact", adapter.sketch.backend  # of what the full matrices came down to
     else:
         used = backend = backend or "exact"
     suffixes = [fitting.suffix if target.keep else target.suffix for target in targets]
-    suffixes = suffixes if gate is None else ["accepted"]
+    suffixes = suffixes if accept is None else ["accepted"]
     paths = [Path(out) for out in outs] if outs is not None else [adapter.beside(suffix) for suffix in suffixes]
     if len({os.path.realpath(path) for path in paths}) < len(suffixes):
         raise ConfigError(f"{len(suffixes)} targets need as many different outputs")
@@ -209,47 +218,47 @@ def squeeze_each(
         raise ConfigError(
             "size is for ranks that differ, and zeros fill all up to the largest; give target_rank instead"
         )
-    tail = None if keep_tail is None else Path(keep_tail)
-    if tail is not None:
-        _check_tailed(adapter, len(suffixes), metric, gauge, fitting)
-    there = [path for path in (*paths, tail) if path is not None and os.path.lexists(path)]
+    residual = None if keep_residual is None else Path(keep_residual)
+    if residual is not None:
+        _check_residual_kept(adapter, len(suffixes), metric, gauge, fitting)
+    there = [path for path in (*paths, residual) if path is not None and os.path.lexists(path)]
     if not dry_run:
         for path in paths:
             adapter.check_out(path, force=force)
-        if tail is not None:
-            check_tail(tail, paths[0], force=force)
+        if residual is not None:
+            check_residual(residual, paths[0], force=force)
         found = around or Around()
-        measured = None if isinstance(statistics, Statistics) else statistics
+        measured = None if isinstance(calibration, Statistics) else calibration
         reads: Reads = {
             "its own source": adapter.path,
             "its statistics": measured,
             "its base": fitting.base or getattr(adapter, "config", {}).get("base_model_name_or_path"),
             **found.reads,
         }
-        writes = [*paths, *([] if tail is None else [tail]), *found.writes]
+        writes = [*paths, *([] if residual is None else [residual]), *found.writes]
         for path in writes:
             check_harmless(path, reads)
         check_apart(writes)
     layout = adapter.layout
-    with naming(adapter.path, statistics):
-        yardstick = Yardstick.of(metric, statistics, layout, targets)
+    with naming(adapter.path, calibration):
+        cut_in = Metric.of(metric, calibration, layout, targets)
     sized = Layout({n: replace(s, itemsize=(wanted or s).itemsize) for n, s in layout.items()})  # as it is written
-    cutting = Cutting(adapter, yardstick, where, backend, gauge, wanted, canonical)
-    once = len(suffixes) == 1 and (not dry_run or gate is not None)
+    cutting = Cutting(adapter, cut_in, where, backend, gauge, wanted, canonical)
+    once = len(suffixes) == 1 and (not dry_run or accept is not None)
     at_once = once and not cutting.batched and not targets[0].needs_spectra
     passes = (0 if at_once else 1) + (0 if dry_run else len(targets))
-    pool = Pool(progress if gate is None else None, passes * len(layout))
+    pool = Pool(progress if accept is None else None, passes * len(layout))
     if not at_once:
         cutting.measure(pool)
 
-    def produce(target: Target, ranks: Mapping[str, int], out: Path | None, tail: Path | None) -> SqueezeReport:
+    def produce(target: Target, ranks: Mapping[str, int], out: Path | None, residual: Path | None) -> SqueezeReport:
         if out is not None:
-            cutting.write(pool, ranks, out, fitting, tail=tail, force=out in there)
+            cutting.write(pool, ranks, out, fitting, residual=residual, force=out in there)
         return report(
             layout,
             sized.with_ranks(ranks),
             cutting.spectra,
-            yardstick.metrics,
+            cut_in.of_each,
             source=str(adapter.path),
             out=None if out is None else str(out),
             target=target.given,
@@ -262,7 +271,7 @@ def squeeze_each(
             file_bytes_after=None if out is None or is_plain(out) else adapter.weights_in(out).stat().st_size,
             carried=dict(adapter.extra_tensors),
             copied=() if out is None else tuple(file.name for file in adapter.companions),
-            notes=(*adapter.notes, *yardstick.notes, *fitting.notes(ranks)),
+            notes=(*adapter.notes, *cut_in.notes, *fitting.notes(ranks)),
             seconds=time.perf_counter() - began,
         )
 
@@ -271,30 +280,31 @@ def squeeze_each(
         for ranks in chosen:
             fitting.ranks(ranks)  # refuses what cannot be, before the first is written
     ends = [None if dry_run else path for path in paths]
-    if gate is None:
-        return [produce(*each, tail) for each in zip(targets, chosen, ends, strict=True)]
+    if accept is None:
+        return [produce(*each, residual) for each in zip(targets, chosen, ends, strict=True)]
 
     uniform = {target.target_rank or 0: (target, ranks) for target, ranks in zip(targets, chosen, strict=True)}
 
-    def passes_gate(rank: int) -> bool:
+    def accepts(rank: int) -> bool:
         with tempfile.TemporaryDirectory(prefix="rankflow-") as folder:
             ending = adapter.beside("").suffix  # and nothing else of a name that a stranger gave
             candidate = Path(folder) / f"r{rank}{ending if ending in (*TENSOR_FILES, '.gguf') else ''}"
             produce(*uniform[rank], candidate, None)
-            return gate(candidate)
+            return accept(candidate)
 
-    trials = search(list(uniform), passes_gate)
+    trials = search(list(uniform), accepts)
     target, ranks = uniform[accepted(trials)]
-    found = produce(target, ranks, ends[0], tail)
+    found = produce(target, ranks, ends[0], residual)
     return [replace(found, trials=tuple(trials), notes=(*found.notes, *contradictions(trials)))]
 
 
+@renamed_arguments(kind="from_format")
 def canonicalize(
     src: str | Path,
     out: str | Path,
     *,
     force: bool = False,
-    kind: str | None = None,
+    from_format: str | None = None,
     base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SqueezeReport:
@@ -302,7 +312,7 @@ def canonicalize(
     from the front is the best adapter of that rank.
 
     Args:
-        kind: as for `squeeze`.
+        from_format: as for `squeeze`.
         base: the base model's folder, for adapters that say less than all in their file.
 
     Raises:
@@ -310,7 +320,14 @@ def canonicalize(
     """
     fitting = fitting_for(None, base=base)
     (found,) = squeeze_each(
-        src, [Target(keep=True)], [out], force=force, canonical=True, kind=kind, fitting=fitting, progress=progress
+        src,
+        [Target(keep=True)],
+        [out],
+        force=force,
+        canonical=True,
+        from_format=from_format,
+        fitting=fitting,
+        progress=progress,
     )
     return found
 
@@ -322,19 +339,23 @@ def _sketch(targets: Sequence[Target], backend: Backend | None) -> Sketch:
     return Sketch(highest, backend or known.backend)
 
 
-def _check_tailed(adapter: SavedAdapter, outputs: int, metric: str, gauge: Gauge, fitting: Fitting) -> None:
+def _check_residual_kept(adapter: SavedAdapter, outputs: int, metric: str, gauge: Gauge, fitting: Fitting) -> None:
     """
     Raises:
         ConfigError: what is cut off would not put the source back, or there is nowhere to keep it.
     """
     if outputs > 1 or gauge != "balanced":
-        raise ConfigError("a tail is that of one output with directions sorted: give one target, and gauge 'balanced'")
+        raise ConfigError(
+            "a residual is that of one output with directions sorted: give one target, and gauge 'balanced'"
+        )
     if replace(fitting, base=None) != Fitting():
-        raise ConfigError("a tail belongs to an adapter that is not made for an engine or another format; leave it out")
+        raise ConfigError(
+            "a residual belongs to an adapter that is not made for an engine or another format; leave it out"
+        )
     if not isinstance(adapter, PeftAdapter):
-        raise ConfigError(f"{adapter.path}: tails are kept of adapters in PEFT's format, read and written, only")
+        raise ConfigError(f"{adapter.path}: residuals are kept of adapters in PEFT's format, read and written, only")
     if metric != "weights":
-        raise ConfigError(f"a cut by metric {metric!r} leaves nothing that puts it back; keep tails with 'weights'")
+        raise ConfigError(f"a cut by metric {metric!r} leaves nothing that puts it back; keep residuals with 'weights'")
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -254,7 +254,7 @@ def every_rank(layout: Layout, **limits: Unpack[Goal]) -> list[Target]:
     """
     given = [name for name in _TARGETS if limits.get(name)]
     if given:
-        raise ConfigError(f"a gate looks for the rank by itself, so {given[0]} cannot be given too; leave out one")
+        raise ConfigError(f"acceptance looks for the rank by itself, so {given[0]} cannot be given too; leave out one")
     most = max(slot.rank for slot in layout.values())
     step = limits.get("rank_multiple", 1)
     limits = {**limits, "target_rank": min(most, limits.get("max_rank") or most)}

@@ -165,8 +165,8 @@ def _kind_of(keys: Iterable[str], path: Path) -> str:
     if any(map(_IMAGE.match, modules)) or all(f"{stem}.alpha" in keys for stem in stems):
         return ComfyAdapter.kind
     raise AdapterError(
-        f"{path}: {stems[0]} is a name of no known format; if it is one of {', '.join(KINDS)}, say so with --from. A "
-        f"PEFT adapter needs its {CONFIG} beside it, from which alone its scaling is known"
+        f"{path}: {stems[0]} is a name of no known format; if it is one of {', '.join(KINDS)}, say so with "
+        f"--from-format. A PEFT adapter needs its {CONFIG} beside it, from which alone its scaling is known"
     )
 
 
@@ -174,6 +174,7 @@ def _why_no_factors(keys: Collection[str]) -> str:
     if differences := [key for key in keys if re.search(r"\.(diff|diff_b|set_weight)$", key)]:
         return (
             f"holds {len(differences)} plain differences (.diff) and no factors, as LyCORIS' full does: there is no "
-            "rank to make smaller. Merge it into its base model, and give rankflow that, with --from full and --base"
+            "rank to make smaller. Merge it into its base model, and give rankflow that, with --from-format full and "
+            "--base"
         )
     return "holds no LoRA factors; it is not a LoRA adapter, or was merged"

@@ -26,9 +26,9 @@ VARIANTS = {
 }
 _FOREIGN = {
     "enable_lora": "a MergedLinear of PEFT 0.2, which adapts some of q, k and v in one layer by a grouped convolution; "
-    "load it with that, merge it into its base model, and give rankflow that with --from full and --base",
+    "load it with that, merge it into its base model, and give rankflow that with --from-format full and --base",
     "fine_tune_type": "an adapter of mlx-lm, whose factors lie transposed; merge it with mlx_lm.fuse, and give "
-    "rankflow that with --from full and --base, or convert it to PEFT's format",
+    "rankflow that with --from-format full and --base, or convert it to PEFT's format",
 }
 _CONVERSIONS = {
     "None": "this is not the config of a PEFT adapter",

@@ -31,7 +31,7 @@ from rankflow.errors import AdapterError, ConfigError, RankFlowError
 from rankflow.linalg.spectrum import Directions, Spectrum
 from rankflow.linalg.svd import Backend, check_backend, low_rank
 
-Metric = Literal["weights", "outputs", "loss"]
+MetricName = Literal["weights", "outputs", "loss"]
 Factor = Literal["A", "B"]
 
 # A direction this far below the strongest one is beyond what float32 factors can show: it counts as deficient.
@@ -50,7 +50,7 @@ def spectrum(
     B: Tensor,
     scaling: float,
     *,
-    metric: Metric = "weights",
+    metric: MetricName = "weights",
     S_A: Tensor | None = None,
     S_B: Tensor | None = None,
     backend: Backend = "exact",
@@ -216,10 +216,10 @@ def _check_factors(A: Tensor, B: Tensor) -> None:
         raise AdapterError(f"A {list(A.shape)} and B {list(B.shape)} are empty; a module at rank 0 has no spectrum")
 
 
-def _check_statistics(A: Tensor, metric: Metric, S_A: Tensor | None, S_B: Tensor | None) -> None:
+def _check_statistics(A: Tensor, metric: MetricName, S_A: Tensor | None, S_B: Tensor | None) -> None:
     wanted = {"weights": (), "outputs": ("S_A",), "loss": ("S_A", "S_B")}.get(metric)
     if wanted is None:
-        raise ConfigError(f"unknown metric {metric!r}; known: {', '.join(get_args(Metric))}")
+        raise ConfigError(f"unknown metric {metric!r}; known: {', '.join(get_args(MetricName))}")
     shape = (*A.shape[:-1], A.shape[-2])
     for name, S in (("S_A", S_A), ("S_B", S_B)):
         if (S is not None) != (name in wanted):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rankflow.linalg.decompose import Metric
+from rankflow.linalg.decompose import MetricName
 from rankflow.linalg.spectrum import Gauge, Spectrum
 from rankflow.plans.allocate import allocate, allocation_margin, round_scores
 from rankflow.plans.budget import Budget
@@ -33,7 +33,7 @@ def first(order: Sequence[int]) -> Shrink:
     return lambda rank: [Keep(tuple(sorted(order[:rank])))]
 
 
-def best_cut(spectrum: Callable[[], Spectrum], metric: Metric = "weights", gauge: Gauge = "nearest") -> Shrink:
+def best_cut(spectrum: Callable[[], Spectrum], metric: MetricName = "weights", gauge: Gauge = "nearest") -> Shrink:
     """Shrinks to the best approximation in the metric of `spectrum`, which is asked for only when there is a cut.
 
     Growth supplies the directions that the factors at hand have no room for.

@@ -8,7 +8,7 @@ from typing import get_args
 from torch import Tensor
 
 from rankflow.errors import ConfigError
-from rankflow.linalg.decompose import Metric, spectrum
+from rankflow.linalg.decompose import MetricName, spectrum
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.linalg.svd import Backend
 from rankflow.policies.observation import Signal
@@ -29,13 +29,13 @@ def averages_of(metric: str) -> frozenset[Signal]:
         ConfigError: there is no such metric.
     """
     if metric not in _GRAMS:
-        raise ConfigError(f"unknown metric {metric!r}; known: {', '.join(get_args(Metric))}")
+        raise ConfigError(f"unknown metric {metric!r}; known: {', '.join(get_args(MetricName))}")
     return frozenset(_GRAMS[metric].values())
 
 
 def metric_of_each(
-    metric: Metric, measured: Mapping[str, Measured], ranks: Mapping[str, int], *, shared: bool
-) -> tuple[dict[str, Metric], list[str]]:
+    metric: MetricName, measured: Mapping[str, Measured], ranks: Mapping[str, int], *, shared: bool
+) -> tuple[dict[str, MetricName], list[str]]:
     """Module -> the metric it is cut in, and the modules that were not measured enough for `metric`.
 
     A module with a direction that was measured over fewer tokens than it has directions is cut by its weights: its
@@ -53,7 +53,7 @@ def _enough(measured: Measured, rank: int) -> bool:
 
 
 def spectrum_in(
-    metric: Metric, A: Tensor, B: Tensor, scaling: float, measured: Measured, backend: Backend = "exact"
+    metric: MetricName, A: Tensor, B: Tensor, scaling: float, measured: Measured, backend: Backend = "exact"
 ) -> Spectrum:
     """`rankflow.linalg.decompose.spectrum` with what the metric takes of `measured`."""
     S_A, S_B = (measured[_GRAMS[metric][name]] if name in _GRAMS[metric] else None for name in ("S_A", "S_B"))

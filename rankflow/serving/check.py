@@ -91,7 +91,7 @@ def _mended(feature: str, engine: Engine) -> bool:
 
 def rewrite(adapter: SavedAdapter, engine: Engine) -> str:
     gguf = engine.writes == "gguf" and not isinstance(adapter, PeftAdapter)  # which is made of PEFT's alone
-    return f"{SQUEEZE} {adapter.path} {'--format peft' if gguf else f'--for {engine.name}'}"
+    return f"{SQUEEZE} {adapter.path} {'--to-format peft' if gguf else f'--engine {engine.name}'}"
 
 
 _NOT_MERGED = (ALORA, REPLICATED, MEGATRON)  # which act by the tokens, or on another model than the base is

@@ -28,7 +28,7 @@ from rankflow.serving.features import other_names
 @dataclass(frozen=True)
 class Fitting:
     """engine: what is to load the adapter. rank: what its modules are padded to; the engine's choice if left out.
-    to: the format to write; the engine's, or the source's. base: the base model's folder, for GGUF and for what
+    to_format: the format to write; the engine's, or the source's. base: the base model's folder, for GGUF and for what
     `open_adapter` takes it for.
 
     Raises:
@@ -37,7 +37,7 @@ class Fitting:
 
     engine: Engine | None = None
     rank: int | None = None
-    to: str | None = None
+    to_format: str | None = None
     base: Path | None = None
 
     def __post_init__(self) -> None:
@@ -45,8 +45,10 @@ class Fitting:
             raise ConfigError(f"rank {self.rank} cannot be padded to; give a whole number, at least 1")
         if self.engine is None:
             return
-        if self.to not in (None, self.engine.writes or self.to):
-            raise ConfigError(f"{self.engine.name} is written {self.engine.writes}; leave out the format {self.to}")
+        if self.to_format not in (None, self.engine.writes or self.to_format):
+            raise ConfigError(
+                f"{self.engine.name} is written {self.engine.writes}; leave out the format {self.to_format}"
+            )
         if self.rank is not None and self.engine.ranks and self.rank not in self.engine.ranks:
             raise ConfigError(
                 f"rank {self.rank} is none of those {self.engine.name} can be set to: "
@@ -60,7 +62,13 @@ class Fitting:
     @property
     def suffix(self) -> str:
         """What the default name of an output ends in where ranks stay as they are."""
-        return self.engine.name if self.engine is not None else f"pad{self.rank}" if self.rank else self.to or "kept"
+        return (
+            self.engine.name
+            if self.engine is not None
+            else f"pad{self.rank}"
+            if self.rank
+            else self.to_format or "kept"
+        )
 
     def open(self, src: str | Path, kind: str | None, sketch: Sketch | None = None) -> SavedAdapter:
         """The adapter, read as it is and written as it has to be.
@@ -91,7 +99,7 @@ class Fitting:
             return self._written(source)
 
     def _written(self, source: SavedAdapter) -> SavedAdapter:
-        to = self.to or (self.engine.writes if self.engine is not None else "") or source.kind
+        to = self.to_format or (self.engine.writes if self.engine is not None else "") or source.kind
         if self.engine is not None and to not in self.engine.reads and not self.engine.writes:
             to = "diffusers"
         if to == source.kind == "diffusers" and self.engine is not None:
@@ -111,7 +119,7 @@ class Fitting:
         try:
             return converted(source, to, self.base)
         except ConfigError:
-            loads = () if self.engine is None or self.to is not None else self.engine.reads
+            loads = () if self.engine is None or self.to_format is not None else self.engine.reads
             if source.kind not in loads or to not in loads:
                 raise
             return source
@@ -144,13 +152,13 @@ class Fitting:
 
 
 def fitting_for(
-    engine: str | None, *, rank: int | None = None, to: str | None = None, base: str | Path | None = None
+    engine: str | None, *, rank: int | None = None, to_format: str | None = None, base: str | Path | None = None
 ) -> Fitting:
     """
     Raises:
         ConfigError: no such engine, or things that do not go together.
     """
-    return Fitting(engine_named(engine) if engine else None, rank, to, None if base is None else Path(base))
+    return Fitting(engine_named(engine) if engine else None, rank, to_format, None if base is None else Path(base))
 
 
 def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

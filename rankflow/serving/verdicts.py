@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankflow.deprecation import renamed_arguments
 from rankflow.errors import AdapterError, BaseNeeded, ConfigError
 from rankflow.formats.as_lora.fine_tune import KIND as FULL
 from rankflow.formats.base import SavedAdapter
@@ -34,8 +35,9 @@ class Verdict:
         return {**asdict(self), "problems": [problem.to_json() for problem in self.problems]}
 
 
+@renamed_arguments(kind="from_format")
 def check(
-    src: str | Path, engine: str | None = None, *, kind: str | None = None, base: str | Path | None = None
+    src: str | Path, engine: str | None = None, *, from_format: str | None = None, base: str | Path | None = None
 ) -> Verdict:
     """What `engine` (`rankflow.serving.engines`) would get wrong with a file as it is; or, with `base`, which of
     its modules that model does not have, by whatever names its format has for them.
@@ -49,8 +51,10 @@ def check(
         AdapterError: no adapter, or a damaged one.
     """
     if engine is None and base is None:
-        raise ConfigError(f"{src}: say what is to serve it with --for, or what it was trained on with --base, or both")
-    adapter = open_adapter(src, kind, base)
+        raise ConfigError(
+            f"{src}: say what is to serve it with --engine, or what it was trained on with --base, or both"
+        )
+    adapter = open_adapter(src, from_format, base)
     lacking, missing, hints = _beside(adapter, base, needed=engine is None)
     found: list[Problem] = []
     if engine is not None:
@@ -61,7 +65,7 @@ def check(
         fine = not found and not lacking
         hints = [*([named.hint(max(adapter.layout.ranks.values()))] if fine else []), unseen, *hints]
     wanted = base if uses_base(adapter.path) or engine == "llamacpp" else None  # a squeeze takes no base for nothing
-    wrong = tuple(_as_read(problem, kind, wanted) for problem in [*found, *lacking])
+    wrong = tuple(_as_read(problem, from_format, wanted) for problem in [*found, *lacking])
     given = None if base is None else str(base)
     return Verdict(str(adapter.path), engine or "", wrong, ". ".join(filter(None, hints)), given, missing)
 
@@ -91,7 +95,7 @@ def _beside(
 def _as_written(adapter: SavedAdapter, fitting: Fitting, found: list[Problem]) -> tuple[list[Problem], str]:
     """(what forbids to write the adapter for the engine beside what was found, what could not be looked at)."""
     settled = any(problem.fate is not Fate.UNKNOWN and not problem.remedy.startswith(SQUEEZE) for problem in found)
-    if settled or any("--format" in problem.remedy for problem in found):  # which is the way to another format first
+    if settled or any("--to-format" in problem.remedy for problem in found):  # which is the way to another format first
         return [], ""
     try:
         fitting.written(adapter)
@@ -103,9 +107,13 @@ def _as_written(adapter: SavedAdapter, fitting: Fitting, found: list[Problem]) -
     return [], ""
 
 
-def _as_read(problem: Problem, kind: str | None, base: str | Path | None) -> Problem:
+def _as_read(problem: Problem, from_format: str | None, base: str | Path | None) -> Problem:
     """The same with a remedy that reads what was read."""
     if not problem.remedy.startswith(SQUEEZE):
         return problem
-    given = [f" {option} {value}" for option, value in (("--from", kind), ("--base", base)) if value is not None]
+    given = [
+        f" {option} {value}"
+        for option, value in (("--from-format", from_format), ("--base", base))
+        if value is not None
+    ]
     return replace(problem, remedy=problem.remedy + "".join(given))

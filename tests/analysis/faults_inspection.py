@@ -18,7 +18,7 @@ FAULTS = [
     Fault(
         "inspect a metric of data in modules that were measured too little",
         "analysis/inspection.py",
-        " if y.metrics[name] == m}",
+        " if y.of_each[name] == m}",
         "}",
     ),
     Fault(

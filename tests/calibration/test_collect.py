@@ -183,7 +183,7 @@ def test_a_policy_in_training_measures_the_same_and_cuts_the_same(tmp_path: Path
             torch.testing.assert_close(trained.measured[name][signal], value, rtol=1e-6, atol=0)
 
     whole = calibrate(apart, [*batches, batches[0]])
-    options: dict[str, Any] = {"target_rank": 2, "metric": "loss", "statistics": whole}
+    options: dict[str, Any] = {"target_rank": 2, "metric": "loss", "calibration": whole}
     report = squeeze(tmp_path / "adapter", tmp_path / "file", **options)
     step(batches[0])
     assert set(flow.layout.ranks.values()) == {2}
@@ -202,7 +202,7 @@ def test_a_model_in_memory_and_its_file_are_squeezed_alike(tmp_path: Path, targe
     model = llama()
     model.save_pretrained(tmp_path / "src")
     statistics = calibrate(model, token_batches())
-    options = {"metric": metric, "statistics": statistics, "gauge": "keep", **target}
+    options = {"metric": metric, "calibration": statistics, "gauge": "keep", **target}
     filed = squeeze(tmp_path / "src", tmp_path / "file", **options)
     live = squeeze_model(model, **options)
     assert live.ranks == filed.ranks
@@ -246,7 +246,7 @@ def test_outputs_change_least_and_as_predicted(tmp_path: Path, which: str):
     before = updates(tmp_path / "src")
     error, weights = {}, {}
     for metric in ("weights", "outputs"):
-        options = {} if metric == "weights" else {"statistics": statistics}
+        options = {} if metric == "weights" else {"calibration": statistics}
         report = squeeze(tmp_path / "src", tmp_path / metric, target_rank=2, metric=metric, **options)
         assert set(report.ranks.values()) == {2}
         after = updates(tmp_path / metric)
@@ -273,7 +273,7 @@ def test_the_predicted_change_of_the_loss_is_that_of_its_gradients(tmp_path: Pat
     model = llama()
     model.save_pretrained(tmp_path / "src")
     batches = token_batches()
-    options: dict[str, Any] = {"metric": "loss", "statistics": calibrate(model, batches)}
+    options: dict[str, Any] = {"metric": "loss", "calibration": calibrate(model, batches)}
     report = squeeze(tmp_path / "src", tmp_path / "out", target_rank=2, **options)
     plain = squeeze(tmp_path / "src", tmp_path / "plain", target_rank=2)
     sums = reference(model, batches, its_loss)
@@ -300,7 +300,7 @@ def test_a_module_with_too_few_tokens_is_cut_by_its_weights_and_the_report_says_
     poor = "model.layers.1.self_attn.v_proj"
     few = {**whole.measured[poor], Signal.MEASURED: torch.tensor([50.0, 50.0, 3.9, 50.0]).double()}
     statistics = Statistics({**whole.measured, poor: few}, whole.digests, whole.tokens)
-    options: dict[str, Any] = {"metric": "outputs", "statistics": statistics}
+    options: dict[str, Any] = {"metric": "outputs", "calibration": statistics}
     report = squeeze(tmp_path / "src", tmp_path / "each", target_rank=2, **options)
     assert {m.metric for m in report.modules if m.name != poor} == {"outputs"}
     (module,) = (m for m in report.modules if m.name == poor)
@@ -328,7 +328,7 @@ def test_data_decide_who_gets_the_ranks(tmp_path: Path):
     silent = {**whole.measured[quiet], Signal.MEAN_ZZ: whole.measured[quiet][Signal.MEAN_ZZ] * 1e-12}
     statistics = Statistics({**whole.measured, quiet: silent}, whole.digests, whole.tokens)
     options: dict[str, Any] = {"dry_run": True, "energy": 0.9, "across": True}
-    assert squeeze(tmp_path / "src", metric="outputs", statistics=statistics, **options).ranks[quiet] == 0
+    assert squeeze(tmp_path / "src", metric="outputs", calibration=statistics, **options).ranks[quiet] == 0
     assert squeeze(tmp_path / "src", **options).ranks[quiet] > 0
 
 
@@ -379,20 +379,20 @@ def test_statistics_of_another_adapter_are_refused(saved: tuple[Path, Path], tmp
     make(tmp_path / "other")
     for target in ({"target_rank": 2}, {"energy": 0.9}, {"ranks": dict.fromkeys(Statistics.load(saved[1]).digests, 1)}):
         with pytest.raises(ConfigError, match=message):
-            squeeze(tmp_path / "other", tmp_path / "out", metric="outputs", statistics=saved[1], **target)
+            squeeze(tmp_path / "other", tmp_path / "out", metric="outputs", calibration=saved[1], **target)
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
     model = llama()
     squeeze_model(model, target_rank=3)
     with pytest.raises(ConfigError, match="another adapter"):
-        squeeze_model(model, target_rank=2, metric="outputs", statistics=saved[1])
+        squeeze_model(model, target_rank=2, metric="outputs", calibration=saved[1])
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"metric": "vibes"}, "unknown metric 'vibes'; known: weights, outputs, loss"),
-    "missing": ({"metric": "outputs", "statistics": None}, "needs statistics of data"),
+    "missing": ({"metric": "outputs", "calibration": None}, "needs statistics of data"),
     "needless": ({"metric": "weights"}, "no use for statistics"),
     "noise": ({"target_rank": None, "auto": True}, "auto knows the noise of weights only"),
-    "tail": ({"keep_tail": "tail.safetensors"}, "leaves nothing that puts it back"),
+    "residual": ({"keep_residual": "residual.safetensors"}, "leaves nothing that puts it back"),
     "backend": ({"backend": "torch"}, "works in metric 'weights' only"),
 }
 
@@ -400,9 +400,9 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_impossible_options(saved: tuple[Path, Path], tmp_path: Path, case: str):
     changes, message = IMPOSSIBLE[case]
-    options = {"target_rank": 2, "metric": "outputs", "statistics": saved[1], **changes}
-    if "keep_tail" in options:
-        options["keep_tail"] = tmp_path / options["keep_tail"]
+    options = {"target_rank": 2, "metric": "outputs", "calibration": saved[1], **changes}
+    if "keep_residual" in options:
+        options["keep_residual"] = tmp_path / options["keep_residual"]
     with pytest.raises(ConfigError, match=message):
         squeeze(saved[0], tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
@@ -410,9 +410,9 @@ def test_impossible_options(saved: tuple[Path, Path], tmp_path: Path, case: str)
 
 def test_statistics_without_a_loss_serve_outputs_only(saved: tuple[Path, Path], tmp_path: Path):
     part = calibrate(llama(), token_batches(), metric="outputs").save(tmp_path / "part.safetensors")
-    squeeze(saved[0], tmp_path / "out", target_rank=2, metric="outputs", statistics=part)
+    squeeze(saved[0], tmp_path / "out", target_rank=2, metric="outputs", calibration=part)
     with pytest.raises(ConfigError, match="collected without one"):
-        squeeze(saved[0], tmp_path / "more", target_rank=2, metric="loss", statistics=part)
+        squeeze(saved[0], tmp_path / "more", target_rank=2, metric="loss", calibration=part)
 
 
 def spoilt(path: Path, out: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
@@ -454,7 +454,7 @@ def test_damaged_statistics_are_one_clear_error(saved: tuple[Path, Path], tmp_pa
     change, message = DAMAGE[case]
     path = spoilt(saved[1], tmp_path / "bad.safetensors", change)
     with pytest.raises(AdapterError, match=message):
-        squeeze(saved[0], tmp_path / "out", target_rank=2, metric="outputs", statistics=path)
+        squeeze(saved[0], tmp_path / "out", target_rank=2, metric="outputs", calibration=path)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
@@ -514,7 +514,7 @@ def test_modules_that_were_never_heard_are_there_as_unmeasured(tmp_path: Path):
     randomise(model)
     found = calibrate(model, token_batches(vocabulary=3000, labels=False), loss_fn=sentence_loss)
     assert found.measured["pooler.dense"][Signal.MEASURED].tolist() == [0.0, 0.0]
-    report = squeeze_model(model, target_rank=1, metric="loss", statistics=found)
+    report = squeeze_model(model, target_rank=1, metric="loss", calibration=found)
     assert [m.name for m in report.modules if m.metric == "weights"] == ["pooler.dense"]
     whole = calibrate(model, token_batches(vocabulary=3000, labels=False), metric="outputs")
     assert whole.measured["pooler.dense"][Signal.MEASURED].min() > 0
@@ -525,7 +525,7 @@ def test_layers_of_every_kind_are_the_same_to_a_file(tmp_path: Path, kind: str):
     model = lora(kind, dtype=torch.float32)
     model.save_pretrained(tmp_path / "src")
     statistics = calibrate(model, [None], loss_fn=lambda model, _: loss_of(model, kind, dtype=torch.float32))
-    options: dict[str, Any] = {"target_rank": 2, "metric": "loss", "statistics": statistics, "gauge": "keep"}
+    options: dict[str, Any] = {"target_rank": 2, "metric": "loss", "calibration": statistics, "gauge": "keep"}
     filed = squeeze(tmp_path / "src", tmp_path / "file", **options)
     live = squeeze_model(model, **options)
     assert {m.metric for m in live.modules} == {"loss"}
@@ -673,13 +673,13 @@ def test_from_the_command_line(home: Path, tmp_path: Path):
 
     run(*common, "--calibration", texts, "--base", home / "base", "-o", tmp_path / "two")
     whole = calibrate_saved(home / "adapter", home / "base", texts)
-    squeeze(home / "adapter", tmp_path / "three", target_rank=2, metric="loss", statistics=whole)
+    squeeze(home / "adapter", tmp_path / "three", target_rank=2, metric="loss", calibration=whole)
     two, three = (updates(tmp_path / folder) for folder in ("two", "three"))
     assert all(torch.equal(two[name], three[name]) for name in two)
 
     plan = tmp_path / "plan.yaml"
     run("plan", home / "adapter", "--energy", 0.8, "--global", "--metric", "loss", "--calibration", stats, "-o", plan)
-    options = {"energy": 0.8, "across": True, "metric": "loss", "statistics": stats, "dry_run": True}
+    options = {"energy": 0.8, "across": True, "metric": "loss", "calibration": stats, "dry_run": True}
     assert read_plan(plan) == squeeze(home / "adapter", **options).ranks
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import rankflow
 from rankflow.analysis.forecast import blank_layout
 from rankflow.cli.app import app
+from rankflow.formats.peft.adapter import WEIGHTS
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.ops import Grow
@@ -190,6 +191,18 @@ def test_unknown_options_and_wrong_types_have_status_2(adapter: Path):
     assert "valid integer" in run("squeeze", adapter, "--target-rank", "two", status=2).stderr
 
 
+def test_old_names_of_options_work_for_a_version_and_say_so(adapter: Path, tmp_path: Path):
+    old = ["--from", "peft", "--format=peft", "--for", "vllm", "--max-rank", 3, "-o", tmp_path / "old"]
+    new = ["--from-format", "peft", "--to-format=peft", "--engine", "vllm", "--max-rank", 3, "-o", tmp_path / "new"]
+    warned = run("squeeze", adapter, *old)
+    assert [line.split()[1] for line in warned.stderr.splitlines()] == ["--from", "--format", "--for"]
+    assert run("squeeze", adapter, *new).stderr == ""
+    assert load_file(tmp_path / "old" / WEIGHTS[0]).keys() == load_file(tmp_path / "new" / WEIGHTS[0]).keys()
+    assert "No such option" in run("squeeze", adapter, "--target-rank", 2, "--to", "peft", status=2).stderr
+    run("squeeze", adapter, "--target-rank", 2, "-o", tmp_path / "x", "--keep-tail", tmp_path / "r.safetensors")
+    run("squeeze", adapter, "--gate", "true", "--dry-run")
+
+
 def test_runs_are_compared_by_their_decisions_and_the_status_says_so(ledger: Path, tmp_path: Path):
     other = tmp_path / "other" / "rankflow.jsonl"
     other.parent.mkdir()
@@ -238,19 +251,19 @@ def test_check_refuses_options_that_it_would_ignore(adapter: Path, tmp_path: Pat
     policy = tmp_path / "mine.yaml"
     policy.write_text("policy: hold\n")
     for subject in (policy, "hold"):
-        for option, *value in (("--for", "vllm"), ("--from", "peft"), ("--base", adapter), ("--json",)):
+        for option, *value in (("--engine", "vllm"), ("--from-format", "peft"), ("--base", adapter), ("--json",)):
             assert option in refused("check", subject, option, *value)
-    for options in (["--for", "vllm"], []):
+    for options in (["--engine", "vllm"], []):
         assert "--base" in refused("check", adapter, "--model", adapter, *options)
 
 
 @pytest.mark.parametrize("kind", ["kohya", "comfyui", "diffusers"])
 def test_a_peft_folder_is_refused_where_another_format_was_given(adapter: Path, tmp_path: Path, kind: str):
     assert f"peft folder, not {kind}" in refused(
-        "squeeze", adapter, "--from", kind, "--target-rank", 1, "-o", tmp_path / "o"
+        "squeeze", adapter, "--from-format", kind, "--target-rank", 1, "-o", tmp_path / "o"
     )
     assert not (tmp_path / "o").exists()
-    run("squeeze", adapter, "--from", "peft", "--target-rank", 1, "-o", tmp_path / "o")
+    run("squeeze", adapter, "--from-format", "peft", "--target-rank", 1, "-o", tmp_path / "o")
 
 
 @pytest.mark.parametrize("columns", [["a step sends"], ["a resize, at most", "parameters"]])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rankflow import ConfigError, squeeze
 from rankflow.compress import squeeze as checkpoints
-from rankflow.compress.accept import accepted, command_gate, contradictions, search
+from rankflow.compress.accept import acceptance_command, accepted, contradictions, search
 from rankflow.formats.peft.adapter import PeftAdapter
 from tests.cli.test_app import run
 
@@ -58,7 +58,7 @@ def test_a_monotone_gate_gets_the_smallest_rank_in_few_trials(ranks: list[int], 
     assert trials[0].rank == ranks[-1]
     assert contradictions(trials) == ()
     if least > ranks[-1]:
-        with pytest.raises(ConfigError, match="accepted none of ranks"):
+        with pytest.raises(ConfigError, match="accepted was none of ranks"):
             accepted(trials)
     else:
         assert accepted(trials) == least
@@ -97,7 +97,7 @@ def judge(tmp_path: Path) -> str:
 
 def test_the_smallest_rank_a_command_accepts_is_written(adapter: Path, tmp_path: Path, judge: str):
     report = tmp_path / "report.json"
-    result = run("squeeze", adapter, "--gate", f"{judge} 'rank >= 7' {{}}", "--report", report)
+    result = run("squeeze", adapter, "--accept", f"{judge} 'rank >= 7' {{}}", "--report", report)
     out = tmp_path / "adapter-accepted"
     assert PeftAdapter(out).layout.ranks == {"q_proj": 7, "up_proj": 5}
     squeeze(adapter, tmp_path / "plain", target_rank=7)
@@ -113,15 +113,15 @@ def test_the_smallest_rank_a_command_accepts_is_written(adapter: Path, tmp_path:
 
 
 def test_a_gate_that_is_not_monotone_is_said_to_be(adapter: Path, tmp_path: Path, judge: str):
-    result = run("squeeze", adapter, "--gate", f"{judge} '4 <= rank < 10'", "-o", tmp_path / "out")
+    result = run("squeeze", adapter, "--accept", f"{judge} '4 <= rank < 10'", "-o", tmp_path / "out")
     assert PeftAdapter(tmp_path / "out").layout.ranks == {"q_proj": 4, "up_proj": 4}
-    assert "the gate is not monotone: rank 12 failed where rank 4 passed" in " ".join(result.stdout.split())
+    assert "acceptance is not monotone: rank 12 failed where rank 4 passed" in " ".join(result.stdout.split())
 
 
 def test_nothing_accepted_is_an_error_and_nothing_is_written(adapter: Path, tmp_path: Path, judge: str):
     before = {p.name for p in tmp_path.iterdir()}
-    result = run("squeeze", adapter, "--gate", f"{judge} False", status=2)
-    assert "accepted none of ranks 12, 6, 9, 11, in that order; nothing is written" in result.stderr
+    result = run("squeeze", adapter, "--accept", f"{judge} False", status=2)
+    assert "accepted was none of ranks 12, 6, 9, 11, tried in that order; nothing is written" in result.stderr
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
@@ -129,9 +129,9 @@ def test_candidates_are_what_limits_allow_and_decomposed_once(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: Path
 ):
     decomposed: list[str] = []
-    spectrum = checkpoints.Yardstick.spectrum
+    spectrum = checkpoints.Metric.spectrum
     monkeypatch.setattr(
-        checkpoints.Yardstick,
+        checkpoints.Metric,
         "spectrum",
         lambda self, name, *rest: decomposed.append(name) or spectrum(self, name, *rest),
     )
@@ -143,13 +143,13 @@ def test_candidates_are_what_limits_allow_and_decomposed_once(
         seen.append(candidate)
         return max(PeftAdapter(candidate).layout.ranks.values()) >= 3
 
-    report = squeeze(adapter, tmp_path / "out", gate=gate, max_rank=10, rank_multiple=2)
+    report = squeeze(adapter, tmp_path / "out", accept=gate, max_rank=10, rank_multiple=2)
     assert [trial.rank for trial in report.trials] == [10, 6, 4, 2]
     assert report.ranks == {"q_proj": 4, "up_proj": 4}
     assert report.target == {"target_rank": 4, "max_rank": 10, "rank_multiple": 2}
     assert sorted(decomposed) == ["q_proj", "up_proj"]
     assert not any(path.exists() for path in seen)
-    dry = squeeze(adapter, gate=gate, dry_run=True)
+    dry = squeeze(adapter, accept=gate, dry_run=True)
     assert (dry.out, dry.ranks) == (None, {"q_proj": 3, "up_proj": 3})
     assert {p.name for p in tmp_path.iterdir()} == {"adapter", "out"}
 
@@ -158,13 +158,13 @@ def test_a_candidate_in_one_file_is_a_file(tmp_path: Path):
     stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
     tensors = {f"{stem}.lora_down.weight": torch.randn(12, 16), f"{stem}.lora_up.weight": torch.randn(20, 12)}
     save_file({**tensors, f"{stem}.alpha": torch.tensor(6.0)}, tmp_path / "style.safetensors")
-    report = squeeze(tmp_path / "style.safetensors", gate=lambda path: path.is_file() and path.stat().st_size > 1200)
+    report = squeeze(tmp_path / "style.safetensors", accept=lambda path: path.is_file() and path.stat().st_size > 1200)
     assert report.out == str(tmp_path / "style-accepted.safetensors")
     assert 1 < max(report.ranks.values()) < 12
 
 
 def test_a_gate_judges_what_is_written_for_an_engine(adapter: Path, tmp_path: Path):
-    run("squeeze", adapter, "--gate", "true", "--for", "vllm", "--rank-multiple", 5, "-o", tmp_path / "out")
+    run("squeeze", adapter, "--accept", "true", "--engine", "vllm", "--rank-multiple", 5, "-o", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
 
@@ -174,14 +174,14 @@ def test_a_gate_that_breaks_leaves_nothing(adapter: Path, tmp_path: Path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        squeeze(adapter, tmp_path / "out", gate=gate)
+        squeeze(adapter, tmp_path / "out", accept=gate)
     assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
 
 
 def test_no_shell_sees_the_command(adapter: Path, tmp_path: Path):
     show = f"{sys.executable} -c 'import sys; open(sys.argv[-1], \"w\").write(repr(sys.argv[1:]))'"
     out = tmp_path / "said"
-    assert command_gate(f"{show} '$(id)' '; rm -rf x' '*' 'a{{}}b' {out}")(tmp_path / "my adapter")
+    assert acceptance_command(f"{show} '$(id)' '; rm -rf x' '*' 'a{{}}b' {out}")(tmp_path / "my adapter")
     assert eval(out.read_text()) == ["$(id)", "; rm -rf x", "*", f"a{tmp_path}/my adapterb", str(out)]
 
 
@@ -191,12 +191,12 @@ def test_mistakes(adapter: Path, tmp_path: Path):
         assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
         return result.stderr
 
-    assert "--gate is empty" in refused("--gate", " ")
-    assert "No closing quotation" in refused("--gate", "'x")
-    assert "--gate: nobody-has-this cannot be run (No such file" in refused("--gate", "nobody-has-this {}")
-    assert "looks for the rank by itself, so energy cannot" in refused("--gate", "true", "--energy", 0.9)
-    assert "looks for the rank by itself, so target_rank cannot" in refused("--gate", "true", "--target-rank", 2)
-    assert "looks for the rank by itself, so --ranks cannot" in refused("--gate", "true", "--ranks", "2,4")
-    assert "max_rank is 0" in refused("--gate", "true", "--max-rank", 0)
-    assert "rank_multiple is 0" in refused("--gate", "true", "--rank-multiple", 0)
-    assert "its own source" in refused("--gate", "true", "-o", adapter)
+    assert "--accept is empty" in refused("--accept", " ")
+    assert "No closing quotation" in refused("--accept", "'x")
+    assert "--accept: nobody-has-this cannot be run (No such file" in refused("--accept", "nobody-has-this {}")
+    assert "looks for the rank by itself, so energy cannot" in refused("--accept", "true", "--energy", 0.9)
+    assert "looks for the rank by itself, so target_rank cannot" in refused("--accept", "true", "--target-rank", 2)
+    assert "looks for the rank by itself, so --ranks cannot" in refused("--accept", "true", "--ranks", "2,4")
+    assert "max_rank is 0" in refused("--accept", "true", "--max-rank", 0)
+    assert "rank_multiple is 0" in refused("--accept", "true", "--rank-multiple", 0)
+    assert "its own source" in refused("--accept", "true", "-o", adapter)

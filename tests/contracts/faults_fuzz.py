@@ -8,7 +8,7 @@ FAULTS = [
         "formats/io/tensors.py",
         "return all(map(math.isfinite, torch.aminmax(t)))",
         "return True",
-        "::test_tails_that_lie_about_shapes",
+        "::test_residuals_that_lie_about_shapes",
     ),
     Fault(
         "bad files: tensors larger than their file",
@@ -88,10 +88,10 @@ FAULTS = [
         "::test_factors_that_are_made_are_not_held_all_at_once",
     ),
     Fault(
-        "bad files: believe a tail about shapes",
-        "compress/tail.py",
+        "bad files: believe a residual about shapes",
+        "compress/residual.py",
         "if len(pairs) < len(files) or fitting[0] != fitting[1] or sum(ranks) != entry.slot.rank:",
         "if len(pairs) < len(files):",
-        "::test_tails_that_lie_about_shapes",
+        "::test_residuals_that_lie_about_shapes",
     ),
 ]

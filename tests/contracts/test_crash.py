@@ -46,20 +46,20 @@ COMMANDS: dict[str, tuple[str, Sequence[str], tuple[str, ...]]] = {  # reader, c
     "squeeze one file": ("kohya", (*SQUEEZE, "{out}/a.safetensors"), ("a.safetensors",)),
     "squeeze --ranks": ("peft", ("squeeze", "{src}", "--ranks", "1,2", "-o", "{out}/a"), ("a-r1", "a-r2")),
     "squeeze --report": ("peft", (*SQUEEZE, "{out}/a", "--report", "{out}/r.json"), ("a", "r.json")),
-    "squeeze --keep-tail": (
+    "squeeze --keep-residual": (
         "peft",
-        (*SQUEEZE, "{out}/a", "--keep-tail", "{out}/t.safetensors"),
+        (*SQUEEZE, "{out}/a", "--keep-residual", "{out}/t.safetensors"),
         ("a", "t.safetensors"),
     ),
-    "squeeze --format gguf": (
+    "squeeze --to-format gguf": (
         "gguf",
-        (*SQUEEZE, "{out}/a.gguf", "--format", "gguf", "--base", "{src}/base"),
+        (*SQUEEZE, "{out}/a.gguf", "--to-format", "gguf", "--base", "{src}/base"),
         ("a.gguf",),
     ),
-    "squeeze --format": ("diffusers", (*SQUEEZE, "{out}/a", "--format", "peft"), ("a",)),
+    "squeeze --to-format": ("diffusers", (*SQUEEZE, "{out}/a", "--to-format", "peft"), ("a",)),
     "pad": ("peft", ("pad", "{src}", "--rank", "8", "-o", "{out}/a"), ("a",)),
     "canonicalize": ("peft", ("canonicalize", "{src}", "-o", "{out}/a"), ("a",)),
-    "expand": ("tail", ("expand", "{src}", "{src}/../tail.safetensors", "-o", "{out}/a"), ("a",)),
+    "expand": ("residual", ("expand", "{src}", "{src}/../residual.safetensors", "-o", "{out}/a"), ("a",)),
     "calibrate": (
         "statistics",
         ("calibrate", "{src}", "--base", "any", "--data", "any.txt", "-o", "{out}/s.safetensors"),
@@ -67,14 +67,14 @@ COMMANDS: dict[str, tuple[str, Sequence[str], tuple[str, ...]]] = {  # reader, c
     ),
     "plan": ("peft", ("plan", "{src}", "--energy", "0.5", "-o", "{out}/p.yaml"), ("p.yaml",)),
 }
-FAST = ("squeeze", "squeeze a .bin", "squeeze --format gguf", "calibrate", "plan")
-TOGETHER = ("squeeze --keep-tail",)  # whose outputs are of one make
+FAST = ("squeeze", "squeeze a .bin", "squeeze --to-format gguf", "calibrate", "plan")
+TOGETHER = ("squeeze --keep-residual",)  # whose outputs are of one make
 
 
 def prepared(tmp_path: Path, reader: str) -> Path:
     src = put(tmp_path / "src", READERS[reader]())
-    if reader == "tail":
-        (src / "tail.safetensors").rename(tmp_path / "tail.safetensors")
+    if reader == "residual":
+        (src / "residual.safetensors").rename(tmp_path / "residual.safetensors")
     single = reader in ("kohya", "diffusers")
     return next(src.iterdir()) if single else src
 
@@ -165,7 +165,7 @@ def test_a_small_disk(tmp_path: Path, name: str):
     save_file(tensors, src / "adapter_model.safetensors")
     words = ["squeeze", str(src), "--target-rank", "2", "-o", str(disk / name)]
     if name.endswith(".gguf"):
-        words += ["--format", "gguf", "--base", str(src / "base")]
+        words += ["--to-format", "gguf", "--base", str(src / "base")]
     disk.mkdir()
     fitted = False
     for pages in range(2, 16):
@@ -236,12 +236,12 @@ def test_integers_beside_an_adapter_on_a_full_disk(tmp_path: Path, there: bool):
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replacing"])
 @pytest.mark.parametrize("exchange", [False, True], ids=["renamed", "exchanged"])
-def test_a_tail_gives_its_place_back_where_its_adapter_gets_none(tmp_path: Path, exchange: bool, there: bool):
+def test_a_residual_gives_its_place_back_where_its_adapter_gets_none(tmp_path: Path, exchange: bool, there: bool):
     src = put(tmp_path / "src", READERS["mixed"]())
-    out, tail = tmp_path / "out", tmp_path / "tail.safetensors"
+    out, residual = tmp_path / "out", tmp_path / "residual.safetensors"
 
     def write(rank: int) -> None:
-        squeeze(src, out, target_rank=rank, keep_tail=tail, force=True)
+        squeeze(src, out, target_rank=rank, keep_residual=residual, force=True)
 
     if there:
         write(2)
@@ -276,20 +276,20 @@ def test_a_tail_gives_its_place_back_where_its_adapter_gets_none(tmp_path: Path,
         "out",
         "out/adapter_config.json",
         "out/adapter_model.safetensors",
-        tail.name,
+        residual.name,
     }
     assert after != before
 
 
-def test_a_tail_replaces_nothing_but_a_tail(tmp_path: Path):
+def test_a_residual_replaces_nothing_but_a_tail(tmp_path: Path):
     src = put(tmp_path / "src", READERS["mixed"]())
     before = tree(tmp_path)
-    for tail, message in (
-        (src / "adapter_model.safetensors", "is no tail, so --force does not replace it"),
-        (tmp_path / "out" / "tail.safetensors", "which is replaced as a whole; put the tail beside it"),
+    for residual, message in (
+        (src / "adapter_model.safetensors", "is no residual, so --force does not replace it"),
+        (tmp_path / "out" / "residual.safetensors", "which is replaced as a whole; put the residual beside it"),
     ):
         with pytest.raises(ConfigError, match=message):
-            squeeze(src, tmp_path / "out", target_rank=2, keep_tail=tail, force=True)
+            squeeze(src, tmp_path / "out", target_rank=2, keep_residual=residual, force=True)
         assert tree(tmp_path) == before
 
 

@@ -347,25 +347,25 @@ def test_plans_of_modules_with_long_names_can_be_followed(tmp_path: Path):
     assert read_plan(write_plan(report, tmp_path / "plan.yaml")) == report.ranks
 
 
-def test_tails_that_lie_about_shapes(tmp_path: Path):
+def test_residuals_that_lie_about_shapes(tmp_path: Path):
     src = put(tmp_path / "src", READERS["peft"]())
-    tail = tmp_path / "tail.safetensors"
-    squeeze(src, tmp_path / "small", target_rank=2, keep_tail=tail)
+    residual = tmp_path / "residual.safetensors"
+    squeeze(src, tmp_path / "small", target_rank=2, keep_residual=residual)
     from safetensors import safe_open
 
-    with safe_open(tail, framework="pt") as file:
+    with safe_open(residual, framework="pt") as file:
         metadata = dict(file.metadata())
     shapes = json.loads(metadata["rankflow_shapes"])
     key = next(iter(shapes))
     for change in ({key: [4, 2**40]}, {key: [4, 9]}, {key: [-4, 8]}, {key: 4}, {key: [2**62] * 4}, {"x": [1]}):
-        save_file(load_file(tail), tail, {**metadata, "rankflow_shapes": json.dumps(shapes | change)})
-        with pytest.raises(AdapterError, match=r"tail"):
-            expand(tmp_path / "small", tail, tmp_path / "whole")
-    spoilt = load_file(tail)
+        save_file(load_file(residual), residual, {**metadata, "rankflow_shapes": json.dumps(shapes | change)})
+        with pytest.raises(AdapterError, match=r"residual"):
+            expand(tmp_path / "small", residual, tmp_path / "whole")
+    spoilt = load_file(residual)
     next(iter(spoilt.values())).fill_(torch.nan)
-    save_file(spoilt, tail, metadata)
+    save_file(spoilt, residual, metadata)
     with pytest.raises(AdapterError, match="NaN"):
-        expand(tmp_path / "small", tail, tmp_path / "whole")
+        expand(tmp_path / "small", residual, tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 
 

@@ -35,7 +35,7 @@ from rankflow.analysis.forecast import blank_layout
 from rankflow.calibration.base_model import calibrate_saved
 from rankflow.calibration.texts import read_rows
 from rankflow.cli.app import app
-from rankflow.compress.accept import command_gate
+from rankflow.compress.accept import acceptance_command
 from rankflow.formats.io.models import open_model
 from rankflow.formats.io.pretrained import load_config
 from rankflow.plans import peft_patterns as patterns
@@ -501,9 +501,9 @@ def test_nothing_that_acts_reaches_a_terminal_or_a_page(tmp_path: Path):
         ("inspect", src, "--html", page),
         ("squeeze", src, "--target-rank", 1, "-o", tmp_path / f"b{ACTS.replace('/', '')}", "--report", report),
         ("inspect", src / "nothing"),
-        ("check", src, "--for", "vllm"),
-        ("check", src, "--for", ACTS),
-        ("squeeze", src, "--gate", f"{ACTS} '"),
+        ("check", src, "--engine", "vllm"),
+        ("check", src, "--engine", ACTS),
+        ("squeeze", src, "--accept", f"{ACTS} '"),
         ("inspect", f"--{ACTS}"),
         (ACTS,),
     ):
@@ -579,7 +579,7 @@ def test_whatever_goes_wrong_is_one_line_and_a_status(
     ):
         monkeypatch.setattr(module, name, fail)
     src = adapter(tmp_path / "a")
-    args = {"inspect": (src,), "check": (src, "--for", "vllm"), "diff": (src, src)}[command]
+    args = {"inspect": (src,), "check": (src, "--engine", "vllm"), "diff": (src, src)}[command]
     result = by_command(command, *args)
     assert result.exit_code == status
     assert isinstance(result.exception, SystemExit)
@@ -619,7 +619,7 @@ def test_companions_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name
     (src / name).symlink_to({"absolute": secret, "up": "../secret", "chain": "inner"}[way])
     for to in (None, "peft"):
         with pytest.raises(AdapterError, match="leads out of its folder") as error:
-            squeeze(src, tmp_path / "out", target_rank=1, to=to)
+            squeeze(src, tmp_path / "out", target_rank=1, to_format=to)
         assert str(src / name) in str(error.value)
         assert not (tmp_path / "out").exists()
     with pytest.raises(AdapterError, match="leads out of its folder"):
@@ -782,16 +782,16 @@ def test_a_name_is_a_word_to_a_gate_and_never_part_of_a_script(
         "test -f {}/adapter_config.json",
         """sh -c 'test -f "$1/adapter_config.json"' sh {}""",
     ):
-        assert command_gate(command)(candidate), command
+        assert acceptance_command(command)(candidate), command
     for command in ("sh -c 'echo {}'", "sh -c \"test -f '{}'\"", "sh -c 'ls;{}'", "sh -c 'test -d \"{}\"'"):
         with pytest.raises(ConfigError, match="is a script"):
-            command_gate(command)(candidate)
+            acceptance_command(command)(candidate)
     assert not list(tmp_path.glob("RAN*"))
 
 
 def test_a_path_that_no_shell_makes_anything_of_may_stand_in_a_script(tmp_path: Path):
-    assert command_gate("sh -c 'test -d {}'")(adapter(tmp_path / "a-1.r2_x"))
-    assert not command_gate("sh -c 'test -f {}'")(tmp_path / "a-1.r2_x")
+    assert acceptance_command("sh -c 'test -d {}'")(adapter(tmp_path / "a-1.r2_x"))
+    assert not acceptance_command("sh -c 'test -f {}'")(tmp_path / "a-1.r2_x")
 
 
 # -- every command ----------------------------------------------------------------------------------------------------
@@ -831,7 +831,7 @@ COMMANDS = {
         "-o",
         "{out}",
     ),
-    "squeeze for an engine": ("{x}", "--for", "llamacpp", "--base", "{x}", "-o", "{out}"),
+    "squeeze for an engine": ("{x}", "--engine", "llamacpp", "--base", "{x}", "-o", "{out}"),
     "plan": ("{x}", "--target-rank", "1", "-o", "{out}"),
     "expand": ("{whole}", "{x}", "-o", "{out}"),
     "canonicalize": ("{x}", "-o", "{out}"),
@@ -840,7 +840,7 @@ COMMANDS = {
     "inspect": ("{x}",),
     "inspect a base": ("{whole}", "--base", "{x}"),
     "check": ("{x}",),
-    "check for an engine": ("{x}", "--for", "vllm"),
+    "check for an engine": ("{x}", "--engine", "vllm"),
     "check a model": ("hold", "--model", "{x}"),
     "report": ("{x}",),
     "report against": ("{x}", "--against", "{x}"),

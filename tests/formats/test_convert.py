@@ -101,13 +101,13 @@ def test_every_pair_keeps_the_update(tmp_path: Path, source: str, to: str, part:
     path = write(source, tmp_path, part, factors)
     wanted = {name: delta(*f) for name, f in factors.items()}
     whole, cut = (tmp_path / (name if to == "peft" else f"{name}.safetensors") for name in ("whole", "cut"))
-    squeeze(path, whole, target_rank=6, to=to)
+    squeeze(path, whole, target_rank=6, to_format=to)
     found = read(to, whole, part)
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
     assert open_adapter(whole).kind == to
-    report = squeeze(path, cut, error=0.05, across=True, to=to)
+    report = squeeze(path, cut, error=0.05, across=True, to_format=to)
     found, ranks = read(to, cut, part), list(report.ranks.values())
     assert len(set(ranks)) > 1
     for (name, delta_w), rank in zip(sorted(found.items()), _by_name(report.ranks, wanted), strict=True):
@@ -127,7 +127,7 @@ def test_half_precision_survives_to_rounding(tmp_path: Path, dtype: torch.dtype)
     factors = drawn(UNET, scale=0.7)
     save_file(kohya(factors, dtype=dtype), tmp_path / "x.safetensors")
     before = sd_scripts(load_file(tmp_path / "x.safetensors"))
-    squeeze(tmp_path / "x.safetensors", tmp_path / "out.safetensors", target_rank=6, to="diffusers")
+    squeeze(tmp_path / "x.safetensors", tmp_path / "out.safetensors", target_rank=6, to_format="diffusers")
     tensors = load_file(tmp_path / "out.safetensors")
     assert {t.dtype for t in tensors.values()} == {dtype}
     for name, after in read("diffusers", tmp_path / "out.safetensors", "unet").items():
@@ -140,29 +140,29 @@ def test_a_scale_that_does_not_fit_is_an_error_and_no_output(tmp_path: Path):
     tensors = {k: t.half() if t.ndim else t for k, t in kohya(factors).items()}
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="do not fit"):
-        squeeze(tmp_path / "x.safetensors", tmp_path / "out.safetensors", target_rank=2, to="diffusers")
+        squeeze(tmp_path / "x.safetensors", tmp_path / "out.safetensors", target_rank=2, to_format="diffusers")
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_headers_of_a_conversion(tmp_path: Path):
     path = write("kohya", tmp_path, "unet", drawn(UNET, scale=0.7))
-    squeeze(path, tmp_path / "d.safetensors", target_rank=2, to="diffusers")
+    squeeze(path, tmp_path / "d.safetensors", target_rank=2, to_format="diffusers")
     assert header(tmp_path / "d.safetensors") == {"format": "pt", "ss_network_dim": "6", "ss_base_model": "sd"}
-    squeeze(tmp_path / "d.safetensors", tmp_path / "k.safetensors", target_rank=1, to="kohya")
+    squeeze(tmp_path / "d.safetensors", tmp_path / "k.safetensors", target_rank=1, to_format="kohya")
     new = header(tmp_path / "k.safetensors")
     assert (new["sshs_model_hash"], new["sshs_legacy_hash"]) == published_hashes(tmp_path / "k.safetensors")
     assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("1", "1.0")
     for to, size in (("kohya", 6000), ("diffusers", 7000), ("peft", 5000)):
         out = tmp_path / (to if to == "peft" else f"{to}.safetensors")
-        squeeze(path, out, size=size, to=to)
+        squeeze(path, out, size=size, to_format=to)
         assert (out / "adapter_model.safetensors" if to == "peft" else out).stat().st_size <= size
 
 
 def test_default_names_of_conversions(tmp_path: Path):
     path = write("kohya", tmp_path, "unet", drawn(UNET))
-    assert squeeze(path, target_rank=2, to="peft").out == str(tmp_path / "x-r2")
+    assert squeeze(path, target_rank=2, to_format="peft").out == str(tmp_path / "x-r2")
     again = write("peft", tmp_path, "unet", drawn(UNET))
-    assert squeeze(again, energy=0.9, to="kohya").out == str(tmp_path / "x-e0.9.safetensors")
+    assert squeeze(again, energy=0.9, to_format="kohya").out == str(tmp_path / "x-e0.9.safetensors")
     config = json.loads((tmp_path / "x-r2" / "adapter_config.json").read_text())
     assert config["r"] == 2
     assert sorted(config["target_modules"]) == sorted(UNET)
@@ -174,28 +174,30 @@ def test_comfyui_names_become_kohyas_and_peft(tmp_path: Path):
     save_file(
         styled(factors, "diffusion_model.", ".lora_down.weight", ".lora_up.weight", True), tmp_path / "x.safetensors"
     )
-    squeeze(tmp_path / "x.safetensors", tmp_path / "k.safetensors", target_rank=6, to="kohya")
+    squeeze(tmp_path / "x.safetensors", tmp_path / "k.safetensors", target_rank=6, to_format="kohya")
     found = sd_scripts(load_file(tmp_path / "k.safetensors"))
     for name, f in factors.items():
         torch.testing.assert_close(found["lora_unet_" + name.replace(".", "_")], delta(*f), rtol=1e-5, atol=1e-6)
-    squeeze(tmp_path / "k.safetensors", tmp_path / "p", target_rank=6, to="peft")
+    squeeze(tmp_path / "k.safetensors", tmp_path / "p", target_rank=6, to_format="peft")
     assert set(open_adapter(tmp_path / "p").layout) == set(shapes)
     for source in ("x", "k"):
         with pytest.raises(ConfigError, match="original checkpoint"):
-            squeeze(tmp_path / f"{source}.safetensors", tmp_path / "d.safetensors", target_rank=2, to="diffusers")
+            squeeze(
+                tmp_path / f"{source}.safetensors", tmp_path / "d.safetensors", target_rank=2, to_format="diffusers"
+            )
 
 
 def test_two_text_encoders_are_numbered(tmp_path: Path):
     tensors = styled(drawn(TEXT), "text_encoder.", ".lora_A.weight", ".lora_B.weight")
     tensors |= styled(drawn(TEXT), "text_encoder_2.", ".lora_A.weight", ".lora_B.weight")
     save_file(tensors, tmp_path / "x.safetensors")
-    squeeze(tmp_path / "x.safetensors", tmp_path / "k.safetensors", target_rank=2, to="kohya")
+    squeeze(tmp_path / "x.safetensors", tmp_path / "k.safetensors", target_rank=2, to_format="kohya")
     stems = {key.partition(".")[0] for key in load_file(tmp_path / "k.safetensors")}
     assert {stem.partition("_text_model")[0] for stem in stems} == {"lora_te1", "lora_te2"}
-    squeeze(tmp_path / "k.safetensors", tmp_path / "d.safetensors", target_rank=2, to="diffusers")
+    squeeze(tmp_path / "k.safetensors", tmp_path / "d.safetensors", target_rank=2, to_format="diffusers")
     assert load_file(tmp_path / "d.safetensors").keys() == tensors.keys()
     with pytest.raises(ConfigError, match="a PEFT adapter is of one model"):
-        squeeze(tmp_path / "k.safetensors", tmp_path / "p", target_rank=2, to="peft")
+        squeeze(tmp_path / "k.safetensors", tmp_path / "p", target_rank=2, to_format="peft")
 
 
 @pytest.mark.parametrize(
@@ -245,9 +247,9 @@ def test_what_another_format_cannot_hold_is_refused(tmp_path: Path):
     tensors = load_file(source)
     save_file(tensors | {"lora_unet_x.diff_b": torch.ones(2)}, tmp_path / "more.safetensors")
     with pytest.raises(ConfigError, match="would lose"):
-        squeeze(tmp_path / "more.safetensors", tmp_path / "d.safetensors", target_rank=2, to="diffusers")
+        squeeze(tmp_path / "more.safetensors", tmp_path / "d.safetensors", target_rank=2, to_format="diffusers")
     with pytest.raises(ConfigError, match="'onnx' cannot be written"):
-        squeeze(source, tmp_path / "d.safetensors", target_rank=2, to="onnx")
+        squeeze(source, tmp_path / "d.safetensors", target_rank=2, to_format="onnx")
     for targets, message in ((["emb"], "embedding"), (["q"], "do not tell what part")):
         folder = tmp_path / targets[0]
         model = nn.Module()
@@ -256,21 +258,21 @@ def test_what_another_format_cannot_hold_is_refused(tmp_path: Path):
             folder, save_embedding_layers=False
         )
         with pytest.raises(ConfigError, match=message):
-            squeeze(folder, tmp_path / "d.safetensors", target_rank=1, to="kohya")
+            squeeze(folder, tmp_path / "d.safetensors", target_rank=1, to_format="kohya")
     tensors = styled(drawn({"a.b": (8, 8), "a_b": (8, 8)}, scale=1.0), "unet.", ".lora_A.weight", ".lora_B.weight")
     save_file(tensors, tmp_path / "clash.safetensors")
     with pytest.raises(ConfigError, match="two modules would both be called"):
-        squeeze(tmp_path / "clash.safetensors", tmp_path / "d.safetensors", target_rank=2, to="kohya")
+        squeeze(tmp_path / "clash.safetensors", tmp_path / "d.safetensors", target_rank=2, to_format="kohya")
     assert not (tmp_path / "d.safetensors").exists()
 
 
 def test_on_the_command_line(tmp_path: Path):
     write("kohya", tmp_path, "unet", drawn(UNET))
     command = ["squeeze", str(tmp_path / "x.safetensors"), "--ranks", "1,2", "-o", str(tmp_path / "y.safetensors")]
-    done = CliRunner().invoke(app, [*command, "--from", "kohya", "--format", "diffusers"])
+    done = CliRunner().invoke(app, [*command, "--from-format", "kohya", "--to-format", "diffusers"])
     assert done.exit_code == 0, done.output
     assert {p.name for p in tmp_path.iterdir()} == {"x.safetensors", "y-r1.safetensors", "y-r2.safetensors"}
-    done = CliRunner().invoke(app, [*command, "--from", "peft"])
+    done = CliRunner().invoke(app, [*command, "--from-format", "peft"])
     assert done.exit_code == 2
     assert "adapter_config.json" in done.stderr
     (tmp_path / "x.gguf").write_bytes(b"GGUF")

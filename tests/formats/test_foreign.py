@@ -61,7 +61,7 @@ def sharded(folder: Path, tensors: dict[str, Tensor], end: str = "safetensors") 
 def test_shards_with_an_index_are_read_as_one_file(end: str, tmp_path: Path):
     src = sharded(tmp_path / "src", factors(), end)
     squeeze(whole(tmp_path / "one"), tmp_path / "a", target_rank=2)
-    report = squeeze(src, tmp_path / "b", target_rank=2, keep_tail=tmp_path / "tail.safetensors")
+    report = squeeze(src, tmp_path / "b", target_rank=2, keep_residual=tmp_path / "residual.safetensors")
     wanted = load_file(tmp_path / "a" / "adapter_model.safetensors")
     found = PeftAdapter(tmp_path / "b").tensors_in_files()[0]
     assert found.keys() == wanted.keys()
@@ -69,7 +69,7 @@ def test_shards_with_an_index_are_read_as_one_file(end: str, tmp_path: Path):
     assert report.file_bytes_before == sum(f.stat().st_size for f in src.glob("*-of-*"))
     by_index = PeftAdapter(src / f"adapter_model.{end}.index.json")
     assert by_index.layout == PeftAdapter(src).layout
-    expand(tmp_path / "b", tmp_path / "tail.safetensors", tmp_path / "back")
+    expand(tmp_path / "b", tmp_path / "residual.safetensors", tmp_path / "back")
     assert PeftAdapter(tmp_path / "back").layout.ranks == PeftAdapter(src).layout.ranks
 
 

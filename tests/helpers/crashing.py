@@ -135,11 +135,11 @@ def _dying(at: int) -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 class Job(NamedTuple):
-    """A squeeze to be killed: the reader of its source, its output, and a tail's name if it keeps one."""
+    """A squeeze to be killed: the reader of its source, its output, and a residual's name if it keeps one."""
 
     reader: str
     out: str
-    tail: str | None = None
+    residual: str | None = None
     to: str | None = None
 
 
@@ -148,7 +148,7 @@ JOBS = {
     "bin": Job("bin", "out"),
     "kohya": Job("kohya", "out.safetensors"),
     "gguf": Job("gguf", "out.gguf", to="gguf"),
-    "tail": Job("mixed", "out", tail="tail.safetensors"),
+    "residual": Job("mixed", "out", residual="residual.safetensors"),
 }
 
 
@@ -164,8 +164,8 @@ def killed(name: str, *, exchange: bool, trials: int, seed: int) -> tuple[list[s
 
         def write(rank: int, **options: Any) -> None:
             base = src / "base" if job.to == "gguf" else None
-            tail = None if job.tail is None else outs / job.tail
-            squeeze(source, out, target_rank=rank, keep_tail=tail, to=job.to, base=base, **options)
+            residual = None if job.residual is None else outs / job.residual
+            squeeze(source, out, target_rank=rank, keep_residual=residual, to_format=job.to, base=base, **options)
 
         def work() -> None:
             write(3, force=True)
@@ -181,13 +181,13 @@ def killed(name: str, *, exchange: bool, trials: int, seed: int) -> tuple[list[s
         def check(when: str, had: bool) -> None:
             before = old if had else {}
             found = tree(outs, hidden=False)
-            # Between two renames: the new tail is there, and what it is of not yet
-            between = before | {job.tail: new[job.tail]} if job.tail else before
+            # Between two renames: the new residual is there, and what it is of not yet
+            between = before | {job.residual: new[job.residual]} if job.residual else before
             if found not in (before, between, new):
                 problems.append(f"{name}, killed {when}: {sorted(found)} is neither the old output nor the new one")
-            known = {job.out, job.tail}
+            known = {job.out, job.residual}
             left = [path.name for path in outs.iterdir() if path.name not in known]
-            if not all(part.startswith((f".{out.stem}.", ".tail.")) for part in left):
+            if not all(part.startswith((f".{out.stem}.", ".residual.")) for part in left):
                 problems.append(f"{name}, killed {when}: left {left}")
             work()  # what a killed one left is no hindrance, and does not stay
             if tree(outs) != new:

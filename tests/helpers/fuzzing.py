@@ -72,13 +72,13 @@ def _squeeze(src: Path, out: Path, rng: random.Random, **options: Any) -> None:
             ]
         )
         options = options | rng.choice(
-            [{}, {}, {"dtype": "float16"}, {"gauge": "keep"}, {"to": "peft"}, {"to": "kohya"}]
+            [{}, {}, {"dtype": "float16"}, {"gauge": "keep"}, {"to_format": "peft"}, {"to_format": "kohya"}]
         )
         options = options | rng.choice(
-            [{}, {}, {}, {"engine": "vllm"}] if not options.keys() & {"to", "size"} else [{}]
+            [{}, {}, {}, {"engine": "vllm"}] if not options.keys() & {"to_format", "size"} else [{}]
         )
     base = _base_of(src)
-    if out.suffix != src.suffix and options.get("to") != "peft":
+    if out.suffix != src.suffix and options.get("to_format") != "peft":
         out = out.with_suffix(src.suffix)
     report = squeeze(src, out, base=base, **options)
     json.dumps(report.to_json(), allow_nan=False)
@@ -87,7 +87,7 @@ def _squeeze(src: Path, out: Path, rng: random.Random, **options: Any) -> None:
     padded = "engine" in options
     if not padded and sorted(found.values()) != sorted(r for r in report.ranks.values() if r):
         raise Wrong(f"claimed {report.ranks}, wrote {found}")
-    if padded or "to" in options or options.get("dtype") or "metric" in options:
+    if padded or "to_format" in options or options.get("dtype") or "metric" in options:
         return
     if open_adapter(src, base=base).sketch is not None:  # of which full matrices are compared with nothing
         return
@@ -117,8 +117,8 @@ def operate(reader: str, src: Path, out: Path, rng: random.Random) -> str:
     target = src if (src / "adapter_config.json").is_file() else next(p for p in src.iterdir() if p.name != "base")
     base = _base_of(target)
     given = [] if base is None else ["--base", base]
-    if reader == "tail":
-        kept = src.parent / "tail.safetensors"
+    if reader == "residual":
+        kept = src.parent / "residual.safetensors"
         if rng.random() < 0.2:
             _by_command("expand", src, kept, "-o", out)
         else:
@@ -128,7 +128,7 @@ def operate(reader: str, src: Path, out: Path, rng: random.Random) -> str:
     if reader == "statistics":
         stats = src / "stats.safetensors"
         metric = rng.choice(["outputs", "loss"])
-        _squeeze(src, out, rng, statistics=stats, metric=metric, **rng.choice([{"target_rank": 2}, {"energy": 0.7}]))
+        _squeeze(src, out, rng, calibration=stats, metric=metric, **rng.choice([{"target_rank": 2}, {"energy": 0.7}]))
         return f"squeeze by {metric}"
     if reader == "plan":
         if rng.random() < 0.2:
@@ -155,7 +155,7 @@ def operate(reader: str, src: Path, out: Path, rng: random.Random) -> str:
     if reader == "gguf":
         out = out.with_suffix(".gguf")
         if rng.random() < 0.2:
-            _by_command("squeeze", src, "--target-rank", 2, "--for", "llamacpp", "--base", src / "base", "-o", out)
+            _by_command("squeeze", src, "--target-rank", 2, "--engine", "llamacpp", "--base", src / "base", "-o", out)
         else:
             squeeze(src, out, base=src / "base", **rng.choice([{"engine": "llamacpp"}, {"to": "gguf"}]), energy=0.7)
             GGUFReader(out)
@@ -184,7 +184,7 @@ def operate(reader: str, src: Path, out: Path, rng: random.Random) -> str:
         _checked(target, out.with_suffix(target.suffix))
     elif way == "check":
         engine = rng.choice(["vllm", "sglang", "lorax", "tensorrt-llm", "llamacpp", "comfyui"])
-        _by_command("check", target, "--for", engine, *given)
+        _by_command("check", target, "--engine", engine, *given)
     elif way == "squeeze --dry-run":
         _by_command("squeeze", target, "--target-rank", 2, "--dry-run", "--report", out.with_suffix(".json"), *given)
     else:
@@ -204,8 +204,8 @@ def run(reader: str, seed: int, whole: Mapping[str, Files], work: Path) -> str |
     case = work / "case"
     case.mkdir()
     src = put(case / "src", files)
-    if reader == "tail":
-        (src / "tail.safetensors").rename(case / "tail.safetensors")
+    if reader == "residual":
+        (src / "residual.safetensors").rename(case / "residual.safetensors")
     before = {p: p.read_bytes() for p in case.rglob("*") if p.is_file()}
     out, began, said = case / "out", time.process_time(), None
     torch.manual_seed(0)
@@ -254,8 +254,8 @@ def main() -> None:
         whole = {reader: READERS[reader]() for reader in given.readers}
         for reader in given.readers:  # what is not damaged is read, and everything heavy is imported
             src = put(work / "whole", whole[reader])
-            if reader == "tail":
-                (src / "tail.safetensors").rename(work / "tail.safetensors")
+            if reader == "residual":
+                (src / "residual.safetensors").rename(work / "residual.safetensors")
             with contextlib.redirect_stdout(io.StringIO()):
                 operate(reader, src, work / "out", random.Random(1))
             for path in work.iterdir():

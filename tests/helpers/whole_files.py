@@ -268,12 +268,12 @@ def _gguf() -> Files:
     return {"base/config.json": json.dumps(config).encode(), **adapter}
 
 
-def _tail() -> Files:
+def _residual() -> Files:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         put(folder / "src", _mixed())
-        squeeze(folder / "src", folder / "out", target_rank=2, keep_tail=folder / "tail.safetensors")
-        return {f.name: f.read_bytes() for f in ((folder / "tail.safetensors"), *(folder / "out").iterdir())}
+        squeeze(folder / "src", folder / "out", target_rank=2, keep_residual=folder / "residual.safetensors")
+        return {f.name: f.read_bytes() for f in ((folder / "residual.safetensors"), *(folder / "out").iterdir())}
 
 
 def _statistics() -> Files:
@@ -396,7 +396,7 @@ READERS: dict[str, Callable[[], Files]] = {
     "checkpoint's names": _checkpoints_names,
     "xlabs": _xlabs,
     "gguf": _gguf,
-    "tail": _tail,
+    "residual": _residual,
     "statistics": _statistics,
     "plan": _plan,
     "budget": _budget,

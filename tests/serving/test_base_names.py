@@ -167,7 +167,7 @@ def test_on_the_command_line(tmp_path: Path):
     data = json.loads(run("check", bad, "--base", base, "--json", status=1).stdout)
     assert data["missing"] == ["gpt.layers.0.attn.o_proj"]
     assert [p["modules"] for p in data["problems"]] == [["gpt.layers.0.attn.o_proj"]]
-    served = json.loads(run("check", bad, "--for", "vllm", "--base", base, "--json", status=1).stdout)
+    served = json.loads(run("check", bad, "--engine", "vllm", "--base", base, "--json", status=1).stdout)
     assert served["missing"] == data["missing"]
     run("check", good, "--base", tmp_path / "none", status=2)
 

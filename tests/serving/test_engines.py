@@ -514,11 +514,11 @@ def test_what_does_not_go_together(tmp_path: Path):
     with pytest.raises(ConfigError, match="no engine is called 'vlm'"):
         squeeze(tmp_path / "src", target_rank=1, engine="vlm")
     with pytest.raises(ConfigError, match="vllm is written peft; leave out the format kohya"):
-        squeeze(tmp_path / "src", target_rank=1, engine="vllm", to="kohya")
+        squeeze(tmp_path / "src", target_rank=1, engine="vllm", to_format="kohya")
     with pytest.raises(ConfigError, match="zeros fill all up to the largest"):
         squeeze(tmp_path / "src", size=5000, engine="vllm")
-    with pytest.raises(ConfigError, match="a tail belongs to an adapter that is not made for an engine"):
-        squeeze(tmp_path / "src", target_rank=1, engine="vllm", keep_tail=tmp_path / "t.safetensors")
+    with pytest.raises(ConfigError, match="a residual belongs to an adapter that is not made for an engine"):
+        squeeze(tmp_path / "src", target_rank=1, engine="vllm", keep_residual=tmp_path / "t.safetensors")
     with pytest.raises(ConfigError, match="target_rank and keep are 2 targets"):
         squeeze(tmp_path / "src", target_rank=1, keep=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
@@ -583,7 +583,7 @@ def test_what_engines_make_of_what_is_no_plain_lora(tmp_path: Path, reader: str)
 )
 def test_the_way_to_llamacpp_of_what_is_no_plain_lora(tmp_path: Path, config: PeftConfig, out: str):
     live(tmp_path, config)
-    words = ("--for", "llamacpp", "--base", tmp_path / "base")
+    words = ("--engine", "llamacpp", "--base", tmp_path / "base")
     data = json.loads(run("check", tmp_path / "src", *words, "--json", status=1).stdout)
     (problem,) = data["problems"]
     assert problem["remedy"].endswith(f"--base {tmp_path / 'base'}")
@@ -637,7 +637,7 @@ def test_diffusers_before_14409_needs_alphas_where_ranks_differ(tmp_path: Path):
 def test_image_engines_do_not_load_peft_folders(tmp_path: Path, engine: str):
     factors = drawn(UNET, scale=0.7)
     save_file(kohya(factors), tmp_path / "k.safetensors")
-    squeeze(tmp_path / "k.safetensors", tmp_path / "p", keep=True, to="peft")
+    squeeze(tmp_path / "k.safetensors", tmp_path / "p", keep=True, to_format="peft")
     assert [p.where for p in check(tmp_path / "p", engine).problems] == ["format"]
     squeeze(tmp_path / "p", tmp_path / "out.safetensors", keep=True, engine=engine)
     tensors = load_file(tmp_path / "out.safetensors")
@@ -655,7 +655,7 @@ def test_a_single_file_is_padded_and_keeps_its_scale(tmp_path: Path):
         stem = "lora_unet_" + name.replace(".", "_")
         assert tensors[f"{stem}.lora_down.weight"].shape[0] == 10
         torch.testing.assert_close(comfy(tensors, stem), delta(*f), rtol=1e-5, atol=1e-6)
-    pad(tmp_path / "k.safetensors", tmp_path / "p", rank=10, to="peft")
+    pad(tmp_path / "k.safetensors", tmp_path / "p", rank=10, to_format="peft")
     config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (10, 10, {})
 
@@ -666,22 +666,22 @@ def test_a_single_file_is_padded_and_keeps_its_scale(tmp_path: Path):
 def test_on_the_command_line(tmp_path: Path):
     src = tmp_path / "src"
     wanted = write(src, {n: 2 + i for i, n in enumerate(LINEAR)}, uniform(4), rslora=True)
-    done = run("check", src, "--for", "vllm", status=1)
-    for word in ("rank_pattern", "times as strong", "silent", "--for vllm"):
+    done = run("check", src, "--engine", "vllm", status=1)
+    for word in ("rank_pattern", "times as strong", "silent", "--engine vllm"):
         assert word in " ".join(done.stdout.split())
-    data = json.loads(run("check", src, "--for", "llamacpp", "--json", status=1).stdout)
+    data = json.loads(run("check", src, "--engine", "llamacpp", "--json", status=1).stdout)
     assert {p["fate"] for p in data["problems"]} == {"silent"}
     assert sorted(name for p in data["problems"] for name in p["modules"]) == sorted(LINEAR)
-    assert "loads it as it is" in run("check", src, "--for", "peft").stdout
-    assert "say what is to serve it with --for" in run("check", src, status=2).stderr
-    assert "no engine is called" in run("check", src, "--for", "vlm", status=2).stderr
+    assert "loads it as it is" in run("check", src, "--engine", "peft").stdout
+    assert "say what is to serve it with --engine" in run("check", src, status=2).stderr
+    assert "no engine is called" in run("check", src, "--engine", "vlm", status=2).stderr
     assert "well formed" in run("check", "increlora").stdout
-    run("squeeze", src, "--for", "vllm")
+    run("squeeze", src, "--engine", "vllm")
     assert same(vllm(tmp_path / "src-vllm"), wanted)
     assert "loads it as it is. start vllm with --max-lora-rank 16 or more" in run(
-        "check", tmp_path / "src-vllm", "--for", "vllm"
+        "check", tmp_path / "src-vllm", "--engine", "vllm"
     ).stdout.replace("\n", " ")
-    run("squeeze", src, "--for", "vllm", "--max-rank", "3", "-o", tmp_path / "three")
+    run("squeeze", src, "--engine", "vllm", "--max-rank", "3", "-o", tmp_path / "three")
     assert opened(tmp_path / "three")[0]["r"] == 8
     run("pad", src, "--rank", "16", "-o", tmp_path / "sixteen")
     assert opened(tmp_path / "sixteen")[0]["r"] == 16

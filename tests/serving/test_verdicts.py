@@ -129,7 +129,7 @@ def test_what_check_says_is_what_squeeze_does(tmp_path: Path, source: str, engin
         squeeze(src, out, keep=True, engine=engine, **given)
     except RankFlowError:
         assert before.problems
-        assert lasting(before) or any("--format peft" in p.remedy for p in before.problems)
+        assert lasting(before) or any("--to-format peft" in p.remedy for p in before.problems)
         assert not out.exists()
         return
     assert not lasting(before), before
@@ -204,9 +204,9 @@ def test_what_is_said_to_be_an_adapter_is_read_as_one_though_a_whole_model_lies_
     src.mkdir()
     save_file({"down_blocks.0.weight": torch.ones(4, 4)}, src / "diffusion_pytorch_model.safetensors")
     save_file(diffusers(UNET), src / "pytorch_lora_weights.safetensors")
-    assert check(src, "diffusers", kind="diffusers").problems == ()
-    assert squeeze(src, tmp_path / "out.safetensors", target_rank=2, kind="diffusers").ranks == {UNET: 2}
-    assert "loads it as it is" in run("check", src, "--for", "diffusers", "--from", "diffusers").stdout
+    assert check(src, "diffusers", from_format="diffusers").problems == ()
+    assert squeeze(src, tmp_path / "out.safetensors", target_rank=2, from_format="diffusers").ranks == {UNET: 2}
+    assert "loads it as it is" in run("check", src, "--engine", "diffusers", "--from-format", "diffusers").stdout
     with pytest.raises(ConfigError, match="a whole model and no adapter"):
         check(src, "diffusers")
 
@@ -263,10 +263,10 @@ def test_a_format_without_a_place_for_a_setting_is_not_written(tmp_path: Path, t
     for setting in ({"layer_replication": [[0, 1]]}, {"ensure_weight_tying": True}, {"megatron_config": {"a": 1}}):
         (tmp_path / "src" / "adapter_config.json").write_text(json.dumps(fields | setting))
         with pytest.raises(ConfigError, match=f"{next(iter(setting))} is set"):
-            squeeze(tmp_path / "src", tmp_path / f"x.{to}", keep=True, to=to, base=base(tmp_path / "base"))
+            squeeze(tmp_path / "src", tmp_path / f"x.{to}", keep=True, to_format=to, base=base(tmp_path / "base"))
     if to != "gguf":
         (tmp_path / "src" / "adapter_config.json").write_text(json.dumps(fields | {"some_later_field": 1}))
-        done = squeeze(tmp_path / "src", tmp_path / "x.safetensors", keep=True, to=to)
+        done = squeeze(tmp_path / "src", tmp_path / "x.safetensors", keep=True, to_format=to)
         assert any("some_later_field" in note for note in done.notes)
 
 
@@ -317,11 +317,11 @@ OUT = "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out"
 )
 def test_names_follow_the_format_whatever_wrote_the_source(tmp_path: Path, names: dict[str, str]):
     src = single(tmp_path / "src", diffusers(*names))
-    squeeze(src, tmp_path / "k.safetensors", keep=True, to="kohya")
+    squeeze(src, tmp_path / "k.safetensors", keep=True, to_format="kohya")
     written = {key.partition(".")[0] for key in load_file(tmp_path / "k.safetensors")}
     assert written == set(names.values())
     # And back: the names that both libraries and ComfyUI have always had
-    squeeze(tmp_path / "k.safetensors", tmp_path / "d.safetensors", keep=True, to="diffusers")
+    squeeze(tmp_path / "k.safetensors", tmp_path / "d.safetensors", keep=True, to_format="diffusers")
     back = {key.partition(".lora_")[0] for key in load_file(tmp_path / "d.safetensors")}
     told = {name.replace("text_encoder.encoder", "text_encoder.text_model.encoder") for name in names}
     assert back == {f"{name}.0" if name.endswith("to_out") else name for name in told}
@@ -332,7 +332,7 @@ def test_a_text_encoder_by_itself_as_transformers_5_has_it(tmp_path: Path):
     save_file(pair(f"base_model.model.{CLIP}"), tmp_path / "src" / "adapter_model.safetensors")
     fields = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["out_proj"]}
     (tmp_path / "src" / "adapter_config.json").write_text(json.dumps(fields))
-    squeeze(tmp_path / "src", tmp_path / "k.safetensors", keep=True, to="kohya")
+    squeeze(tmp_path / "src", tmp_path / "k.safetensors", keep=True, to_format="kohya")
     assert "lora_te_text_model_encoder_layers_0_self_attn_out_proj.alpha" in load_file(tmp_path / "k.safetensors")
 
 

@@ -35,7 +35,7 @@ _LOW = 4  # a shared dimension more than so many times smaller than both others 
 _MOST_NAMES = 4
 
 
-_FUSE = "and give rankflow that with --from full and --base, or convert the adapter to PEFT's format"
+_FUSE = "and give rankflow that with --from-format full and --base, or convert the adapter to PEFT's format"
 FOREIGN = {  # how keys end -> whose they are
     ".lora_a.weight": "an adapter of torchtune, by the names of its own models; give the folder in which it saved "
     f"adapter_model and adapter_config.json, or merge it into its base model, {_FUSE}",

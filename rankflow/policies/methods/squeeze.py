@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rankflow.errors import ConfigError
-from rankflow.linalg.decompose import Metric
+from rankflow.linalg.decompose import MetricName
 from rankflow.linalg.spectrum import Gauge, Spectrum
 from rankflow.plans.allocate import allocate, allocation_margin
 from rankflow.plans.budget import Budget
@@ -55,7 +55,7 @@ class Squeeze(Lowering):
     """
 
     metric: Annotated[
-        Metric, Field(description="what a cut preserves best: the weights, the layer's outputs, or the loss")
+        MetricName, Field(description="what a cut preserves best: the weights, the layer's outputs, or the loss")
     ] = "weights"
     shape: Shape = "halving"
     allocate: Annotated[

@@ -119,12 +119,12 @@ def test_half_precision_is_folded_without_rounding(tmp_path: Path):
         assert (tmp_path / str(size) / "adapter_model.safetensors").stat().st_size <= size
 
 
-def test_tails_and_further_squeezes_work_on_it(tmp_path: Path):
+def test_residuals_and_further_squeezes_work_on_it(tmp_path: Path):
     from rankflow import expand
 
     src = saved(tmp_path / "src", True)
-    squeeze(src, tmp_path / "small", target_rank=1, keep_tail=tmp_path / "tail.safetensors")
-    expand(tmp_path / "small", tmp_path / "tail.safetensors", tmp_path / "whole")
+    squeeze(src, tmp_path / "small", target_rank=1, keep_residual=tmp_path / "residual.safetensors")
+    expand(tmp_path / "small", tmp_path / "residual.safetensors", tmp_path / "whole")
     torch.testing.assert_close(logits(tmp_path / "whole"), logits(src), rtol=0, atol=2e-6)
 
 

@@ -126,7 +126,11 @@ def test_other_families_keep_their_rows(tmp_path: Path):
     model = wrap(qwen, LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "k_proj"]))
     randomise(model)
     squeeze(
-        save(model, tmp_path / "q" / "src"), tmp_path / "q.gguf", keep=True, to="gguf", base=tmp_path / "q" / "base"
+        save(model, tmp_path / "q" / "src"),
+        tmp_path / "q.gguf",
+        keep=True,
+        to_format="gguf",
+        base=tmp_path / "q" / "base",
     )
     for name, d in deltas(model).items():
         _, _, layer, rest = name.split(".", 3)
@@ -134,7 +138,13 @@ def test_other_families_keep_their_rows(tmp_path: Path):
             served(tmp_path / "q.gguf")[f"blk.{layer}.{LLAMA[rest]}.weight"], d, rtol=1e-5, atol=1e-6
         )
     gpt2 = lora("conv1d_transformers", dtype=torch.float32)
-    squeeze(save(gpt2, tmp_path / "g" / "src"), tmp_path / "g.gguf", keep=True, to="gguf", base=tmp_path / "g" / "base")
+    squeeze(
+        save(gpt2, tmp_path / "g" / "src"),
+        tmp_path / "g.gguf",
+        keep=True,
+        to_format="gguf",
+        base=tmp_path / "g" / "base",
+    )
     found = served(tmp_path / "g.gguf")
     for name, d in deltas(gpt2).items():
         tensor = "attn_qkv" if "c_attn" in name else "ffn_down"
@@ -151,9 +161,9 @@ def test_bert_by_the_folder_that_the_adapter_names(tmp_path: Path):
             p.data.zero_()
     src = save(model, tmp_path / "src")
     with pytest.raises(ConfigError, match=r"pooler.dense: is no module of bert"):
-        squeeze(src, tmp_path / "out.gguf", keep=True, to="gguf")
+        squeeze(src, tmp_path / "out.gguf", keep=True, to_format="gguf")
     report = squeeze(src, tmp_path / "out", energy=0.999)  # which lets go of the pooler, being zero
-    squeeze(tmp_path / "out", tmp_path / "out.gguf", keep=True, to="gguf")
+    squeeze(tmp_path / "out", tmp_path / "out.gguf", keep=True, to_format="gguf")
     found = served(tmp_path / "out.gguf")
     assert len(found) == len(report.ranks) - 1
     name = "encoder.layer.5.attention.self.query"
@@ -164,7 +174,7 @@ def test_bert_by_the_folder_that_the_adapter_names(tmp_path: Path):
 def test_types(tmp_path: Path, dtype: torch.dtype):
     model = lora("linear", dtype=dtype, lora_alpha=5)
     src = save(model, tmp_path / "src")
-    squeeze(src, tmp_path / "out.gguf", keep=True, to="gguf", base=tmp_path / "base")
+    squeeze(src, tmp_path / "out.gguf", keep=True, to_format="gguf", base=tmp_path / "base")
     kept = torch.float32 if dtype == torch.float64 else dtype
     _, tensors = read(tmp_path / "out.gguf")
     before = load_file(src / "adapter_model.safetensors")
@@ -179,7 +189,7 @@ def test_squeezed_padded_and_of_a_size(tmp_path: Path):
     model = lora("linear", dtype=torch.float32, rank_pattern={"v_proj": 2})
     src = save(model, tmp_path / "src")
     base = tmp_path / "base"
-    report = squeeze(src, tmp_path / "a.gguf", target_rank=2, to="gguf", base=base)
+    report = squeeze(src, tmp_path / "a.gguf", target_rank=2, to_format="gguf", base=base)
     d = deltas(model)["model.layers.1.mlp.down_proj"]
     u, s, v = torch.linalg.svd(d, full_matrices=False)
     torch.testing.assert_close(
@@ -194,21 +204,25 @@ def test_squeezed_padded_and_of_a_size(tmp_path: Path):
         assert found.shape == kept.shape
     torch.testing.assert_close(served(tmp_path / "b.gguf")["blk.1.ffn_down.weight"], d, rtol=1e-5, atol=1e-6)
     whole = (tmp_path / "b.gguf").stat().st_size
-    small = squeeze(src, tmp_path / "c.gguf", size=whole * 3 // 4, to="gguf", base=base)
+    small = squeeze(src, tmp_path / "c.gguf", size=whole * 3 // 4, to_format="gguf", base=base)
     assert (tmp_path / "c.gguf").stat().st_size <= whole * 3 // 4
     assert small.params_after > 0
-    gone = squeeze(src, tmp_path / "d.gguf", ranks={n: int("down" in n) for n in report.ranks}, to="gguf", base=base)
+    gone = squeeze(
+        src, tmp_path / "d.gguf", ranks={n: int("down" in n) for n in report.ranks}, to_format="gguf", base=base
+    )
     assert len(served(tmp_path / "d.gguf")) == sum(gone.ranks.values()) == 2
 
 
 def test_several_outputs_and_default_names(tmp_path: Path):
     src = save(lora("linear", dtype=torch.float32), tmp_path / "src")
-    assert squeeze(src, target_rank=2, to="gguf", base=tmp_path / "base").out == str(tmp_path / "src-r2.gguf")
-    run("squeeze", src, "--for", "llamacpp", "--base", tmp_path / "base")
+    assert squeeze(src, target_rank=2, to_format="gguf", base=tmp_path / "base").out == str(tmp_path / "src-r2.gguf")
+    run("squeeze", src, "--engine", "llamacpp", "--base", tmp_path / "base")
     assert (tmp_path / "src-llamacpp.gguf").is_file()
-    run("squeeze", src, "--format", "gguf", "--base", tmp_path / "base", "--ranks", "1,2", "-o", tmp_path / "x.gguf")
+    run("squeeze", src, "--to-format", "gguf", "--base", tmp_path / "base", "--ranks", "1,2", "-o", tmp_path / "x.gguf")
     assert {p.name for p in tmp_path.glob("x*")} == {"x-r1.gguf", "x-r2.gguf"}
-    assert "is there already" in run("squeeze", src, "--for", "llamacpp", "--base", tmp_path / "base", status=2).stderr
+    assert (
+        "is there already" in run("squeeze", src, "--engine", "llamacpp", "--base", tmp_path / "base", status=2).stderr
+    )
 
 
 def test_the_converters_own_way_is_what_check_is_about(tmp_path: Path):
@@ -235,7 +249,7 @@ def test_the_base_model_has_to_be_known(tmp_path: Path):
 
     def says(base: Path | None, match: str) -> None:
         with pytest.raises(ConfigError, match=match):
-            squeeze(src, tmp_path / "out.gguf", target_rank=2, to="gguf", base=base)
+            squeeze(src, tmp_path / "out.gguf", target_rank=2, to_format="gguf", base=base)
         assert not (tmp_path / "out.gguf").exists()
 
     says(None, "not named in the adapter.*give its folder with --base")
@@ -268,10 +282,10 @@ def test_tied_weights_have_no_tensor_of_their_own(tmp_path: Path):
         src = save(lora("linear", dtype=torch.float32, target_modules=[target]), tmp_path / target / "src")
         base = src.parent / "base"
         config = json.loads((base / "config.json").read_text())
-        squeeze(src, src.parent / "out.gguf", target_rank=2, to="gguf", base=base)
+        squeeze(src, src.parent / "out.gguf", target_rank=2, to_format="gguf", base=base)
         (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
         with pytest.raises(ConfigError, match=f"{target}: has no tensor of its own"):
-            squeeze(src, target_rank=2, to="gguf", base=base)
+            squeeze(src, target_rank=2, to_format="gguf", base=base)
 
 
 def test_what_gguf_cannot_hold(tmp_path: Path):
@@ -283,12 +297,12 @@ def test_what_gguf_cannot_hold(tmp_path: Path):
         lora("linear", dtype=torch.float32, use_dora=True).save_pretrained(tmp_path / "dora")
     for kind in ("conv", "attention", "experts"):
         with pytest.raises(ConfigError, match=f"is of kind {kind}"):
-            squeeze(tmp_path / kind, target_rank=1, to="gguf", base=tmp_path / "base")
+            squeeze(tmp_path / kind, target_rank=1, to_format="gguf", base=tmp_path / "base")
     with pytest.raises(ConfigError, match="has more than LoRA factors"):
-        squeeze(tmp_path / "dora", target_rank=1, to="gguf", base=tmp_path / "base")
+        squeeze(tmp_path / "dora", target_rank=1, to_format="gguf", base=tmp_path / "base")
     save_file(kohya(drawn(UNET)), tmp_path / "k.safetensors")
     with pytest.raises(ConfigError, match="adapters of language models"):
-        squeeze(tmp_path / "k.safetensors", target_rank=1, to="gguf", base=tmp_path / "base")
+        squeeze(tmp_path / "k.safetensors", target_rank=1, to_format="gguf", base=tmp_path / "base")
 
 
 def test_where_it_may_be_written(tmp_path: Path):
@@ -299,7 +313,7 @@ def test_where_it_may_be_written(tmp_path: Path):
 
     def says(out: Path, match: str, force: bool = True) -> None:
         with pytest.raises(ConfigError, match=match):
-            squeeze(src, out, target_rank=2, to="gguf", base=tmp_path / "base", force=force)
+            squeeze(src, out, target_rank=2, to_format="gguf", base=tmp_path / "base", force=force)
 
     says(tmp_path / "out", r"give it a name like out.gguf")
     says(tmp_path / "folder.gguf", "is a folder")
@@ -307,7 +321,7 @@ def test_where_it_may_be_written(tmp_path: Path):
     says(other, "is there already", force=False)
     assert other.read_bytes() == b"text"
     for _ in range(2):
-        squeeze(src, tmp_path / "out.gguf", target_rank=2, to="gguf", base=tmp_path / "base", force=True)
+        squeeze(src, tmp_path / "out.gguf", target_rank=2, to_format="gguf", base=tmp_path / "base", force=True)
 
 
 def test_nothing_is_left_of_an_output_that_fails(tmp_path: Path):
@@ -322,4 +336,4 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     src = save(lora("linear", dtype=torch.float32), tmp_path / "src")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r'pip install "rankflow-lora\[gguf\]"'):
-        squeeze(src, target_rank=1, to="gguf", base=tmp_path / "base")
+        squeeze(src, target_rank=1, to_format="gguf", base=tmp_path / "base")

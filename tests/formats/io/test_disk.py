@@ -209,7 +209,7 @@ def test_files_are_synced_by_what_may_write_to_them_as_windows_wants_it(tmp_path
 
     src = put(tmp_path / "src", READERS["mixed"]())
     with mock.patch.object(os, "fsync", fsync):
-        squeeze(src, tmp_path / "out", target_rank=2, keep_tail=tmp_path / "tail.safetensors")
+        squeeze(src, tmp_path / "out", target_rank=2, keep_residual=tmp_path / "residual.safetensors")
         ledger = Ledger(tmp_path / "l.jsonl", keep_matrices=True)
         ledger.append("attach", 0, layout=LAYOUT.to_json())
         ledger.append("resize", 1, PLAN)

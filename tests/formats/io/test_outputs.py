@@ -41,7 +41,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (src / "tokenizer.json").write_text("{}")
     (single,) = put(tmp_path / "one", READERS["kohya"]()).iterdir()
     single.rename(tmp_path / "one" / "a.safetensors")
-    run("squeeze", src, "--target-rank", 2, "-o", tmp_path / "cut", "--keep-tail", tmp_path / "tail.safetensors")
+    run(
+        "squeeze", src, "--target-rank", 2, "-o", tmp_path / "cut", "--keep-residual", tmp_path / "residual.safetensors"
+    )
     run("plan", src, "--target-rank", 2, "-o", tmp_path / "plan.yaml")
     (tmp_path / "budget.yaml").write_text(BUDGET)
     ledger = Ledger(tmp_path / "run.jsonl")
@@ -62,17 +64,17 @@ COMMANDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ("a", "budget.yaml"),
     ),
     "squeeze --html": (("squeeze", "a", "--plan", "plan.yaml", "-o", "new", "--html", "OUT"), ("a", "plan.yaml")),
-    "squeeze --keep-tail": (
-        ("squeeze", "a", "--plan", "plan.yaml", "-o", "new", "--keep-tail", "OUT"),
+    "squeeze --keep-residual": (
+        ("squeeze", "a", "--plan", "plan.yaml", "-o", "new", "--keep-residual", "OUT"),
         ("a", "plan.yaml"),
     ),
     "squeeze --dry-run": (("squeeze", "a", "--plan", "plan.yaml", "--dry-run", "--report", "OUT"), ("a", "plan.yaml")),
-    "squeeze --gate": (("squeeze", "a", "--gate", "true", "-o", "OUT"), ("a",)),
+    "squeeze --accept": (("squeeze", "a", "--accept", "true", "-o", "OUT"), ("a",)),
     "squeeze --ranks": (("squeeze", "a", "--ranks", "1,2", "-o", "new", "--report", "OUT"), ("a",)),
     "squeeze to one file": (("squeeze", "one/a.safetensors", "--energy", "0.5", "-o", "OUT"), ("one",)),
     "plan": (("plan", "a", "--budget", "budget.yaml", "--target-rank", "1", "-o", "OUT"), ("a", "budget.yaml")),
     "calibrate": (("calibrate", "a", "--base", "one", "--data", "data.txt", "-o", "OUT"), ("a", "one", "data.txt")),
-    "expand": (("expand", "cut", "tail.safetensors", "-o", "OUT"), ("cut", "tail.safetensors")),
+    "expand": (("expand", "cut", "residual.safetensors", "-o", "OUT"), ("cut", "residual.safetensors")),
     "canonicalize": (("canonicalize", "a", "-o", "OUT"), ("a",)),
     "pad": (("pad", "a", "--rank", "8", "-o", "OUT"), ("a",)),
     "inspect --plot": (("inspect", "a", "--plot", "OUT"), ("a",)),
@@ -84,7 +86,7 @@ ENDS = {
     "--html": ".html",
     "--plot": ".png",
     "report -o": ".png",
-    "--keep-tail": ".safetensors",
+    "--keep-residual": ".safetensors",
     "one file": ".safetensors",
 }
 ENDS |= {"calibrate": ".safetensors"}
@@ -183,7 +185,7 @@ def test_the_hubs_cache_is_an_input_as_a_whole(work: Path):
     for out in (*blobs, *source.iterdir(), *(source.parent / "4567").iterdir()):
         assert "choose another name" in run("plan", source, "--energy", 0.5, "-o", out, "--force", status=2).stderr
         with pytest.raises(ConfigError):
-            rankflow.squeeze(source, work / "new", target_rank=2, keep_tail=out, force=True)
+            rankflow.squeeze(source, work / "new", target_rank=2, keep_residual=out, force=True)
     for out in (source, source.parent, source.parents[1], source.parent / "4567"):
         with pytest.raises(ConfigError, match="replace its own source"):
             rankflow.squeeze(source, out, target_rank=2, force=True)
@@ -217,12 +219,12 @@ def test_a_folder_that_holds_an_input_is_not_replaced_with_it(work: Path):
     shutil.copytree("a", "old")
     for name in ("plan.yaml", "budget.yaml"):
         shutil.copyfile(name, f"old/{name}")
-    os.link("tail.safetensors", "old/tail.safetensors")
+    os.link("residual.safetensors", "old/residual.safetensors")
     before = tree(work)
     for words in (
         ("squeeze", "a", "--plan", "old/plan.yaml"),
         ("squeeze", "a", "--target-rank", 1, "--budget", "old/budget.yaml"),
-        ("expand", "cut", "tail.safetensors"),
+        ("expand", "cut", "residual.safetensors"),
     ):
         assert "would replace its" in run(*words, "-o", "old", "--force", status=2).stderr
     assert tree(work) == before
@@ -281,7 +283,7 @@ def test_a_dash_is_stdout_and_nothing_else_goes_there(work: Path, case: str):
 
 def test_a_device_takes_any_output_but_a_folder(work: Path):
     for case, (words, _) in COMMANDS.items():
-        wants_folder = words[0] in ("expand", "canonicalize", "pad") or case in ("squeeze -o", "squeeze --gate")
+        wants_folder = words[0] in ("expand", "canonicalize", "pad") or case in ("squeeze -o", "squeeze --accept")
         with mock.patch("rankflow.calibration.base_model.calibrate_saved") as calibrated:
             calibrated.return_value = rankflow.calibration.statistics.Statistics.load(
                 put(work / f"s{case}", READERS["statistics"]()) / "stats.safetensors"
@@ -310,8 +312,8 @@ def test_functions_keep_to_it_as_commands_do(work: Path):
     (work / "ledger.png").symlink_to("run.jsonl")
     with pytest.raises(ConfigError, match="replace the ledger"):
         plot_ledger(read, work / "ledger.png", force=True)
-    with pytest.raises(ConfigError, match="replace its tail"):
-        rankflow.expand("cut", "tail.safetensors", work, force=True)
+    with pytest.raises(ConfigError, match="replace its residual"):
+        rankflow.expand("cut", "residual.safetensors", work, force=True)
 
 
 @contextmanager
@@ -346,7 +348,7 @@ def test_a_signal_ends_a_command_as_an_exception_does(work: Path, name: str, mon
     number = getattr(signal, name)
     before, earlier, handler = tree(work), signal.getsignal(number), lambda *_: None  # else it would end the tests
     signal.signal(number, handler)
-    for case in ("squeeze -o", "squeeze --keep-tail", "squeeze --gate", "expand", "pad"):
+    for case in ("squeeze -o", "squeeze --keep-residual", "squeeze --accept", "expand", "pad"):
         with during("each", lambda: os.kill(os.getpid(), number), times=3):
             result = invoke(COMMANDS[case][0], f"out{ending(case)}")
         assert result.exit_code == 128 + number, (case, result.output)
@@ -374,7 +376,7 @@ def test_what_ends_a_command_leaves_nothing_behind(work: Path, number: signal.Si
     before, scratch, mark = tree(work), work / "tmp", work / "mark"
     scratch.mkdir()
     gate = f"{sys.executable} {work}/waits.py {mark} {{}}"
-    words = [sys.executable, "-m", "rankflow", "squeeze", "a", "--gate", gate, "-o", "new"]
+    words = [sys.executable, "-m", "rankflow", "squeeze", "a", "--accept", gate, "-o", "new"]
     process = subprocess.Popen(words, cwd=work, env=os.environ | {"TMPDIR": str(scratch)}, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while not (mark.exists() and mark.read_text()) and time.monotonic() < until:
@@ -399,15 +401,15 @@ def test_candidates_have_names_of_our_own(work: Path):
 
     stranger = "a'; touch x; '.safetensors"
     shutil.copyfile("one/a.safetensors", stranger)
-    rankflow.squeeze(stranger, work / "new.safetensors", gate=gate)
+    rankflow.squeeze(stranger, work / "new.safetensors", accept=gate)
     shutil.copytree("a", "$(id).safetensors")
-    rankflow.squeeze("$(id).safetensors", work / "new", gate=gate)
+    rankflow.squeeze("$(id).safetensors", work / "new", accept=gate)
     assert seen
     assert all(name.removesuffix(".safetensors").removeprefix("r").isdigit() for name in seen)
 
 
 def test_the_gate_reads_nothing_from_stdin(tmp_path: Path):
-    from rankflow.compress.accept import command_gate
+    from rankflow.compress.accept import acceptance_command
 
     script = tmp_path / "reads.py"
     script.write_text("import sys; sys.exit(sys.stdin.read() != '')")
@@ -417,7 +419,7 @@ def test_the_gate_reads_nothing_from_stdin(tmp_path: Path):
         kept = os.dup(0)
         os.dup2(given.fileno(), 0)
         try:
-            assert command_gate(f"{sys.executable} {script}")(tmp_path)
+            assert acceptance_command(f"{sys.executable} {script}")(tmp_path)
         finally:
             os.dup2(kept, 0)
             os.close(kept)

@@ -215,12 +215,12 @@ def test_xlabs_names_are_those_of_the_checkpoint_in_other_formats(tmp_path: Path
     spelt = (".down.weight", ".up.weight")
     double = pairs(["double_blocks.{i}.processor.qkv_lora1"], "", spelt, alpha=False)
     save_file(double, tmp_path / "x.safetensors")
-    squeeze(tmp_path / "x.safetensors", tmp_path / "y.safetensors", target_rank=2, to="kohya")
+    squeeze(tmp_path / "x.safetensors", tmp_path / "y.safetensors", target_rank=2, to_format="kohya")
     assert "lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight" in load_file(tmp_path / "y.safetensors")
     single = pairs(["single_blocks.{i}.processor.qkv_lora"], "", spelt, alpha=False)
     save_file(double | single, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="some rows"):
-        squeeze(tmp_path / "x.safetensors", tmp_path / "z.safetensors", target_rank=2, to="kohya")
+        squeeze(tmp_path / "x.safetensors", tmp_path / "z.safetensors", target_rank=2, to_format="kohya")
 
 
 def test_what_is_carried_along_is_in_every_report_and_counts_by_size(tmp_path: Path):
@@ -246,7 +246,7 @@ ASKING = {
     "squeeze": ["FILE", "--target-rank", 2, "--dry-run"],
     "plan": ["FILE", "--target-rank", 2, "-o", "plan.yaml"],
     "inspect": ["FILE"],
-    "check": ["FILE", "--for", "comfyui"],
+    "check": ["FILE", "--engine", "comfyui"],
     "canonicalize": ["FILE", "-o", "sorted.safetensors"],
     "pad": ["FILE", "--rank", 8, "-o", "padded.safetensors"],
     "diff": ["FILE", "FILE"],
@@ -261,14 +261,14 @@ def test_every_command_that_asks_for_the_format_takes_it(command: str, tmp_path:
     words = [command, *(str(path) if word == "FILE" else str(word) for word in ASKING[command])]
     asked = CliRunner().invoke(app, words)
     assert asked.exit_code == 2
-    assert "--from" in asked.stderr
-    done = CliRunner().invoke(app, [*words, "--from", "comfyui"])
+    assert "--from-format" in asked.stderr
+    done = CliRunner().invoke(app, [*words, "--from-format", "comfyui"])
     assert (done.exit_code, done.stderr) == (0, "")
 
 
 def test_two_adapters_may_be_of_two_formats(tmp_path: Path):
     tensors = pairs(["stage{i}.mixer"], "", A_B, alpha=False)
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
-    assert diff(*[tmp_path / "x.safetensors"] * 2, kind=("comfyui", "diffusers")).relative < 1e-12
+    assert diff(*[tmp_path / "x.safetensors"] * 2, from_format=("comfyui", "diffusers")).relative < 1e-12
     with pytest.raises(ConfigError, match="formats for two"):
-        diff(*[tmp_path / "x.safetensors"] * 2, kind=["comfyui"])
+        diff(*[tmp_path / "x.safetensors"] * 2, from_format=["comfyui"])

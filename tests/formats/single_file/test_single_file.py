@@ -450,10 +450,10 @@ def test_names_of_outputs(tmp_path: Path):
     for name in ("base.safetensors", "notes.pt"):
         with pytest.raises(ConfigError, match="is not an adapter"):
             squeeze(source, tmp_path / name, target_rank=2, force=True)
-    with pytest.raises(ConfigError, match="tails"):
-        squeeze(source, tmp_path / "y.safetensors", target_rank=2, keep_tail=tmp_path / "t.safetensors")
+    with pytest.raises(ConfigError, match="residuals"):
+        squeeze(source, tmp_path / "y.safetensors", target_rank=2, keep_residual=tmp_path / "t.safetensors")
     with pytest.raises(ConfigError, match="no adapter format 'flux'"):
-        squeeze(source, tmp_path / "y.safetensors", target_rank=2, kind="flux")
+        squeeze(source, tmp_path / "y.safetensors", target_rank=2, from_format="flux")
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -557,7 +557,7 @@ def test_names_with_paths_in_them_touch_nothing(tmp_path: Path):
     ("tensors", "message"),
     [
         ({"model.weight": torch.ones(2, 2)}, "no LoRA factors"),
-        ({"layers.0.q.lora_A.weight": torch.ones(2, 2), "layers.0.q.lora_B.weight": torch.ones(2, 2)}, "--from"),
+        ({"layers.0.q.lora_A.weight": torch.ones(2, 2), "layers.0.q.lora_B.weight": torch.ones(2, 2)}, "--from-format"),
         ({"base_model.model.q.lora_A.weight": torch.ones(2, 2)}, "adapter_config.json"),
         ({"diffusion_model.q.hada_w1_a": torch.ones(2, 2)}, "no hada_w1_b"),
     ],
@@ -572,7 +572,7 @@ def test_from_overrides_what_the_names_suggest(tmp_path: Path):
     factors = drawn({"layers.0.q": (8, 8)}, scale=1.0)
     save_file(styled(factors, "", ".lora_A.weight", ".lora_B.weight"), tmp_path / "x.safetensors")
     assert open_adapter(tmp_path / "x.safetensors", "comfyui").kind == "comfyui"
-    assert squeeze(tmp_path / "x.safetensors", target_rank=2, kind="diffusers").ranks == {"layers.0.q": 2}
+    assert squeeze(tmp_path / "x.safetensors", target_rank=2, from_format="diffusers").ranks == {"layers.0.q": 2}
 
 
 @pytest.mark.parametrize(

@@ -40,15 +40,15 @@ def configs(folder: Path) -> dict:
 
 @pytest.mark.parametrize("target", [{"target_rank": 2}, {"energy": 0.6}, {"max_params": 250}], ids=str)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_squeeze_and_its_tail_make_the_sorted_source_again(tmp_path, target, dtype):
+def test_a_squeeze_and_its_residual_make_the_sorted_source_again(tmp_path, target, dtype):
     src = saved(tmp_path / "src", EVERY)
-    report = squeeze(src, tmp_path / "small", keep_tail=tmp_path / "tail.safetensors", dtype=dtype, **target)
+    report = squeeze(src, tmp_path / "small", keep_residual=tmp_path / "residual.safetensors", dtype=dtype, **target)
     plain = squeeze(src, tmp_path / "plain", dtype=dtype, **target)
     assert report.ranks == plain.ranks
-    assert same(files(tmp_path / "small"), files(tmp_path / "plain"))  # a tail changes nothing else
+    assert same(files(tmp_path / "small"), files(tmp_path / "plain"))  # a residual changes nothing else
     if "max_params" in target:
         assert 0 in report.ranks.values(), "the case needs a module that left"
-    ranks = expand(tmp_path / "small", tmp_path / "tail.safetensors", tmp_path / "whole")
+    ranks = expand(tmp_path / "small", tmp_path / "residual.safetensors", tmp_path / "whole")
     assert ranks == {m.name: m.rank for m in inspect(src).modules}
     assert configs(tmp_path / "whole") == configs(src)
     before, after = deltas(loaded(src)), deltas(loaded(tmp_path / "whole"))
@@ -103,47 +103,47 @@ def test_an_adapter_is_no_distance_from_itself_in_another_basis(tmp_path):
     assert "over |dW|" in run("diff", src, tmp_path / "sorted")
 
 
-def test_a_tail_that_claims_more_than_there_can_be_is_none(tmp_path):
-    src, tail = saved(tmp_path / "src", LoraConfig(r=4, target_modules=TARGETS)), tmp_path / "tail.safetensors"
-    squeeze(src, tmp_path / "small", target_rank=2, keep_tail=tail)
-    with safe_open(tail, "pt") as file:
+def test_a_residual_that_claims_more_than_there_can_be_is_none(tmp_path):
+    src, residual = saved(tmp_path / "src", LoraConfig(r=4, target_modules=TARGETS)), tmp_path / "residual.safetensors"
+    squeeze(src, tmp_path / "small", target_rank=2, keep_residual=residual)
+    with safe_open(residual, "pt") as file:
         metadata = dict(file.metadata())
     shapes = json.loads(metadata["rankflow_shapes"])
     for shape, refused in (([1 << 24, 1 << 24], False), ([1 << 24, (1 << 24) + 1], True), ([1 << 50, 1], True)):
         metadata["rankflow_shapes"] = json.dumps({**shapes, next(iter(shapes)): shape})
-        save_file(load_file(tail), tmp_path / "claims.safetensors", metadata)
+        save_file(load_file(residual), tmp_path / "claims.safetensors", metadata)
         with pytest.raises(AdapterError) as e:
             expand(tmp_path / "small", tmp_path / "claims.safetensors", tmp_path / "x")
-        assert ("is not a tail that" in str(e.value)) == refused
+        assert ("is not a residual that" in str(e.value)) == refused
     assert not (tmp_path / "x").exists()
 
 
 def test_mistakes_are_said_and_nothing_is_written(tmp_path):
     src = saved(tmp_path / "src", LoraConfig(r=4, target_modules=TARGETS))
-    tail = tmp_path / "tail.safetensors"
-    with pytest.raises(ConfigError, match=r"tail is a \.safetensors file"):
-        squeeze(src, tmp_path / "x", target_rank=2, keep_tail=tmp_path / "tail.bin")
+    residual = tmp_path / "residual.safetensors"
+    with pytest.raises(ConfigError, match=r"residual is a \.safetensors file"):
+        squeeze(src, tmp_path / "x", target_rank=2, keep_residual=tmp_path / "residual.bin")
     with pytest.raises(ConfigError, match="gauge 'balanced'"):
-        squeeze(src, tmp_path / "x", target_rank=2, keep_tail=tail, gauge="keep")
+        squeeze(src, tmp_path / "x", target_rank=2, keep_residual=residual, gauge="keep")
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
-    squeeze(src, tmp_path / "small", target_rank=2, keep_tail=tail)
+    squeeze(src, tmp_path / "small", target_rank=2, keep_residual=residual)
     assert "is there already" in run(
-        "squeeze", src, "-o", tmp_path / "x", "--target-rank", 2, "--keep-tail", tail, status=2
+        "squeeze", src, "-o", tmp_path / "x", "--target-rank", 2, "--keep-residual", residual, status=2
     )
     squeeze(src, tmp_path / "smaller", target_rank=1)
     with pytest.raises(AdapterError, match=r"ranks of .* do not add up"):
-        expand(tmp_path / "smaller", tail, tmp_path / "x")
+        expand(tmp_path / "smaller", residual, tmp_path / "x")
     other = saved(tmp_path / "other", LoraConfig(r=2, target_modules=["conv1"]))
     with pytest.raises(AdapterError, match="is in one of them only"):
-        expand(other, tail, tmp_path / "x")
+        expand(other, residual, tmp_path / "x")
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
-    with pytest.raises(AdapterError, match="is not a tail"):
+    with pytest.raises(AdapterError, match="is not a residual"):
         expand(tmp_path / "small", tmp_path / "no.safetensors", tmp_path / "x")
     with pytest.raises(AdapterError, match="share no module"):
         diff(src, other)
     with pytest.raises(ConfigError, match="is there already"):
-        expand(tmp_path / "small", tail, src)
+        expand(tmp_path / "small", residual, src)
     assert not (tmp_path / "x").exists()
-    run("expand", tmp_path / "small", tail, "-o", tmp_path / "whole")
+    run("expand", tmp_path / "small", residual, "-o", tmp_path / "whole")
     run("canonicalize", src, "-o", tmp_path / "sorted")
     assert same(files(tmp_path / "whole"), files(tmp_path / "sorted"))

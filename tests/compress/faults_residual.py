@@ -1,4 +1,4 @@
-"""What `test_tail.py` must notice."""
+"""What `test_residual.py` must notice."""
 
 from fault import Fault
 
@@ -16,10 +16,10 @@ FAULTS = [
         "else 1.0 for pair in present",
     ),
     Fault(
-        "bad files: believe a tail about any size",
-        "compress/tail.py",
+        "bad files: believe a residual about any size",
+        "compress/residual.py",
         "or math.prod(shape) > _LARGEST",
         "or False",
-        "::test_a_tail_that_claims_more_than_there_can_be_is_none",
+        "::test_a_residual_that_claims_more_than_there_can_be_is_none",
     ),
 ]

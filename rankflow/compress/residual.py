@@ -1,7 +1,7 @@
 """What a squeeze cut off, kept in a file of its own, and put back.
 
-A tail holds, under the names the adapter's own file has for them, the rows of A and columns of B that were left out,
-and the config of the adapter before. Directions are sorted, so what `expand` puts together is what `canonicalize`
+A residual holds, under the names the adapter's own file has for them, the rows of A and columns of B that were left
+out, and the config of the adapter before. Directions are sorted, so what `expand` puts together is what `canonicalize`
 makes of the source, bit for bit.
 """
 
@@ -33,16 +33,16 @@ from rankflow.formats.wrappers import renamed
 from rankflow.linalg.parallel import Pool, Progress
 
 _LARGEST = 1 << 48  # numbers in a tensor
-_CONFIG, _SHAPES = "rankflow_adapter_config", "rankflow_shapes"  # in the metadata of a tail
+_CONFIG, _SHAPES = "rankflow_adapter_config", "rankflow_shapes"  # in the metadata of a residual
 
 
 @contextmanager
-def tail_writer(
+def residual_writer(
     path: Path, adapter: PeftAdapter, ranks: Mapping[str, int], dtype: torch.dtype | None, group: Together
 ) -> Iterator[Put]:
     """Yields ``put(name, A, B)``, to be called with the cut-off factors of every module that loses rank.
 
-    The tail appears with the adapter that it belongs to, which is in the same `group`, and just before it.
+    The residual appears with the adapter that it belongs to, which is in the same `group`, and just before it.
     """
     specs: dict[str, Spec] = {}
     shapes = {key: s for e in adapter.entries.values() for key, s in ((e.a_key, e.a_shape), (e.b_key, e.b_shape))}
@@ -62,23 +62,23 @@ def tail_writer(
         writer.close()
 
 
-def check_tail(path: Path, out: Path, *, force: bool) -> None:
+def check_residual(path: Path, out: Path, *, force: bool) -> None:
     """
     Raises:
-        ConfigError: a tail cannot be written there, beside an adapter at `out`, or would replace what is none.
+        ConfigError: a residual cannot be written there, beside an adapter at `out`, or would replace what is none.
     """
     if is_plain(path):
         return
     if path.suffix != ".safetensors":
-        raise ConfigError(f"{path}: a tail is a .safetensors file; give it such a name")
+        raise ConfigError(f"{path}: a residual is a .safetensors file; give it such a name")
     if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
-        raise ConfigError(f"{path}: is in {out}, which is replaced as a whole; put the tail beside it")
+        raise ConfigError(f"{path}: is in {out}, which is replaced as a whole; put the residual beside it")
     check_output(path, force=force)
-    if path.exists() and not _is_tail(path):
-        raise ConfigError(f"{path}: is no tail, so --force does not replace it; choose another name")
+    if path.exists() and not _is_residual(path):
+        raise ConfigError(f"{path}: is no residual, so --force does not replace it; choose another name")
 
 
-def _is_tail(path: Path) -> bool:
+def _is_residual(path: Path) -> bool:
     try:
         return open_tensors(path)[1].keys() >= {_CONFIG, _SHAPES}
     except AdapterError:
@@ -87,20 +87,20 @@ def _is_tail(path: Path) -> bool:
 
 def expand(
     src: str | Path,
-    tail: str | Path,
+    residual: str | Path,
     out: str | Path,
     *,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, int]:
-    """Put a squeezed adapter and its tail together again; module -> rank.
+    """Put a squeezed adapter and its residual together again; module -> rank.
 
     Raises:
         ConfigError: `out` cannot be written.
-        AdapterError: a file that is damaged, no tail, or the tail of another adapter.
+        AdapterError: a file that is damaged, no residual, or the residual of another adapter.
     """
-    adapter, path, out = PeftAdapter(src), Path(tail), Path(out)
-    check_harmless(out, {"its tail": path})
+    adapter, path, out = PeftAdapter(src), Path(residual), Path(out)
+    check_harmless(out, {"its residual": path})
     check_destination(out, adapter.path, force=force)
     cut, metadata = open_tensors(path)
     config, shapes = _header(path, metadata)
@@ -109,7 +109,7 @@ def expand(
     dtypes = {key: t.dtype for key, t in {**cut, **kept}.items()}
     factors = {key for entry in adapter.entries.values() for key in (entry.a_key, entry.b_key)}
     if odd := [*(factors - shapes.keys()), *(shapes.keys() - dtypes.keys())]:
-        raise AdapterError(f"{path}: is not the tail of {adapter.path}: {odd[0]} is in one of them only")
+        raise AdapterError(f"{path}: is not the residual of {adapter.path}: {odd[0]} is in one of them only")
     specs: dict[str, Spec] = {key: (t.dtype, tuple(t.shape)) for key, t in kept.items()}
     specs |= {key: (dtypes[key], shape) for key, shape in shapes.items()}
     whole = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in specs.items()}
@@ -117,7 +117,7 @@ def expand(
         entries = read_entries(whole, config, path)
     factor_keys = {key for e in entries.values() for key in (e.a_key, e.b_key)}
     if odd := [*shapes.keys() - factor_keys]:
-        raise AdapterError(f"{path}: is not the tail of {adapter.path}: {odd[0]} is no factor")
+        raise AdapterError(f"{path}: is not the residual of {adapter.path}: {odd[0]} is no factor")
     for name, entry in entries.items():
         _check_parts(name, entry, [t for t in (kept, cut) if entry.a_key in t or entry.b_key in t], path, adapter.path)
 
@@ -153,11 +153,11 @@ def _check_parts(name: str, entry: Entry, files: Sequence[Mapping[str, Tensor]],
     ranks = [a.shape[0] // entry.slot.experts for a, _ in pairs if a.ndim]
     fitting = [[entry.raw_shapes(rank) for rank in ranks], [tuple(tuple(t.shape) for t in pair) for pair in pairs]]
     if len(pairs) < len(files) or fitting[0] != fitting[1] or sum(ranks) != entry.slot.rank:
-        raise AdapterError(f"{path}: is not the tail of {src}: ranks of {name} do not add up")
+        raise AdapterError(f"{path}: is not the residual of {src}: ranks of {name} do not add up")
     for pair in pairs:
         for key, t in zip(keys, pair, strict=True):
             if t.dtype != entry.dtype:
-                raise AdapterError(f"{path}: is not the tail of {src}: {key} is {t.dtype} and {entry.dtype}")
+                raise AdapterError(f"{path}: is not the residual of {src}: {key} is {t.dtype} and {entry.dtype}")
             if not all_finite(t):
                 raise AdapterError(f"{path}: or {src}: {key} has NaN or infinite values; the file is damaged")
 
@@ -170,5 +170,5 @@ def _header(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], di
             if not all(type(size) is int and size > 0 for size in shape) or math.prod(shape) > _LARGEST:
                 raise ValueError
     except (KeyError, ValueError, TypeError):
-        raise AdapterError(f"{path}: is not a tail that `squeeze --keep-tail` wrote") from None
+        raise AdapterError(f"{path}: is not a residual that `squeeze --keep-residual` wrote") from None
     return check_config(config, f"{path}: {_CONFIG}"), {key: tuple(shape) for key, shape in shapes.items()}
