@@ -7,9 +7,9 @@ several forwards before one backward and noise that differs between micro-batche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from rankflow.plans.layout import Slot
 from rankflow.plans.ops import Open, Refactor
 from rankflow.plans.plan import RankPlan
 from rankflow.policies.gate import Gate
+from rankflow.policies.observation import Lazy, Signal
 
 Params = dict[str, nn.Parameter]
 Noise = dict[str, dict[str, Tensor]]
@@ -265,6 +266,20 @@ class Gates:
     def gradients(self) -> dict[str, Tensor]:
         """dL/d value of the modules that the last collected step reached, loss scale undone."""
         return self._gradient
+
+    def signals(self, wanted: frozenset[Signal], names: Iterable[str]) -> dict[str, dict[Signal, Lazy]]:
+        """What gates say of the modules `names`: values as they are when read, by when there may be gates, and
+        `gradients` as they are now."""
+        readers = {Signal.GATE: self.values, Signal.GATE_OPEN: self.opened, Signal.GATE_SCORE: self.scores}
+        readers = {signal: cache(read) for signal, read in readers.items() if signal in wanted}
+        found: dict[str, dict[Signal, Lazy]] = {
+            name: {signal: lambda read=read, name=name: read()[name] for signal, read in readers.items()}
+            for name in names
+        }
+        if Signal.GATE_GRAD in wanted:
+            for name in found.keys() & self._gradient.keys():
+                found[name][Signal.GATE_GRAD] = self._gradient[name]
+        return found
 
     # -- training ---------------------------------------------------------------------------------------------------
 

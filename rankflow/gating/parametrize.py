@@ -124,11 +124,6 @@ def refuse_gates(sites: Iterable[Site]) -> None:
             )
 
 
-def shown(site: Site, factor: Factor) -> Tensor:
-    """A factor of `site` as forwards use it, canonical."""
-    return site.a(gated(*site.holders["A"])) if factor == "A" else site.b(gated(*site.holders["B"]))
-
-
 # -- the same without gates ------------------------------------------------------------------------------------------
 
 

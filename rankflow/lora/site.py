@@ -173,6 +173,12 @@ class Site:
         found = canonical_b(self.B if t is None else t, self.experts)
         return found if self._held is None else found[..., : self._held]
 
+    def shown(self, factor: Factor) -> Tensor:
+        """A factor as forwards use it, canonical: under a gate, what the gate makes of it."""
+        module, name = self.holders[factor]
+        used = module[name] if self.kind == "embedding" else getattr(module, name)  # type: ignore[index]
+        return self.a(used) if factor == "A" else self.b(used)
+
     def raw_a(self, t: Tensor, size: int | None = None) -> Tensor:
         """Back from ``[*experts, r, in]`` to the shape that PEFT stores at that rank, or with zeros up to `size`: that
         of the factors there are, if they have room for more than r."""

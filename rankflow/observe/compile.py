@@ -1,123 +1,75 @@
-"""Whether ranks that change are about to turn `torch.compile` off, of which torch itself says a word in its log only.
-
-torch keeps what it compiles by code object, a version for every combination of shapes that the code meets (and of
-whatever else it depends on). Modules of one class have one code object, so a compiled model has a version for each
-combination of all its ranks, and layers compiled one by one share versions where their ranks agree. Beyond
-`torch._dynamo.config.recompile_limit` versions of a code object, shapes that are new run eagerly.
-"""
+"""Keep scored steps eager under `torch.compile`, and warn of ranks that change more often than it compiles."""
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
-from collections.abc import Iterator
-from types import CodeType
+import weakref
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
 
-from rankflow.lora.adapter import Adapter
+# -- scored steps -----------------------------------------------------------------------------------------------------
 
-Shapes = frozenset[tuple[object, ...]]
+_listeners: set[int] = set()
+_stance: list[Any] = []  # the one that the first listener set, until the last has left
 
 
-class Recompiles:
-    """Watches the code of modules that hold adapted ones, from when it is made. Does not import `torch._dynamo`.
+def stay_eager(listener: object) -> weakref.finalize:
+    """Make compiled code run eagerly until what is returned is called, or `listener` is gone.
 
-    Code counts as compiled if its versions have become more since, or if `model`, what was attached to, shows it: it
-    holds or is what `torch.compile` gives, or has layers that were compiled in place. Versions that
-    `isolate_recompiles` keeps apart are counted together, which errs towards warning.
+    A compiled graph would ignore the hooks of who listens. Listeners come and go in any order; after the last one the
+    stance is again what it was before the first.
     """
+    leave = weakref.finalize(listener, _leave, id(listener))  # first: whatever interrupts the rest is undone by it
+    if not _listeners:
+        _stance.append(torch.compiler.set_stance("force_eager"))
+    _listeners.add(id(listener))
+    return leave
 
-    def __init__(self, model: nn.Module, adapter: Adapter):
-        self._model = model
-        self._adapter = adapter
-        self._warned = False
-        self._met = {id(code): shapes for code, shapes, _, _ in self._codes()}
-        self._before = {id(code): versions(code) or 0 for code, _, _, _ in self._codes()}
 
-    def look(self, decisions: int) -> None:
-        """Ranks have changed, and as many more `decisions` could make shapes that were not there before: warn, once, if
-        that can come to more versions than torch makes."""
-        if self._warned or "torch._dynamo" not in sys.modules:
-            return
-        for code, shapes, compiled, of in self._codes():
-            met = self._met.get(id(code), frozenset())
-            self._met[id(code)] = met | shapes
-            new = len(shapes - met)
-            have = versions(code)
-            if have is None:
-                have = len(met)
-            else:
-                before = self._before[id(code)] = min(have, self._before.get(id(code), 0))
-                compiled = compiled or have > before
-            if not (compiled and new):
-                continue
-            soon = have + math.ceil(new * max(1.0, have / max(1, len(met))))
-            if soon + new * decisions > limit():
-                self._warned = True
-                self._warn(of, have, soon, new * decisions)
-                return
+def _leave(listener: int) -> None:
+    _listeners.discard(listener)
+    if not _listeners and _stance:
+        _stance.pop().__exit__(None, None, None)
 
-    def _warn(self, of: str, have: int, soon: int, later: int) -> None:
-        further = f", and the decisions to come up to {later} more" if later else ""
+
+# -- ranks that change ------------------------------------------------------------------------------------------------
+
+
+def compiled_modules(model: nn.Module) -> int:
+    """How many modules of one class are compiled, each by itself, in `model` or as it; 0 where it is not compiled.
+
+    Modules of one class share what torch compiles of their code, and the limit on it.
+    """
+    wrapper = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+    compiled = [m for m in model.modules() if m._compiled_call_impl is not None or isinstance(m, wrapper)]
+    return max(Counter(type(m) for m in compiled).values(), default=0)
+
+
+def warn_of_recompiles(compiled: int, decisions: int) -> None:
+    """Warn if `decisions` on ranks can bring `compiled` modules of one class more shapes than torch compiles.
+
+    It compiles code anew for each combination of shapes, up to `torch._dynamo.config.recompile_limit` times. Then new
+    shapes run eagerly, and only torch's log says so.
+    """
+    if not (compiled and decisions):
+        return
+    if 1 + compiled * decisions > (limit := recompile_limit()):
         warnings.warn(
-            f"{of} is under torch.compile and was compiled {have} times so far; these ranks make that {soon}{further}, "
-            f"but torch compiles it {limit()} times at most and then runs new shapes eagerly, without an error. Let "
-            "ranks come back to shapes that are compiled already (rank_buckets, and tie for the modules of a layer), "
-            "keep shapes as they are (mode: mask), decide less often, or raise torch._dynamo.config.recompile_limit",
-            stacklevel=6,
+            f"the model is under torch.compile, and {decisions} decisions may change its ranks. torch compiles the "
+            f"same code for at most {limit} combinations of shapes and then runs new ones eagerly, without an error. "
+            "Let ranks come back to shapes that are compiled already (rank_buckets, and tie for the modules of a "
+            "layer), keep shapes as they are (mode: mask), decide less often, or raise "
+            "torch._dynamo.config.recompile_limit",
+            stacklevel=3,
         )
 
-    def _codes(self) -> Iterator[tuple[CodeType, Shapes, bool, str]]:
-        """Code that may run adapted modules, the combinations of shapes it meets now, whether it is known to be
-        compiled, and whose it is."""
-        modules = dict(self._model.named_modules())
-        layers = {id(site.layer): site for site in self._adapter.sites.values()}
-        held: dict[str, list[tuple[object, ...]]] = {}
-        for name, module in modules.items():
-            if (site := layers.get(id(module))) is not None:
-                parts = name.split(".") if name else []
-                for i in range(len(parts) + 1):
-                    shape = (site.A.shape, site.B.shape, site.A.requires_grad) if site.placed else None
-                    held.setdefault(".".join(parts[:i]), []).append((".".join(parts[i:]), shape))
-        found: dict[int, tuple[CodeType, set[tuple[object, ...]], list[bool], str]] = {}
-        wrapper = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
-        for name, holding in held.items():
-            module = modules[name]
-            within = modules.get(name.rpartition(".")[0]) if name else None
-            shown = module._compiled_call_impl is not None or isinstance(within, wrapper)
-            for code in _codes_of(module):
-                _, shapes, marks, _ = found.setdefault(id(code), (code, set(), [], f"{type(module).__name__}.forward"))
-                shapes.add(tuple(holding))
-                marks.append(shown)
-        for code, shapes, marks, of in found.values():
-            yield code, frozenset(shapes), any(marks), of
 
+def recompile_limit() -> int:
+    """How many versions of one code object torch makes."""
+    from torch._dynamo import config  # takes a while, and is there if anything is compiled
 
-def _codes_of(module: nn.Module) -> Iterator[CodeType]:
-    """Of its forward, and of what decorators have made of that."""
-    function: Any = module.forward
-    while function is not None:
-        function = getattr(function, "__func__", function)
-        if isinstance(code := getattr(function, "__code__", None), CodeType):
-            yield code
-        function = getattr(function, "__wrapped__", None)
-
-
-def versions(code: CodeType) -> int | None:
-    """How many compiled versions of `code` there are; None where this torch does not tell."""
-    try:
-        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list  # is there without torch._dynamo
-    except ImportError:
-        return None
-    return len(_debug_get_cache_entry_list(code))
-
-
-def limit() -> int:
-    """How many versions of one code object torch makes; `torch._dynamo` has been imported."""
-    config: Any = sys.modules["torch._dynamo"].config
-    own = config.recompile_limit if hasattr(config, "recompile_limit") else config.cache_size_limit
-    total = "accumulated_recompile_limit"
-    return min(own, getattr(config, total) if hasattr(config, total) else config.accumulated_cache_size_limit)
+    return int(getattr(config, "recompile_limit", None) or config.cache_size_limit)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankflow.gating.parametrize import shown
 from rankflow.linalg.pca import Principal
 from rankflow.lora.base_weight import base_weight
 from rankflow.lora.site import Site
@@ -153,7 +152,7 @@ class Recorder:
     def _take_embedding(self, mask: Tensor | None, ids: Tensor, dy: Tensor) -> None:
         """An embedding has no modules for A and B: what the other layers' taps hear is made from ids and dL/dy."""
         with _aside(dy):
-            A, B = _working(shown(self.site, "A")), _working(shown(self.site, "B"))
+            A, B = _working(self.site.shown("A")), _working(self.site.shown("B"))
             extra = self.site.layer._get_embed_scale()  # some models scale embeddings inside the layer
             g = _working(dy) * self.site.scaling * (1.0 if extra is None else extra.to(dy.device))
             if self._signals & DELTA:
@@ -168,7 +167,7 @@ class Recorder:
             return
         with _aside(g):
             g = _working(g).movedim(self._channels, 0)
-            A, B = _working(shown(self.site, "A")), _working(shown(self.site, "B"))
+            A, B = _working(self.site.shown("A")), _working(self.site.shown("B"))
             contract = self._contraction(x)
             if Signal.SKETCH in self._signals:
                 mixed = torch.tensordot(self._draws.omega(g), g, dims=1)
@@ -193,7 +192,7 @@ class Recorder:
             return
         with _aside(passes[0][0]):
             # DeltaW is that of the module's own scaling, each g that of the scaling in force at its pass
-            A, B = _working(shown(self.site, "A")), self.site.scaling * _working(shown(self.site, "B"))
+            A, B = _working(self.site.shown("A")), self.site.scaling * _working(self.site.shown("B"))
             gradients = [_working(g) / scaling for g, _, scaling in passes]
             inputs = [x for _, x, _ in passes]
             if self.site.kind == "embedding":  # all passes look at the same few columns

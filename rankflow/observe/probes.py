@@ -8,20 +8,19 @@ checkpointing recomputes our records along with its own.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from rankflow.errors import AdapterError, RankFlowError
-from rankflow.gating.forward import Gates
 from rankflow.linalg.decompose import spectrum
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.base_weight import check_base_weight
 from rankflow.lora.site import Site
+from rankflow.observe.compile import stay_eager
 from rankflow.observe.contractions import RandomProjection
-from rankflow.observe.eagerness import stay_eager
 from rankflow.observe.hooks import DELTA, GRAMS, INPUT, Mask, Recorder
 from rankflow.policies.observation import GATE_SIGNALS, Lazy, Observation, Signal
 
@@ -30,6 +29,7 @@ _LAZY: dict[Signal, Callable[[Site], Tensor]] = {
     Signal.B: lambda site: site.b().detach().clone(),
     Signal.SINGULAR_VALUES: lambda site: spectrum(site.a().detach(), site.b().detach(), site.scaling).sigma,
 }
+GateSignals = Callable[[frozenset[Signal], Iterable[str]], Mapping[str, Mapping[Signal, Lazy]]]  # of these modules
 FACTORS = frozenset(_LAZY)  # read from the factors, whenever somebody asks
 _TAPPED = GRAMS | DELTA | INPUT
 _LOSS_POWER = dict.fromkeys((Signal.S_A, Signal.TOKENS, *INPUT), 0) | {Signal.S_B: 2}  # the others are linear in it
@@ -51,7 +51,7 @@ class Probes:
 
     Args:
         adapter: what to listen to.
-        gates: of the adapter, collected before the probes are; for signals of gates.
+        gate_signals: gives those of the adapter's gates, by module; they are collected before the probes are.
         seed: of sampled rows and sketches, together with step and module.
         sample_rows: output rows that `delta_score_sampled` and `weight_score` look at; of the latter's the gradient is
             kept, ``[sample_rows, in]`` for every module.
@@ -62,13 +62,13 @@ class Probes:
         self,
         adapter: Adapter,
         *,
-        gates: Gates | None = None,
+        gate_signals: GateSignals | None = None,
         seed: int = 0,
         sample_rows: int = 64,
         sketch_rows: int = 16,
     ):
         self.armed = False
-        self._gates = gates
+        self._gate_signals = gate_signals
         self.seed = seed
         self._adapter = adapter
         self._sizes = (sample_rows, sketch_rows)
@@ -164,21 +164,11 @@ class Probes:
             for signal, value in found.items():
                 power = _LOSS_POWER.get(signal, 1)
                 values[name][signal] = value / loss_scale**power if power and loss_scale != 1 else value
-        self._add_gates(values)
+        if self._gate_signals is not None and (wanted := self._signals & GATE_SIGNALS):
+            for name, read in self._gate_signals(wanted, values).items():
+                values[name] |= read
         self.disarm()
         return Observation(self._step, values)
-
-    def _add_gates(self, values: Mapping[str, dict[Signal, Lazy]]) -> None:
-        gates = self._gates
-        if gates is None or not self._signals & GATE_SIGNALS:  # they may come before anybody reads their values
-            return
-        readers = {Signal.GATE: gates.values, Signal.GATE_OPEN: gates.opened, Signal.GATE_SCORE: gates.scores}
-        readers = {signal: cache(read) for signal, read in readers.items() if signal in self._signals}
-        for name, record in values.items():
-            for signal, read in readers.items():
-                record[signal] = lambda read=read, name=name: read()[name]
-            if Signal.GATE_GRAD in self._signals and name in gates.gradients:
-                record[Signal.GATE_GRAD] = gates.gradients[name]
 
     def disarm(self) -> None:
         """Take all hooks off and forget what was heard."""

@@ -17,6 +17,7 @@ from rankflow.distributed.ddp import refuse, unwrapped
 from rankflow.distributed.fsdp2 import at_rest
 from rankflow.distributed.replicas import processes_of
 from rankflow.lora.discover import root_of
+from rankflow.observe.compile import compiled_modules, warn_of_recompiles
 from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.attachments import found
@@ -109,7 +110,7 @@ def attach(
     listeners = Listeners()
     if on_resize is not None:
         listeners.add(on_resize)
-    return Controller(
+    flow = Controller(
         unwrapped(model),
         optimizer,
         load_policy(policy),
@@ -126,6 +127,8 @@ def attach(
         listeners=listeners,
         processes=partial(processes_of, model, timeout=timeout),
     )
+    warn_of_recompiles(compiled_modules(model), flow.decisions_on_shapes)
+    return flow
 
 
 def own_ledger(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger:

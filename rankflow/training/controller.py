@@ -28,7 +28,6 @@ from rankflow.lora.adapter import Adapter
 from rankflow.lora.capacity import lasting, rooms
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import AVERAGED, sources
-from rankflow.observe.compile import Recompiles
 from rankflow.observe.hearing import Hearing
 from rankflow.observe.probes import FACTORS, Probes
 from rankflow.observe.study import (
@@ -147,7 +146,7 @@ class Controller:
         self._operations = Operations(self._surgeon, self._processes, self.ledger)
         self._gates = self._surgeon.gates
         self._gates.average_gradients = self._processes.average_gradients
-        self._probes = Probes(self._adapter, gates=self._gates, seed=seed)
+        self._probes = Probes(self._adapter, gate_signals=self._gates.signals, seed=seed)
         self._hearing = Hearing(self._adapter)
         state = check_seal(state) if state is not None else None
         self._first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
@@ -251,7 +250,6 @@ class Controller:
         self._wholly(self._take_step, factors=self._looks_at_factors())
 
     def _take_step(self) -> None:
-        known = len(self.ledger.events)
         observed, self._pending = self._pending, None
         self.step = self._counted
         self._advance(observed)
@@ -259,8 +257,6 @@ class Controller:
         if self.step + 1 >= self.phase.end:
             self._operations.thaw(self._now)
         self._listen()
-        if len(self.ledger.events) > known and self.step < self.total_steps:
-            self._recompiles.look(self._shapes_to_come)
 
     def _wholly(self, work: Callable[[], object], *, factors: bool = True) -> None:
         """All of `work` is done and in the ledger, or what fails leaves everything as it was before. Without `factors`
@@ -597,7 +593,6 @@ class Controller:
             self._start()
         else:
             self._go_on(state)
-        self._recompiles = Recompiles(self.model, self._adapter)
 
     def _start(self) -> None:
         self.ledger.append(
@@ -743,9 +738,9 @@ class Controller:
         return plan
 
     @property
-    def _shapes_to_come(self) -> int:
-        """How many decisions are left that may make tensors of shapes not seen before: none where they write into what
-        there is, or have to come back to a few ranks."""
+    def decisions_on_shapes(self) -> int:
+        """How many decisions may still make tensors of shapes not seen before: none where they write into what there
+        is, or have to come back to a few ranks."""
         if self.lifecycle.mode == "mask" or all(slot.buckets for slot in self.layout.values()):
             return 0
         return sum(due > self.step for phase in self._phases[self._phase :] for due in phase.policy.when.events)

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rankflow.linalg.random import keyed_generator
-from rankflow.observe.statistics import Running
+from rankflow.observe.averages import Running
 from rankflow.plans.last_direction import spare_last
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.ops import Drop, Grow, Keep, Op, Open, Refactor

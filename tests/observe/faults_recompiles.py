@@ -4,10 +4,10 @@ from fault import Fault
 
 FAULTS = [
     Fault(
-        "say nothing of compiled code until its versions run out",
+        "take layers that are compiled one by one for one",
         "observe/compile.py",
-        "if soon + new * decisions > limit():",
-        "if soon > limit():",
+        "if 1 + compiled * decisions > (limit := recompile_limit()):",
+        "if 1 + decisions > (limit := recompile_limit()):",
     ),
     Fault(
         "warn of decisions to come although ranks come back to buckets",
@@ -16,15 +16,9 @@ FAULTS = [
         'if self.lifecycle.mode == "mask":',
     ),
     Fault(
-        "take versions made for other models for this one's",
+        "see only the layers that were compiled in place",
         "observe/compile.py",
-        "compiled = compiled or have > before",
-        "compiled = compiled or have > 0",
-    ),
-    Fault(
-        "count shapes that come back as new ones",
-        "observe/compile.py",
-        "self._met[id(code)] = met | shapes",
-        "self._met[id(code)] = shapes",
+        "m._compiled_call_impl is not None or isinstance(m, wrapper)",
+        "m._compiled_call_impl is not None",
     ),
 ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from failing import Planted, failing
 
-from rankflow.observe.eagerness import stay_eager
+from rankflow.observe.compile import stay_eager
 
 
 class Listener:

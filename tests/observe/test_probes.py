@@ -21,7 +21,13 @@ from rankflow.errors import AdapterError, RankFlowError
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.base_weight import base_weight
 from rankflow.observe.averages import AVERAGED
-from rankflow.observe.contractions import Draws, conv_contraction, delta_score, linear_contraction, touched_columns
+from rankflow.observe.contractions import (
+    RandomProjection,
+    conv_contraction,
+    delta_score,
+    linear_contraction,
+    touched_columns,
+)
 from rankflow.observe.probes import Probes
 from rankflow.policies.observation import GATE_SIGNALS, Observation, Signal
 
@@ -108,7 +114,7 @@ def test_signals_are_those_of_a_dense_delta(kind: str):
             Signal.S_A: z.T @ z,
             Signal.S_B: d.T @ d,
             Signal.TOKENS: torch.tensor(float(len(z))),
-            Signal.SKETCH: Draws((5, 1, name), 64, 16).omega(delta) @ G,
+            Signal.SKETCH: RandomProjection((5, 1, name), 64, 16).omega(delta) @ G,
             Signal.WEIGHT_SCORE: (dense.weight[name] * G).abs().mean(),
             Signal.PATH_SCORE: (delta * G).abs().sum(),
         }
@@ -135,7 +141,7 @@ def test_the_sampled_score_is_unbiased():
                   for i, s in enumerate([(3, 7), (20, 3), (9, 7), (20, 9)]))  # fmt: skip
     exact = delta_score(A, B, g, linear_contraction(x))
     samples = torch.stack([
-        delta_score(A, B, g, linear_contraction(x), Draws((0, step, "m"), 5, 0).rows(20, g.device)) * 20 / 5
+        delta_score(A, B, g, linear_contraction(x), RandomProjection((0, step, "m"), 5, 0).rows(20, g.device)) * 20 / 5
         for step in range(400)
     ])  # fmt: skip
     assert abs(samples.mean() - exact) < 4 * samples.std() / math.sqrt(400)

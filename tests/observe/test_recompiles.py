@@ -1,4 +1,4 @@
-"""How often `torch.compile` compiles anew under resizing, and the warning before it stops."""
+"""How often `torch.compile` compiles anew under resizing, and the warning that it may stop to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loops import tiny_llama, token_batches
 from tiny import LAYERS, Tiny, batch, compiled_code_of_nobody_else, loss, tiny  # noqa: F401, the fixture
 
 import rankflow
-from rankflow.observe.compile import Recompiles, versions
+from rankflow.observe.compile import compiled_modules
 from rankflow.plans.layout import Layout
 from rankflow.plans.limits import Limit, Limits
 from rankflow.plans.ops import Grow, Keep
@@ -103,7 +103,6 @@ def by_layer(shapes: set[tuple[int, ...]]) -> int:
 # -- how many graphs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.* is under torch.compile")
 @pytest.mark.parametrize(("how", "expected"), [("layers", by_layer), ("whole", len)])
 def test_a_graph_for_every_combination_of_shapes_that_code_meets_and_no_more(how: str, expected: Any):
     plans = {2: to(5, 3, 3, 3), 3: to(3, 3, 3, 3), 4: to(3, 5, 3, 3), 5: to(3, 3, 5, 3), 6: to(5, 3, 3, 3)}
@@ -115,7 +114,6 @@ def test_a_graph_for_every_combination_of_shapes_that_code_meets_and_no_more(how
     counted.run.flow.detach()
 
 
-@pytest.mark.filterwarnings("ignore:.* is under torch.compile")
 @pytest.mark.parametrize(
     ("how", "expected"), [("layers", by_layer), pytest.param("whole", len, marks=pytest.mark.slow)]
 )
@@ -168,76 +166,46 @@ def test_decoder_layers_whose_modules_are_tied_have_a_graph_for_each_bucket():
 # -- the warning ------------------------------------------------------------------------------------------------------
 
 
-def warned(policy: Any, how: str, until: int, limit: int = 8, **options: Any) -> list[tuple[int, int, str]]:
-    """(step, graphs before it, message) of every warning, and torch's silence until then."""
-    found = []
-    with torch._dynamo.config.patch(recompile_limit=limit):
-        counted = Counted(policy, how, **options)
-        for _ in range(until):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                counted.step()
-            said = [str(w.message) for w in caught if "is under torch.compile" in str(w.message)]
-            found += [(counted.run.flow.step, counted.graphs[-1], text) for text in said]
-        counted.run.flow.detach()
-    return found
+def warned(policy: Any, how: str, limit: int = 8) -> bool:
+    """Whether attaching warns, of a model that is compiled as a whole, layer by layer or not at all."""
+    model: Any = tiny()
+    if how == "layers":
+        for name in LAYERS:
+            getattr(model.base_model.model, name).compile(backend="eager")
+    given = torch.compile(model, backend="eager") if how == "whole" else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with torch._dynamo.config.patch(recompile_limit=limit), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rankflow.attach(given, optimizer, policy, total_steps=20).detach()
+    return any("torch.compile" in str(w.message) for w in caught)
 
 
 @pytest.mark.parametrize("how", ["layers", "whole"])
-def test_many_decisions_are_warned_of_once_and_at_the_first(how: str):
-    ((step, graphs, text),) = warned(lifecycle(anywhere(range(2, 7))), how, until=7)
-    assert step == 2
-    assert graphs < 8
-    for remedy in ("rank_buckets", "mode: mask", "decide less often", "torch._dynamo.config.recompile_limit"):
-        assert remedy in text
-    assert ("Linear.forward" if how == "layers" else "PeftModel.forward") in text
+def test_decisions_that_can_pass_the_limit_are_warned_of_at_attach(how: str):
+    assert warned(lifecycle(anywhere(range(2, 7))), how, limit=8)
+    assert not warned(lifecycle(anywhere(range(2, 7))), how, limit=99)
 
 
-def test_with_buckets_the_warning_waits_until_the_limit_is_about_to_be_passed():
-    plans = {2: to(2, 2, 2, 2), 3: to(3, 2, 2, 2), 4: to(2, 2, 2, 2), 5: to(2, 3, 2, 2), 6: to(2, 2, 3, 2)}
-    policy = lifecycle(plans, limits=Limits(buckets=(2, 3)))
-    ((step, graphs, _),) = warned(policy, "whole", until=7, limit=4)
-    assert (step, graphs) == (6, 4)
-    torch._dynamo.reset()
-    assert not warned(policy, "whole", until=7, limit=5)
+def test_layers_of_one_class_share_the_limit():
+    rare = lifecycle(anywhere(range(2, 4)))
+    decisions = 20  # the scripted policy decides at every step
+    assert not warned(rare, "whole", limit=decisions + 1)
+    assert warned(rare, "layers", limit=decisions + 1)
 
 
-def test_what_may_not_exceed_the_limit_is_not_warned_of():
-    rare = Lifecycle((("scripted", replace(scripted(every=8)[1], plans={1: to(5, 3, 3, 3), 9: to(3, 3, 3, 4)}), None),))
-    assert not warned(rare, "whole", until=10)
-    torch._dynamo.reset()
-    assert not warned(lifecycle(anywhere(range(2, 5))), "eagerly", until=5)
-    often = lifecycle(anywhere(range(2, 5)))
-    assert not warned(often, "whole", until=5, limit=64)
-
-
-def test_masked_ranks_change_no_shapes():
-    policy = lifecycle(anywhere(range(2, 7)), mode="mask", limits=Limits((Limit("*", max=8),)))
-    assert not warned(policy, "whole", until=7, limit=2)
-
-
-def test_a_compiled_model_is_known_before_it_has_run():
-    """All that ran so far was scored, and so eager."""
-    run = Tiny(lifecycle(anywhere(range(1, 9))), 20)
-    compiled: Any = torch.compile(run.model, backend="eager")
-    run.flow._recompiles = Recompiles(compiled, run.flow._adapter)
-    with pytest.warns(UserWarning, match="compiled 0 times so far"):
-        run.step()
-    run.flow.detach()
-
-
-def test_other_models_that_are_compiled_say_nothing_of_this_one():
+def test_a_model_that_is_not_compiled_is_not_warned_of():
     other: Any = torch.compile(tiny(), backend="eager")
     loss(other, batch(0))
-    run = Tiny(lifecycle(anywhere(range(2, 7))), 20)
-    assert versions(type(run.model).forward.__code__) == 1
-    run.until(4).flow.detach()
+    assert not warned(lifecycle(anywhere(range(2, 7))), "eagerly", limit=1)
 
 
-def test_nothing_is_imported_for_it(monkeypatch: pytest.MonkeyPatch):
-    run = Tiny(lifecycle(anywhere(range(1, 9))), 20)
-    with monkeypatch.context() as without:
-        without.delitem(sys.modules, "torch._dynamo")
-        Recompiles(run.model, run.flow._adapter).look(99)
-        assert "torch._dynamo" not in sys.modules
-    run.flow.detach()
+def test_ranks_that_keep_shapes_or_come_back_to_few_are_not_warned_of():
+    policy = lifecycle(anywhere(range(2, 7)), mode="mask", limits=Limits((Limit("*", max=8),)))
+    assert not warned(policy, "whole", limit=2)
+    assert not warned(lifecycle(anywhere(range(2, 7)), limits=Limits(buckets=(2, 3))), "whole", limit=2)
+
+
+def test_nothing_is_imported_for_a_model_that_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    assert compiled_modules(tiny()) == 0
+    assert "torch._dynamo" not in sys.modules

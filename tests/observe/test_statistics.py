@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rankflow.linalg.random import keyed_generator
-from rankflow.observe.statistics import Running
+from rankflow.observe.averages import Running
 from rankflow.plans.ops import Drop, Grow, Keep, Op, Refactor, Train
 
 IN, OUT, SCALING = 6, 5, 1.5

@@ -11,7 +11,7 @@ from helpers import KINDS, lora, loss_of, outputs, same, snapshot
 
 from rankflow.errors import PlanError
 from rankflow.lora.adapter import Adapter
-from rankflow.observe.statistics import Running
+from rankflow.observe.averages import Running
 from rankflow.plans.ops import Open, Refactor
 from rankflow.plans.plan import RankPlan
 from rankflow.policies.gate import Gate

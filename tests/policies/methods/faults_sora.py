@@ -17,8 +17,8 @@ FAULTS = [
     ),
     Fault(
         "lost: decide over gates as they were before the phase",
-        "observe/probes.py",
-        "if gates is None or not self._signals",
-        "if not gates or not self._signals",
+        "gating/forward.py",
+        "            for name in names\n        }",
+        "            for name in (names if self else ())\n        }",
     ),
 ]

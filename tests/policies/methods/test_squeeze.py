@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthetic import World, run
 
 from rankflow.errors import ConfigError
-from rankflow.observe.statistics import Running
+from rankflow.observe.averages import Running
 from rankflow.plans.budget import Budget
 from rankflow.plans.ops import Drop, Grow, Refactor
 from rankflow.plans.plan import RankPlan
