@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
 from rankflow.errors import ConfigError
+from rankflow.formats.base import SavedAdapter
+from rankflow.formats.peft.adapter import PeftAdapter
+from rankflow.formats.single_file.diffusers import METADATA
 from rankflow.serving.features import (
     ADALORA,
     ALORA,
@@ -20,7 +25,12 @@ from rankflow.serving.features import (
     TRAINED_ROWS,
     TYING,
     WRAPPED,
+    config_of,
 )
+
+SQUEEZE = "rankflow squeeze"
+_EXPERT = re.compile(r"\.experts\.")
+_ROUNDING = 1e-6  # scales nearer than this, relatively, are one
 
 
 class Fate(Enum):
@@ -29,6 +39,27 @@ class Fate(Enum):
     REFUSED = "refused"
     SILENT = "silent"
     UNKNOWN = "not known"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """what: the setting, if it is one. does: what the engine makes of it. fate: whether it says so. remedy: what to do.
+    modules: those concerned, or tensors, where it is not the whole file."""
+
+    what: str
+    does: str
+    fate: Fate
+    remedy: str
+    modules: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The setting, and a module with the number of others."""
+        first, *more = self.modules or ("",)
+        return ": ".join(filter(None, (self.what, f"{first} and {len(more)} more" if more else first)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "fate": self.fate.value}
 
 
 @dataclass(frozen=True)
@@ -41,6 +72,14 @@ class Stack:
     fate: Fate
     unless: tuple[str, ...] = ()
 
+    def lacking(self, owners: Mapping[str, set[str]]) -> list[str]:
+        """Names of the first module that is missing from each owner of some; `owners` maps one to what it has."""
+        return [
+            f"{owner}.{next(n for n in self.needs if n not in inside)}"
+            for owner, inside in owners.items()
+            if inside & {*self.modules} and not inside >= {*self.needs} and not inside & {*self.unless}
+        ]
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -49,13 +88,15 @@ class Engine:
     writes: the format that is written for it; "" keeps a source that it reads. reads: the formats it loads.
     scale: how it scales a module of a PEFT adapter: by its own alpha and rank, patterns heeded (`module`), by the
     config's lora_alpha and r (`config`), or by lora_alpha and the tensor's rank (`tensor`). rslora: if it heeds that.
-    rows: how many a tensor may have: any number, at most r, exactly r, or one number for all modules of a type.
+    rows: how many a tensor may have: any number, at most r, or exactly r.
     ranks: the maximal ranks it can be set to, all if empty; above the last nothing is served. setting: what sets it.
     page: of how many ranks the pages are in which it may keep them; 0 if it has none. rslora_experts: as rslora, for
     the experts of a mixture.
     fates: what is not loaded, by the words of `rankflow.serving.features.FEATURES`. stacks: layers that it joins.
-    every_layer: whether a type of module that one layer lacks is left out of all. library_names: whether it looks for
-    modules by the names that the libraries at hand have for them.
+    library_names: whether it looks for modules by the names that the libraries at hand have for them.
+
+    What no field says, an engine's file says in a subclass: its own `rank_problems`, `scale_problems` or
+    `layer_problems`.
     """
 
     name: str
@@ -64,13 +105,12 @@ class Engine:
     scale: Literal["module", "config", "tensor"] = "module"
     rslora: bool = True
     rslora_experts: bool = True
-    rows: Literal["any", "at most r", "r", "one a type"] = "any"
+    rows: Literal["any", "at most r", "r"] = "any"
     ranks: tuple[int, ...] = ()
     setting: str = ""
     page: int = 0
     fates: Mapping[str, Fate] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
-    every_layer: bool = False
     library_names: bool = False
 
     @property
@@ -81,7 +121,7 @@ class Engine:
     @property
     def fills(self) -> bool:
         """Whether a module of rank 0 is written as zeros, since the engine wants it to be there."""
-        return self.every_layer or bool(self.stacks)
+        return bool(self.stacks)
 
     def scale_of(self, config: Mapping[str, Any], rank: int, *, expert: bool = False) -> float:
         """By what it multiplies B A of a module whose tensors have `rank`, with this PEFT config.
@@ -127,6 +167,59 @@ class Engine:
         if not self.page or most % self.page == 0:
             return hint
         return f"{hint}; in pages of {self.page} ranks it takes {-(-most // self.page) * self.page}"
+
+    def rewrite(self, adapter: SavedAdapter) -> str:
+        """The command that writes an adapter so that the engine loads it rightly."""
+        gguf = self.writes == "gguf" and not isinstance(adapter, PeftAdapter)  # which is made of PEFT's alone
+        return f"{SQUEEZE} {adapter.path} {'--to-format peft' if gguf else f'--engine {self.name}'}"
+
+    def rank_problems(self, adapter: SavedAdapter) -> list[Problem]:
+        """Modules whose tensors have other numbers of rows than the engine has room for."""
+        if self.rows == "any":
+            return []
+        r, ranks = config_of(adapter).get("r", 0), adapter.layout.ranks
+        wrong = [name for name, rank in ranks.items() if rank > r or (self.rows == "r" and rank != r)]
+        if not wrong:
+            return []
+        does = f"goes by r = {r} for the room it needs, and {wrong[0]} has {ranks[wrong[0]]}"
+        return [Problem("rank_pattern", does, Fate.REFUSED, self.rewrite(adapter), tuple(wrong))]
+
+    def scale_problems(self, adapter: SavedAdapter) -> list[Problem]:
+        """Modules that the engine would scale by another number than the adapter says."""
+        if self.scale == "module":
+            return []
+        config = config_of(adapter)
+        return self.misscaled(adapter, lambda rank, expert: self.scale_of(config, rank, expert=expert))
+
+    def misscaled(self, adapter: SavedAdapter, scale: Callable[[int, bool], float]) -> list[Problem]:
+        """One problem for each factor by which modules come out too strong or too weak.
+
+        Args:
+            scale: what a module is scaled by, given its rank and whether it is an expert.
+        """
+        wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name, slot in adapter.layout.items():
+            expert = slot.kind == "experts" or _EXPERT.search(name) is not None
+            have, due = scale(slot.rank, expert), slot.scaling
+            if not math.isclose(have, due, rel_tol=_ROUNDING):
+                strength = f"scales by {have:.4g} and not by {due:.4g}: {have / due:.3g} times as strong"
+                why = ", ".join(self.unheeded(config_of(adapter), expert=expert)) or METADATA
+                wrong[why, strength].append(name)
+        remedy = self.rewrite(adapter)
+        return [Problem(why, does, Fate.SILENT, remedy, tuple(names)) for (why, does), names in wrong.items()]
+
+    def layer_problems(self, adapter: SavedAdapter) -> list[Problem]:
+        """Layers of which the engine needs others beside them, and those are missing."""
+        owners: dict[str, set[str]] = defaultdict(set)
+        for name in adapter.layout:
+            owner, _, last = name.rpartition(".")
+            owners[owner].add(last)
+        remedy = "train the missing ones too; their shapes are not known without the model"
+        return [
+            Problem("without", stack.otherwise, stack.fate, remedy, tuple(where))
+            for stack in self.stacks
+            if (where := stack.lacking(owners))
+        ]
 
 
 # Formats, and fates of features, that several engines share

@@ -19,8 +19,8 @@ from rankflow.formats.convert import Converted
 from rankflow.formats.open import converted, open_adapter
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.formats.single_file.diffusers import METADATA
-from rankflow.serving.check import Problem, lasting
-from rankflow.serving.engine import Engine, Fate
+from rankflow.serving.check import lasting
+from rankflow.serving.engine import Engine, Fate, Problem
 from rankflow.serving.engines import engine_named
 from rankflow.serving.features import other_names
 

@@ -12,8 +12,8 @@ from rankflow.formats.as_lora.fine_tune import KIND as FULL
 from rankflow.formats.base import SavedAdapter
 from rankflow.formats.open import open_adapter, uses_base
 from rankflow.serving.base_names import absent_from
-from rankflow.serving.check import ELSEWHERE, SQUEEZE, Problem, problems
-from rankflow.serving.engine import Fate
+from rankflow.serving.check import ELSEWHERE, problems
+from rankflow.serving.engine import SQUEEZE, Fate, Problem
 from rankflow.serving.engines import engine_named
 from rankflow.serving.export import Fitting
 from rankflow.serving.features import source_of

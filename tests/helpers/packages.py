@@ -1,9 +1,13 @@
-"""Packages of other people, as an installer leaves them in a folder of packages."""
+"""What other people add: packages, as an installer leaves them in a folder of packages, and files in our folders."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 
 def install(folder: Path, package: str, source: str, declares: Mapping[str, Mapping[str, str]]) -> None:
@@ -17,3 +21,11 @@ def install(folder: Path, package: str, source: str, declares: Mapping[str, Mapp
         for group, entries in declares.items()
     )
     (info / "entry_points.txt").write_text("\n".join(groups) + "\n")
+
+
+def drop_file(package: ModuleType, name: str, source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `package`, one of our folders, have one file more, which lies in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)

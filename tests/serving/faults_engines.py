@@ -49,8 +49,8 @@ FAULTS = [
     ),
     Fault(
         "let tensors of fewer rows than r pass where there have to be as many",
-        "serving/check.py",
-        'rank > r or (engine.rows == "r" and rank != r)',
+        "serving/engine.py",
+        'rank > r or (self.rows == "r" and rank != r)',
         "rank > r",
     ),
     Fault(
@@ -76,9 +76,9 @@ FAULTS = [
     ),
     Fault(
         "advise GGUF of full matrices",
-        "serving/check.py",
-        'gguf = engine.writes == "gguf" and',
-        'gguf = engine.writes == "none" and',
+        "serving/engine.py",
+        'gguf = self.writes == "gguf" and',
+        'gguf = self.writes == "none" and',
         "-k way_to_llamacpp",
     ),
     Fault(

@@ -11,28 +11,53 @@ engine has. `rankflow.formats.peft_fields` lists all fields of PEFT's config.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from rankflow.errors import ConfigError
+from rankflow.plugins import Plugins, files_of
 from rankflow.serving.engine import Engine
 
 
 @cache
 def engines() -> Mapping[str, Engine]:
     """Name -> record of every engine that has a file in this folder."""
-    files = (importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__))
-    return {file.ENGINE.name: file.ENGINE for file in files}
+    return {file.ENGINE.name: file.ENGINE for file in files_of(sys.modules[__name__])}
+
+
+def engine_names() -> list[str]:
+    """The engines that `engine_named` knows: those of this folder, and those that were added to them."""
+    return [*engines(), *_ADDED.names()]
 
 
 def engine_named(name: str) -> Engine:
     """The record of an engine.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or the package that adds it cannot be imported.
     """
-    if name not in engines():
-        raise ConfigError(f"no engine is called {name!r}; there are {', '.join(engines())}")
-    return engines()[name]
+    if name in engines():
+        _ADDED.refuse_clash(name)
+        return engines()[name]
+    if name not in _ADDED.names():
+        raise ConfigError(f"no engine is called {name!r}; there are {', '.join(engine_names())}")
+    return _ADDED.load(name)
+
+
+def register_engine(engine: Engine) -> None:
+    """Add an engine for as long as this process lives.
+
+    Raises:
+        ConfigError: its name is taken.
+    """
+    _ADDED.register(engine.name, engine)
+
+
+def _check_added(name: str, found: Any) -> None:
+    if not isinstance(found, Engine) or found.name != name:
+        raise ConfigError(f"this must be an Engine that is called {name}")
+
+
+_ADDED = Plugins("rankflow.engines", engines, _check_added)

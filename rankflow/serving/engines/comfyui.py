@@ -11,10 +11,20 @@ Read: `weight_adapter/lora.py`, `lora.py`.
 
 from __future__ import annotations
 
-from rankflow.serving.engine import SINGLE_FILES, Engine, Fate
+from rankflow.formats.base import SavedAdapter
+from rankflow.formats.single_file.diffusers import METADATA, DiffusersAdapter
+from rankflow.serving.engine import SINGLE_FILES, Engine, Fate, Problem
 from rankflow.serving.features import ALORA, MAGNITUDE, MEGATRON, OTHER_ADAPTER, OTHER_NAMES, REPLICATED, TYING, WRAPPED
 
-ENGINE = Engine(
+
+class ComfyUI(Engine):
+    def scale_problems(self, adapter: SavedAdapter) -> list[Problem]:
+        """Scales that a header says, which is not read."""
+        told = isinstance(adapter, DiffusersAdapter) and METADATA in adapter.metadata
+        return self.misscaled(adapter, lambda *_: 1.0) if told else []
+
+
+ENGINE = ComfyUI(
     "comfyui",
     "",
     reads=SINGLE_FILES,

@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
-from rankflow.serving.engine import SINGLE_FILES, Engine, Fate
+from rankflow.formats.base import SavedAdapter
+from rankflow.formats.single_file.diffusers import METADATA, DiffusersAdapter, mixed
+from rankflow.serving.engine import SINGLE_FILES, Engine, Fate, Problem
 from rankflow.serving.features import (
     ALORA,
     BIASES,
@@ -29,7 +31,19 @@ from rankflow.serving.features import (
     WRAPPED,
 )
 
-ENGINE = Engine(
+
+class Diffusers(Engine):
+    def scale_problems(self, adapter: SavedAdapter) -> list[Problem]:
+        """Ranks that differ in a file that tells no scale."""
+        if not isinstance(adapter, DiffusersAdapter) or not mixed(adapter.layout.ranks):
+            return []
+        if METADATA in adapter.metadata or any(module.alpha_key for module in adapter.entries.values()):
+            return []
+        does = "takes the commonest rank for the scale of all, before its pull request 14409"
+        return [Problem("ranks that differ, and no alpha", does, Fate.SILENT, self.rewrite(adapter))]
+
+
+ENGINE = Diffusers(
     "diffusers",
     "diffusers",
     reads=SINGLE_FILES,

@@ -16,14 +16,76 @@ Read: `adapters/lora.py`, `utils/sgmv.py`.
 
 from __future__ import annotations
 
-from rankflow.serving.engine import OF_PEFT_ALONE, Engine, Fate
-from rankflow.serving.features import ADALORA, MIDDLE, NAMED_ADAPTER, NO_PREFIX, OTHER_TYPES, TRAINED_ROWS, WRAPPED
+from collections import defaultdict
 
-ENGINE = Engine(
+from rankflow.formats.base import SavedAdapter
+from rankflow.plans.names import arrange
+from rankflow.serving.engine import OF_PEFT_ALONE, Engine, Fate, Problem
+from rankflow.serving.features import (
+    ADALORA,
+    MIDDLE,
+    NAMED_ADAPTER,
+    NO_PREFIX,
+    OTHER_TYPES,
+    TRAINED_ROWS,
+    WRAPPED,
+    config_of,
+)
+
+
+class Lorax(Engine):
+    @property
+    def fills(self) -> bool:
+        return True
+
+    def rank_problems(self, adapter: SavedAdapter) -> list[Problem]:
+        """Ranks that cannot be stacked, or are padded and then scaled by."""
+        padded: dict[str, set[int]] = defaultdict(set)
+        for row in arrange(adapter.layout):
+            padded[row.type].add(_as_padded(adapter.layout[row.name].rank))
+        remedy = self.rewrite(adapter)
+        found = [
+            Problem(
+                f"rank_pattern: {kind}",
+                f"stacks all layers, and these have ranks {sorted(ranks)}",
+                Fate.REFUSED,
+                remedy,
+            )
+            for kind, ranks in padded.items()
+            if len(ranks) > 1
+        ]
+        r = config_of(adapter)["r"]
+        if _as_padded(r) != r and len(padded) > 1:
+            does = f"pads to {_as_padded(r)} and scales all types but the first by that"
+            found.append(Problem(f"r = {r}", does, Fate.SILENT, remedy))
+        return found
+
+    def layer_problems(self, adapter: SavedAdapter) -> list[Problem]:
+        """Types of modules that some layer lacks."""
+        layers: dict[str, set[str]] = defaultdict(set)
+        for row in arrange(adapter.layout):
+            layers[row.type].add(row.layer)
+        every = set().union(*(found for found in layers.values() if "" not in found))
+        return [
+            Problem(
+                f"{kind} in {len(found)} of {len(every)} layers",
+                "leaves a type out of all layers if one lacks it",
+                Fate.SILENT,
+                "train that type in every layer",
+            )
+            for kind, found in layers.items()
+            if "" not in found and len(found) < len(every)
+        ]
+
+
+def _as_padded(rank: int) -> int:
+    return 8 if rank <= 8 else -(-rank // 16) * 16
+
+
+ENGINE = Lorax(
     "lorax",
     "peft",
     scale="config",
-    rows="one a type",
     ranks=(8, 16, 32, 64, 128),
     fates={
         "convolutions": Fate.SILENT,
@@ -45,5 +107,4 @@ ENGINE = Engine(
         "norms": Fate.SILENT,
         "other tensors": Fate.SILENT,
     },
-    every_layer=True,
 )
