@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankflow.errors import CheckpointError
+from rankflow.errors import CheckpointError, first_line
+from rankflow.formats.io.strict_json import read_text
 from rankflow.training.ledger import Event, Ledger
 
 NAME = "rankflow.jsonl"
+_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _wait(events: Sequence[Event], due: int, now: float) -> float | None:
 
 
 def find_ledger(run: Path) -> Path:
-    """The ledger of a run, given it or the folder that holds it.
+    """The ledger of a run, given it, the folder that holds it, or an adapter or a checkpoint that was saved below that.
 
     Raises:
         CheckpointError: there is none, nor a folder that one may come to.
@@ -163,8 +167,33 @@ def find_ledger(run: Path) -> Path:
         return run
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such folder; give a run's ledger, or the folder that holds its {NAME}")
+    if (run / NAME).exists():
+        return run / NAME
     found = sorted(run.glob(f"*/{NAME}"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found and not (run / NAME).exists() else run / NAME
+    if not found and (run / "adapter_config.json").exists():
+        found = [path for folder in run.resolve().parents[1::-1] if (path := folder / NAME).exists()]
+    return found[-1] if found else run / NAME
+
+
+def losses_beside(ledger: Path) -> list[tuple[int, float]]:
+    """(step, loss) as the Trainer logged them in the `trainer_state.json` beside a ledger, or else in its newest
+    checkpoint there. A file that cannot be read is warned of."""
+    checkpoints = sorted(ledger.parent.glob(f"checkpoint-*/{_STATE}"), key=_step_of)
+    for path in (ledger.parent / _STATE, *reversed(checkpoints)):
+        if path.is_file():
+            try:
+                state = json.loads(read_text(path), parse_constant=lambda _: None)  # NaN is no loss to draw
+                logged = [(int(line["step"]), line["loss"]) for line in state["log_history"] if "loss" in line]
+                return [(step, float(loss)) for step, loss in logged if loss is not None]
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+                warnings.warn(f"{path}: no losses are read from it ({first_line(e)})", stacklevel=2)
+                return []
+    return []
+
+
+def _step_of(state: Path) -> int:
+    number = state.parent.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def follow(path: Path, every: float) -> Iterator[Ledger | None]:

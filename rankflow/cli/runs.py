@@ -18,7 +18,10 @@ from rankflow.errors import ConfigError
     "or [bold]rankflow report out --against other[/bold]"
 )
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Ledger of a run (.jsonl), or the folder that holds it.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Ledger of a run (.jsonl), or the folder that holds it or its adapter."),
+    ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Picture to draw; <LEDGER>.png if left out.")] = None,
     html: options.Html = None,
     against: Annotated[
@@ -28,12 +31,13 @@ def report(
     force: options.ForceAll = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
-    """Show what a run did: events, what gates came to, and the rank of every module, as tables and as a picture.
+    """Show what a run did: events, what gates came to, and the rank of every module, as tables and as a picture. The
+    losses that the Trainer logged are drawn with the ranks, where its trainer_state.json lies beside the ledger.
 
     With --html or --json the picture is drawn only where -o says. With --against, where two runs first decided
     differently, what each did there and how close it was; the status is 1 if they did.
     """
-    from rankflow.analysis.run import find_ledger
+    from rankflow.analysis.run import find_ledger, losses_beside
 
     ledger = find_ledger(run) if run.is_dir() else run
     if against is not None:
@@ -62,13 +66,14 @@ def report(
 
     read = Ledger.read(ledger)
     history = read.history()
+    losses = losses_beside(ledger) if out is not None or html is not None else []
     if out is not None:
-        plot_ledger(read, out, force=out in there)
+        plot_ledger(read, out, losses, force=out in there)
     if html is not None:
         from rankflow.render.html import write_page
         from rankflow.render.reports import run_page
 
-        write_page(run_page(read, str(ledger)), html, force=html in there)
+        write_page(run_page(read, str(ledger), losses), html, force=html in there)
     if as_json:
         from rankflow.analysis.run import run_of
 

@@ -25,21 +25,17 @@ def shown(text: object, *, lines: bool = False, most: int | None = None) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """A name of at most `most` characters: of a longer one, whole words of both ends, as its middle tells least."""
+    """A name of at most `most` characters: of a longer one its first word and as many of the last ones as there is room
+    for, as the middle of a module's name tells least."""
     if len(text) <= most:
         return text
-    words = re.split(r"(?<=[._ ])", text)  # each with what comes after it
-    last = words.pop()
-    head, tail = "", last[-(most - 1) :]
-    while words:
-        if len(head) <= len(tail) and len(head) + len(words[0]) + 1 + len(tail) <= most:
-            head += words.pop(0)
-        elif len(head) + 1 + len(words[-1]) + len(tail) <= most:
-            tail = words.pop() + tail
-        elif len(head) + len(words[0]) + 1 + len(tail) <= most:
-            head += words.pop(0)
-        else:
-            break
+    words = re.split(r"(?<=[._ ])", text)  # each with what parts it from the next
+    tail = words.pop()[-(most - 1) :]
+    head = words.pop(0) if words and len(words[0]) + 1 + len(tail) <= most else ""
+    while words and len(head) + 1 + len(words[-1]) + len(tail) <= most:
+        tail = words.pop() + tail
+    while words and len(head) + len(words[0]) + 1 + len(tail) <= most:
+        head += words.pop(0)
     return f"{head}…{tail}"
 
 
@@ -55,6 +51,11 @@ class Row:
     def label(self) -> str:
         """The type as a heading: from its first word on."""
         return self.type.lstrip("*._")
+
+    @property
+    def block(self) -> str:
+        """What the type begins with, up to its first number: the block of a model, such as `unet.down_blocks`."""
+        return self.label.partition("*")[0].strip("._")
 
     @property
     def short(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,8 +77,8 @@ def squeeze_page(done: SqueezeReport) -> Page:
     return Page(title, about, facts, sections, done.notes, _FOOTER)
 
 
-def run_page(ledger: Ledger, source: str) -> Page:
-    """A run: the picture of its ranks, its events, its modules.
+def run_page(ledger: Ledger, source: str, losses: Sequence[tuple[int, float]] = ()) -> Page:
+    """A run: the picture of its ranks, and of its losses where they are given; its events, its modules.
 
     Raises:
         CheckpointError: the ledger does not begin with an attach.
@@ -93,7 +93,7 @@ def run_page(ledger: Ledger, source: str) -> Page:
         Fact("total rank at first", f"{sum(first.values()):,}"),
         Fact("total rank at last", f"{sum(last.values()):,}"),
     ]
-    picture = Picture.of(lambda paper: ledger_figure(ledger, paper=paper), "The rank of every module over the steps")
+    picture = Picture.of(lambda paper: ledger_figure(ledger, losses, paper), "The rank of every module over the steps")
     gates = [
         Section(table.title, "What they came to.", None, table)
         for table in (gates_table(e) for e in events if e["event"] == "fold" and e["gates"])

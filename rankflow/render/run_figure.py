@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankflow.plans.names import Row, arrange
+from rankflow.plans.names import Row, arrange, shortened
 from rankflow.render.figure import LIGHT, Paper, new_figure, new_title, plain, save
 from rankflow.render.spectra_figure import spectra_figure
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rankflow.analysis.inspection import Inspection
     from rankflow.training.ledger import Event, Ledger
 
+_SMALLEST = 3.6  # points of letters that can be read
 _PHASES = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6ab8", "#b8892f")
 
 
@@ -65,29 +66,20 @@ def ledger_figure(ledger: Ledger, losses: Sequence[tuple[int, float]] = (), pape
     height = _height(places)
     fig = new_figure(height + 1.9, paper)
     upper, lower = fig.subplots(2, 1, sharex=True, height_ratios=[1.5, height - 0.6])
-    numbered = len(rows) <= 60
+    points = 72 * (height - 1) / (places[-1] + 1)  # of a row
     top = max(1, *(max(ranks.values()) for _, ranks in history))
     cmap, norm = _rank_colours(top, paper)
     for _, members in _by_type(rows, places):
         values = np.array([[ranks[row.name] or np.nan for _, ranks in history] for row, _ in members], dtype=float)
         edges = [place for _, place in members] + [members[-1][1] + 1]
         lower.pcolormesh([*steps, end], edges, values, norm=norm, cmap=cmap, rasterized=True)
-        if numbered:
-            for row, place in members:
-                lower.text(
-                    end,
-                    place + 0.5,
-                    f" {history[-1][1][row.name]}",
-                    va="center",
-                    fontsize=7,
-                    color=paper.ink,
-                    clip_on=False,
-                )
+        for place, ranks in _last(members, history[-1][1], by_row=points >= _SMALLEST):
+            size = min(7.0, points) if points >= _SMALLEST else 7.0
+            lower.text(end, place, f" {ranks}", va="center", fontsize=size, color=paper.ink, clip_on=False)
     lower.set_xlim(begin, end)
     lower.set_xlabel("optimizer step", fontsize=9, color=paper.ink)
     _label_rows(lower, rows, places, paper)
-    if numbered:
-        lower.text(end, -0.15, " last", va="bottom", fontsize=7, color=paper.faint, clip_on=False)
+    lower.text(end, -0.15, " last", va="bottom", fontsize=7, color=paper.faint, clip_on=False)
     totals = [sum(ranks.values()) for _, ranks in history]
     upper.step([*steps, end], [*totals, totals[-1]], where="post", color=paper.ink, linewidth=1.6)
     upper.set_ylim(0, max(totals) * 1.25)
@@ -108,7 +100,15 @@ def ledger_figure(ledger: Ledger, losses: Sequence[tuple[int, float]] = (), pape
         f"{len(rows)} modules, {changes} resizes, total {totals[0]} to {totals[-1]}",
         paper,
     )
-    bar = fig.colorbar(ScalarMappable(norm, cmap), ax=[upper, lower], pad=0.05, fraction=0.04, shrink=0.8)
+    bar = fig.colorbar(
+        ScalarMappable(norm, cmap),
+        ax=[upper, lower],
+        pad=0.05,
+        fraction=0.04,
+        shrink=min(0.8, 3.0 / fig.get_figheight()),
+        aspect=14,
+        anchor=(0.0, 1.0),
+    )
     bar.set_label("rank", color=paper.ink)
     _whole_ticks(bar, top, paper)
     return fig
@@ -137,6 +137,18 @@ def _by_type(rows: Sequence[Row], places: Sequence[float]) -> Iterator[tuple[str
         yield kind, list(members)
 
 
+def _last(
+    members: Sequence[tuple[Row, float]], ranks: Mapping[str, int], *, by_row: bool
+) -> Iterator[tuple[float, str]]:
+    """The column at the right: (place, last rank), of every row or the least and the most of a type."""
+    if by_row:
+        yield from ((place + 0.5, str(ranks[row.name])) for row, place in members)
+        return
+    found = [ranks[row.name] for row, _ in members]
+    low, high = min(found), max(found)
+    yield (members[0][1] + members[-1][1] + 1) / 2, str(low) if low == high else f"{low} to {high}"
+
+
 def _label_rows(ax: Axes, rows: Sequence[Row], places: Sequence[float], paper: Paper) -> None:
     """Types at the left, layers between them and the picture where there is room."""
     ax.set_ylim(places[-1] + 1, 0)
@@ -153,10 +165,12 @@ def _label_rows(ax: Axes, rows: Sequence[Row], places: Sequence[float], paper: P
     for kind, members in _by_type(rows, places):
         first, last = members[0][1], members[-1][1] + 1
         layered = len(members) > 1 or members[0][0].layer
-        write(-0.06 if layered else -0.01, (first + last) / 2, kind, 8.5, paper.ink)
+        inches = (last - first) / (places[-1] + 1) * _height(places)
+        if (size := min(8.5, 60 * inches)) >= _SMALLEST:
+            write(-0.06 if layered else -0.01, (first + last) / 2, shortened(kind, 36), size, paper.ink)
         if not layered:
             continue
-        every = max(1, math.ceil(len(members) / 12))
+        every = max(1, math.ceil(len(members) / min(12, max(1, inches / 0.12))))
         for i, (row, place) in enumerate(members):
             if i % every == 0:
                 write(-0.008, place + 0.5, row.layer, 6, paper.faint)
@@ -213,7 +227,8 @@ def _mark_phases(upper: Axes, lower: Axes, events: Sequence[Event], end: int, pa
 def _draw_losses(ax: Axes, losses: Sequence[tuple[int, float]]) -> None:
     twin = ax.twinx()
     twin.plot([step for step, _ in losses], [loss for _, loss in losses], color=_PHASES[1], linewidth=1.4)
-    twin.set_ylim(0, 1.25 * max(loss for _, loss in losses))
+    low, high = min(0.0, *(loss for _, loss in losses)), max(loss for _, loss in losses)
+    twin.set_ylim(1.25 * low, high + 0.25 * (high - low) if high > low else None)
     twin.set_ylabel("loss", fontsize=9, color=_PHASES[1])
     twin.tick_params(labelsize=8, colors=_PHASES[1])
     twin.spines[["top", "left"]].set_visible(False)

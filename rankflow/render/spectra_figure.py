@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankflow.plans.names import Row, arrange
+from rankflow.plans.names import Row, arrange, shortened
 from rankflow.render.figure import LIGHT, Paper, new_figure, plain
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from rankflow.analysis.inspection import InspectedModule, Inspection
 
 _ACROSS = 4  # panels side by side, at most
+_MOST_TYPES = 20  # of modules that have panels of their own
+_HIGHEST = 7.0  # inches of a panel
+_BAR = 2.2  # inches of the bar of colours
 _DECADES = 3  # of singular values that colours tell apart
 _EFFECTIVE, _EDGE = "#39d0d8", "#ffffff"
 
@@ -29,7 +33,9 @@ def spectra_figure(inspection: Inspection, paper: Paper = LIGHT, *, titled: bool
     from matplotlib.colors import LogNorm
 
     modules = {m.name: m for m in inspection.modules}
-    panels = _panels(arrange(modules))
+    rows = arrange(modules)
+    by_block = len({row.type for row in rows}) > _MOST_TYPES
+    panels = _by_block(rows) if by_block else _by_type(rows)
     width = max(m.rank for m in inspection.modules)
     top = max((s for m in inspection.modules for s in m.sigma), default=0.0) or 1.0
     norm = LogNorm(top * 10.0**-_DECADES, top)
@@ -47,18 +53,34 @@ def spectra_figure(inspection: Inspection, paper: Paper = LIGHT, *, titled: bool
         height = _inches(len(rows)) / heights[i // across]
         _draw(ax, [modules[row.name] for row in rows], width, norm, cmap)
         ax.set_ylim(len(rows) / height, 0)  # rows are as high in all panels of a line
-        _label(ax, title, rows, paper)
+        _label(ax, title, paper)
+        if by_block:
+            _label_types(ax, title, rows, paper)
+        else:
+            _label_layers(ax, rows, paper)
         below = i + across >= len(panels)
         ax.tick_params(axis="x", colors=paper.faint, labelsize=7, length=2, labelbottom=below, bottom=below)
     if titled:
         name = Path(inspection.source).resolve().name
         fig.suptitle(
-            f"Spectra of {_short(name, 60)}", x=0.01, ha="left", fontsize=12, fontweight="bold", color=paper.ink
+            f"Spectra of {plain(shortened(name, 60))}",
+            x=0.01,
+            ha="left",
+            fontsize=12,
+            fontweight="bold",
+            color=paper.ink,
         )
         fig.supxlabel(_summary(inspection), fontsize=8.5, color=paper.faint, x=0.01, ha="left")
-    slim = max(8.0, fig.get_figheight() * 5)
     bar = fig.colorbar(
-        ScalarMappable(norm, cmap), ax=axes, pad=0.015, fraction=0.03, aspect=slim, extend="min", extendfrac=0.03
+        ScalarMappable(norm, cmap),
+        ax=axes,
+        pad=0.015,
+        fraction=0.03,
+        shrink=min(1.0, _BAR / fig.get_figheight()),
+        aspect=14,
+        anchor=(0.0, 1.0),
+        extend="min",
+        extendfrac=0.05,
     )
     bar.set_label("singular value of ΔW", fontsize=8.5, color=paper.ink)
     bar.ax.tick_params(which="both", colors=paper.faint, labelsize=7, length=2)
@@ -69,7 +91,15 @@ def spectra_figure(inspection: Inspection, paper: Paper = LIGHT, *, titled: bool
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def _by_block(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """(heading, rows): a panel for each block of a model that has many types of modules."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.block, []).append(row)
+    return list(found.items())
+
+
+def _by_type(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """(heading, rows): a panel for each type; where most types have but one module, those share one."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -82,7 +112,7 @@ def _panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _inches(rows: int) -> float:
-    return min(7.0, max(0.5, rows * (0.16 if rows <= 16 else 0.1)))
+    return min(_HIGHEST, max(0.5, rows * (0.16 if rows <= 16 else 0.1)))
 
 
 def _draw(ax: Axes, modules: Sequence[InspectedModule], width: int, norm: object, cmap: object) -> None:
@@ -103,24 +133,38 @@ def _draw(ax: Axes, modules: Sequence[InspectedModule], width: int, norm: object
     ax.set_xlim(0.5, width + 0.5)
 
 
-def _label(ax: Axes, title: str, rows: Sequence[Row], paper: Paper) -> None:
+def _label(ax: Axes, title: str, paper: Paper) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.set_title(_short(title, 34), loc="left", fontsize=8.5, color=paper.ink, pad=3)
-    every = max(1, math.ceil(len(rows) / 16))
-    shown = [i for i in range(len(rows)) if i % every == 0]
-    same = len({row.type for row in rows}) == 1
-    texts = [plain(rows[i].layer) if same else _short(rows[i].short, 22) for i in shown]
-    ax.set_yticks([i + 0.5 for i in shown], texts, fontsize=6.5, color=paper.faint)
+    ax.set_title(plain(shortened(title, 28)), loc="left", fontsize=8.5, color=paper.ink, pad=3)
     ax.tick_params(axis="y", length=0, pad=2)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.spines[:].set_visible(False)
     ax.patch.set_alpha(0)
 
 
-def _short(text: str, most: int) -> str:
-    """The end of a long name, which tells more than its beginning."""
-    return plain(text if len(text) <= most else f"…{text[1 - most :]}")
+def _label_layers(ax: Axes, rows: Sequence[Row], paper: Paper) -> None:
+    """Write layers beside the rows of one type, or names where types differ."""
+    every = max(1, math.ceil(len(rows) / 16))
+    told = [i for i in range(len(rows)) if i % every == 0]
+    same = len({row.type for row in rows}) == 1
+    texts = [plain(rows[i].layer if same else shortened(rows[i].short, 22)) for i in told]
+    ax.set_yticks([i + 0.5 for i in told], texts, fontsize=6.5, color=paper.faint)
+
+
+def _label_types(ax: Axes, block: str, rows: Sequence[Row], paper: Paper) -> None:
+    """Write types beside their rows, with a line between two, where there is room."""
+    room = _inches(len(rows)) * 72 / len(rows)  # points of a row
+    at, places, texts = 0, [], []
+    for kind, members in groupby(rows, key=lambda row: row.label):
+        many = len(list(members))
+        if many * room >= 6:
+            places.append(at + many / 2)
+            texts.append(plain(shortened(kind.removeprefix(block).lstrip("*._"), 30)))
+        at += many
+        if at < len(rows):
+            ax.axhline(at, color=paper.ground, linewidth=0.8)
+    ax.set_yticks(places, texts, fontsize=6, color=paper.faint)
 
 
 def _summary(inspection: Inspection) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -15,10 +18,11 @@ from rankflow.analysis.inspection import InspectedModule, Inspection
 from rankflow.compress.report import SqueezedModule, SqueezeReport
 from rankflow.errors import CheckpointError, ConfigError
 from rankflow.plans.layout import Layout, Slot
-from rankflow.plans.names import arrange
+from rankflow.plans.names import arrange, shortened
 from rankflow.plans.ops import Drop, Grow
 from rankflow.plans.plan import RankPlan
-from rankflow.render.run_figure import plot_ledger, plot_spectra
+from rankflow.render.run_figure import ledger_figure, plot_ledger, plot_spectra
+from rankflow.render.spectra_figure import spectra_figure
 from rankflow.render.table import Table
 from rankflow.render.tables import events_table, gates_table, inspection_table, ranks_table, squeeze_table
 from rankflow.training.ledger import Ledger
@@ -158,3 +162,53 @@ def test_bad_pictures(tmp_path: Path):
     with pytest.raises(CheckpointError, match="attach"):
         plot_ledger(Ledger(), tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+SDXL = [
+    f"lora_unet_{block}_{i}_1_transformer_blocks_{k}_{what}"
+    for block in ("input_blocks", "middle_block", "output_blocks")
+    for i in range(3)
+    for k in range(4)
+    for what in ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_k", "ff_net_2")
+]
+
+
+def test_names_that_differ_in_the_middle_are_told_apart_when_they_are_shortened():
+    types = {row.type for row in arrange(SDXL)}
+    assert len(types) == 3 * 7
+    for most in (30, 44):
+        short = {shortened(kind, most) for kind in types}
+        assert len(short) == len(types)
+        assert all(len(name) <= most for name in short)
+    assert shortened("q_proj", 30) == "q_proj"
+    assert len(shortened("x" * 80, 30)) == 30
+
+
+@given(st.text(st.sampled_from("ab._ "), max_size=60), st.integers(4, 40))
+def test_a_shortened_name_fits_and_keeps_its_end(text: str, most: int):
+    short = shortened(text, most)
+    assert len(short) <= most
+    assert short == text if len(text) <= most else text.endswith(short.partition("…")[2])
+    assert text.startswith(short.partition("…")[0])
+
+
+def test_blocks_have_panels_where_types_are_many(tmp_path: Path):
+    found = inspected(1)
+    modules = tuple(dataclasses.replace(found.modules[0], name=name) for name in SDXL)
+    figure = spectra_figure(dataclasses.replace(found, modules=modules))
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")]
+    assert titles == ["input_blocks", "middle_block", "output_blocks"]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [label.rpartition("*_")[2] for label in labels[:3]] == ["attn1_to_q", "attn1_to_k", "attn1_to_v"]
+
+
+@pytest.mark.parametrize(("layers", "told"), [(70, 210), (300, 3)])
+def test_last_ranks_stand_beside_the_picture_at_any_size(layers: int, told: int):
+    ledger = run(layers)
+    last = ledger.history()[-1][1]
+    texts = [text.get_text().strip() for text in ledger_figure(ledger).axes[1].texts]
+    if told == 3:
+        spans = [sorted(last[row.name] for row in arrange(last) if row.label.endswith(kind)) for kind in TYPES]
+        assert [text for text in texts if " to " in text] == [f"{s[0]} to {s[-1]}" for s in spans]
+    else:
+        assert len([t for t in texts if t.isdecimal()]) >= told
