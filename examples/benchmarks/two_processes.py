@@ -144,7 +144,7 @@ def resizes(options: argparse.Namespace, leads: bool) -> None:
         began = time.perf_counter()
         agreed = flow._processes.agree(partial(RankPlan, plan.ops, plan.reason), flow.layout, flow.step)
         middle = time.perf_counter()
-        flow._operations.perform(agreed, flow._now)
+        flow._phases.operations.perform(agreed, flow._phases.now)
         end = time.perf_counter()
         for key, seconds in zip(found, (middle - began, end - middle, end - began), strict=True):
             found[key].append(seconds)

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 from rankflow.errors import ConfigError
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.dtensor import REMEDY
+from rankflow.observe.averages import sources
+from rankflow.observe.probes import Probes
 from rankflow.optim.optimizer_state import OnUnknownState, OptimizerState
 from rankflow.plans.layout import Layout
 from rankflow.policies.gate import Gate
@@ -82,3 +84,12 @@ def check_shards(
         }
         for reason in (reason for reason, met in reasons.items() if met):
             raise ConfigError(f"{phase.name} has {reason}, which needs factors that are not in shards; {REMEDY}")
+
+
+def check_signals(probes: Probes, phases: Sequence[Phase]) -> None:
+    """Raise what `Probes.check` does where a phase asks for signals that this model cannot give."""
+    for phase in phases:
+        for study in phase.policy.studies:
+            probes.check(study.signals)
+        for due in phase.policy.when.events[:1]:
+            probes.check(sources(phase.policy.listen(due)))

@@ -20,7 +20,7 @@ FAULTS = [
     Fault(
         "listen no more where a state could not be loaded",
         "training/controller.py",
-        "        except BaseException:\n            self._listen()\n            raise\n",
+        "        except BaseException:\n            self._phases.listen()\n            raise\n",
         "        finally:\n            pass\n",
         "-k go_back",
     ),
@@ -34,7 +34,7 @@ FAULTS = [
     Fault(
         "lost: who is frozen by a step that has not happened",
         "training/controller.py",
-        'transaction.keep(self._operations, "frozen")',
+        'transaction.keep(self._phases.operations, "frozen")',
         "pass",
     ),
     Fault(
@@ -59,14 +59,14 @@ FAULTS = [
     Fault(
         "lost: forget what was heard when a step fails",
         "training/controller.py",
-        '"step", "_pending", "_phase"',
-        '"step", "_phase"',
+        '"step", "pending", "index"',
+        '"step", "index"',
     ),
     Fault(
         "lost: stay in the phase that could not be entered",
         "training/controller.py",
-        '"_phase", "_state")',
-        '"_state")',
+        '"index", "state")',
+        '"state")',
     ),
     Fault(
         "lost: take averages twice",
@@ -95,8 +95,8 @@ FAULTS = [
     ),
     Fault(
         "lost: go on to other held-out batches after a failure",
-        "training/controller.py",
-        'self._transaction.undo(partial(setattr, held_out, "position", held_out.position))',
+        "training/data.py",
+        'transaction.undo(partial(setattr, held_out, "position", held_out.position))',
         "pass",
     ),
     Fault(

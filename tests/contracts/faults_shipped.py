@@ -5,8 +5,8 @@ from fault import Fault
 FAULTS = [
     Fault(
         "forget what scaling a module left with",
-        "training/controller.py",
-        "site_edits.recall(self._adapter.sites[name], transaction, slot.scaling)",
+        "training/state.py",
+        "site_edits.recall(phases.adapter.sites[name], transaction, slot.scaling)",
         "pass",
         "-k adalora",
     ),

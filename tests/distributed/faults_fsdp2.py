@@ -27,7 +27,7 @@ FAULTS = [
     Fault(
         "leave factors in shards with their room",
         "training/controller.py",
-        "        if self._surgeon.held:\n            self._operations.settle({}, self._now)\n",
+        "        if self._surgeon.held:\n            self._phases.operations.settle({}, self._phases.now)\n",
         "",
         "-k what_one_does",
     ),

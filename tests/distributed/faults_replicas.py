@@ -55,7 +55,7 @@ FAULTS = [
     ),
     Fault(
         "let the wrapper wait for gradients of modules that a plan has frozen",
-        "training/operations.py",
+        "training/phases.py",
         "replaced=self._trained != before",
         "replaced=self._trained[0] != before[0]",
     ),

@@ -5,16 +5,16 @@ from fault import Fault
 FAULTS = [
     Fault(
         "draw noise with the seed of the process instead of the run's",
-        "training/controller.py",
-        "(self, self._surgeon, self._gates, self._probes, self._held_out)",
-        "(self, self._surgeon, self._probes, self._held_out)",
+        "training/state.py",
+        "(phases, phases.surgeon, phases.gates, phases.probes, phases.data.held_out)",
+        "(phases, phases.surgeon, phases.probes, phases.data.held_out)",
         "::test_a_resumed_run_ends_where_an_uninterrupted_one_does",
     ),
     Fault(
         "deal held-out batches with the seed of the process instead of the run's",
-        "training/controller.py",
-        "(self, self._surgeon, self._gates, self._probes, self._held_out)",
-        "(self, self._surgeon, self._gates, self._probes)",
+        "training/state.py",
+        "(phases, phases.surgeon, phases.gates, phases.probes, phases.data.held_out)",
+        "(phases, phases.surgeon, phases.gates, phases.probes)",
         "::test_a_resumed_run_goes_on_in_the_held_out_data",
     ),
     Fault(

@@ -34,7 +34,7 @@ from tiny import Tiny, resumed, save, timeless
 from rankflow.lora.transaction import Transaction
 from rankflow.training.checkpoint import load_state, save_state
 from rankflow.training.ledger import Ledger
-from rankflow.training.operations import Operations
+from rankflow.training.phases import Operations
 
 STEPS, EVERY = 16, 3  # optimizer steps, and how many between checkpoints
 POLICY: dict[str, Any] = {

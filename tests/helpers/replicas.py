@@ -369,5 +369,5 @@ def one_leaves(rank: int) -> Any:
     train(ddp, flow, optimizer, batches[:5])
     if rank == 1:
         return "left"
-    flow._decide(rankflow.policies.observation.Observation(5))
+    flow._phases._decide(rankflow.policies.observation.Observation(5))
     return "decided alone"

@@ -163,7 +163,7 @@ def fails(rank: int, name: str, at: str) -> Any:
     failures, real = [], flow.after_step
 
     def after_step() -> Any:
-        if flow._counted == flow.step or not flow._looks_at_factors():
+        if flow._phases.counted == flow.step or not flow._phases.looks_at_factors():
             return real()
         before = everything(net, optimizer, flow)
         try:

@@ -25,7 +25,7 @@ from rankflow.plans.plan import RankPlan
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.controller import Controller
 from rankflow.training.ledger import Ledger
-from rankflow.training.operations import Operations
+from rankflow.training.phases import Operations
 from tests.contracts.test_nothing_lost import Told, assert_same, phases
 
 

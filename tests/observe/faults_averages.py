@@ -26,7 +26,7 @@ FAULTS = [
     ),
     Fault(
         "start averages afresh on resume",
-        "training/controller.py",
+        "training/state.py",
         'load_state_dict(state.get("averages", {}))',
         "load_state_dict({})",
         "::test_a_resumed_run_has_them_to_the_bit_and_cuts_by_them_alike",

@@ -23,7 +23,7 @@ FAULTS = [
     ),
     Fault(
         "let a policy take out the last module that trains",
-        "training/controller.py",
+        "training/phases.py",
         "lambda: self._sparing(ask())",
         "ask",
     ),

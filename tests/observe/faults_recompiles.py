@@ -11,7 +11,7 @@ FAULTS = [
     ),
     Fault(
         "warn of decisions to come although ranks come back to buckets",
-        "training/controller.py",
+        "training/phases.py",
         'if self.lifecycle.mode == "mask" or all(slot.buckets for slot in self.layout.values()):',
         'if self.lifecycle.mode == "mask":',
     ),

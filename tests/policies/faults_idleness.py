@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "start a run in which nothing can change without a word",
         "training/controller.py",
-        "(idle := idle_phases(layout, self._phases))",
+        "(idle := idle_phases(layout, phases))",
         "(idle := [])",
     ),
     Fault(

@@ -19,9 +19,9 @@ FAULTS = [
     ),
     Fault(
         "mask: keep the room of the phase before",
-        "training/controller.py",
-        "rooms(self._policy, self.layout), self._now)",
-        "{n: max(k, self._adapter.sites[n].size) for n, k in rooms(self._policy, self.layout).items()}, self._now)",
+        "training/phases.py",
+        "rooms(self.policy, self.layout), self.now)",
+        "{n: max(k, self.adapter.sites[n].size) for n, k in rooms(self.policy, self.layout).items()}, self.now)",
     ),
     Fault(
         "mask: open gates of directions that are not there",
@@ -32,8 +32,8 @@ FAULTS = [
     ),
     Fault(
         "mask: resume without knowing ranks",
-        "training/controller.py",
-        'self._surgeon.hold(state.get("held", {}), transaction)',
+        "training/state.py",
+        'phases.surgeon.hold(state.get("held", {}), transaction)',
         "pass",
         "-k resume",
     ),

@@ -23,8 +23,8 @@ FAULTS = [
     ),
     Fault(
         "do not ask a policy that leaves",
-        "training/controller.py",
-        "self._change(lambda: self._policy.leave(self._state, self.layout))",
+        "training/phases.py",
+        "self._change(lambda: self.policy.leave(self.state, self.layout))",
         "pass",
     ),
 ]

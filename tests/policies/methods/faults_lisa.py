@@ -6,13 +6,13 @@ FAULTS = [
     Fault(
         "leave what a phase froze to the next",
         "training/controller.py",
-        "        if self.step + 1 >= self.phase.end:\n            self._operations.thaw(self._now)",
+        "        if phases.step + 1 >= phases.phase.end:\n            phases.operations.thaw(phases.now)",
         "        pass",
     ),
     Fault(
         "forget at a resume who was frozen",
-        "training/controller.py",
-        'self._operations.freeze(set(state.get("frozen", ())), self._now)',
+        "training/state.py",
+        'phases.operations.freeze(set(state.get("frozen", ())), phases.now)',
         "pass",
     ),
     Fault(

@@ -168,7 +168,7 @@ def test_training_batches_never_move_the_logits_and_the_choice_ends_the_search()
     run.until(9)
     assert sum(rank > 0 for rank in run.flow.layout.ranks.values()) == 6  # 5 modules in each of 2 layers, half, up
     chosen = logits()
-    run.flow._outer_when_due()
+    run.flow._phases.outer_when_due()
     assert torch.equal(logits(), chosen)
 
 

@@ -245,7 +245,7 @@ def test_a_phase_leaves_nothing_frozen_to_the_next():
     run.until(9)  # the step that is next belongs to the growing phase, which listens to it
     assert trained(run) == {True}
     run.until(10)
-    assert all(int(state[2]) == 10 for state in run.flow._state.values()), "a module was not heard"
+    assert all(int(state[2]) == 10 for state in run.flow._phases.state.values()), "a module was not heard"
     run.until(16)
     assert run.flow.layout.total_rank == 40
     assert trained(run) == {True}
