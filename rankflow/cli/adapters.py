@@ -101,7 +101,7 @@ def pad(
 ) -> None:
     """Fill every module up to one rank with zeros: same DeltaW; in PEFT's format with alpha = r and no patterns."""
     from rankflow.compress.squeeze import pad as run
-    from rankflow.render.tables import squeeze_table
+    from rankflow.render.adapter_tables import squeeze_table
 
     with bar("padding") as progress:
         done = run(
@@ -134,7 +134,7 @@ def diff(
 ) -> None:
     """Say how far apart two adapters of one model are, whatever their ranks."""
     from rankflow.analysis.difference import diff as run
-    from rankflow.render.tables import difference_table
+    from rankflow.render.adapter_tables import difference_table
 
     with bar("comparing") as progress:
         kinds = from_format[0] if from_format and len(from_format) == 1 else from_format or None
@@ -186,7 +186,7 @@ def inspect(
     check_apart(writes)
     there = {path for path in writes if os.path.lexists(path)}
     from rankflow.analysis.inspection import inspect as run
-    from rankflow.render.tables import inspection_table, types_table
+    from rankflow.render.adapter_tables import inspection_table, types_table
 
     with bar("inspecting") as progress:
         found = run(

@@ -65,7 +65,7 @@ def check(
         return
     from rankflow.analysis.forecast import foretell
     from rankflow.policies.idleness import idle_phases
-    from rankflow.render.tables import costs_table, limits_table, phases_table
+    from rankflow.render.policy_tables import costs_table, limits_table, phases_table
 
     lifecycle = load_policy(subject)
     if model is None:
@@ -87,7 +87,7 @@ def policies(
     """List the policies there are, with their parameters, defaults and meaning."""
     from rankflow.config.load import describe
     from rankflow.config.load import shipped as files
-    from rankflow.render.tables import policies_table, policy_table
+    from rankflow.render.policy_tables import policies_table, policy_table
 
     found = {d.name: d for d in describe()}
     if name is not None and name not in found:
@@ -107,7 +107,7 @@ def _check_adapter(adapter: Path, engine: str | None, as_json: bool, from_format
     Raises:
         typer.Exit: with status 1, if anything would go wrong.
     """
-    from rankflow.render.tables import verdict_table
+    from rankflow.render.adapter_tables import verdict_table
     from rankflow.serving.verdicts import check as run
 
     found = run(adapter, engine, from_format=from_format, base=base)

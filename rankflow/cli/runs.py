@@ -61,7 +61,7 @@ def report(
     check_apart([path for path in (out, html) if path is not None])
     there = {path for path in (out, html) if path is not None and os.path.lexists(path)}
     from rankflow.render.run_figure import plot_ledger
-    from rankflow.render.tables import events_table, gates_table, ranks_table
+    from rankflow.render.run_tables import events_table, gates_table, ranks_table
     from rankflow.training.ledger import Ledger
 
     read = Ledger.read(ledger)
@@ -127,7 +127,7 @@ def _compare(first: Path, second: Path, as_json: bool) -> None:
         typer.Exit: with status 1, if they did not decide the same.
     """
     from rankflow.analysis.run_comparison import compare
-    from rankflow.render.tables import comparison_table
+    from rankflow.render.run_tables import comparison_table
     from rankflow.training.ledger import Ledger
 
     found = compare(Ledger.read(first), Ledger.read(second), (str(first), str(second)))

@@ -84,7 +84,7 @@ def squeeze(
     from rankflow.compress.squeeze import squeeze_each
     from rankflow.formats.io.atomic import is_plain
     from rankflow.formats.io.outputs import suffixed
-    from rankflow.render.tables import acceptance_table, squeeze_table
+    from rankflow.render.adapter_tables import acceptance_table, squeeze_table
     from rankflow.serving.export import fitting_for
 
     fitting = fitting_for(engine, to_format=to_format, base=base)
@@ -178,7 +178,7 @@ def plan(
     there = os.path.lexists(out)
     from rankflow.compress.plan_file import write_plan
     from rankflow.compress.squeeze import squeeze_each
-    from rankflow.render.tables import squeeze_table
+    from rankflow.render.adapter_tables import squeeze_table
     from rankflow.serving.export import fitting_for
 
     targets = options.targets(ctx.params)

@@ -81,6 +81,14 @@ def arrange(names: Iterable[str]) -> list[Row]:
     ]
 
 
+def by_type(names: Iterable[str]) -> dict[str, list[Row]]:
+    """Rows of each type, in the order of `arrange`."""
+    found: dict[str, list[Row]] = {}
+    for row in arrange(names):
+        found.setdefault(row.type, []).append(row)
+    return found
+
+
 def _shared_prefix(paths: Sequence[Sequence[str]]) -> int:
     """How many leading parts all paths have in common, the last part of each never counted."""
     shortest = min(map(len, paths), default=1) - 1

@@ -8,19 +8,11 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
+from rankflow.render.adapter_tables import carried_table, inspection_table, intruders_mean, squeeze_table, types_table
 from rankflow.render.html import Fact, Page, Picture, Section
 from rankflow.render.run_figure import ledger_figure
+from rankflow.render.run_tables import events_table, gates_table, ranks_table
 from rankflow.render.spectra_figure import spectra_figure
-from rankflow.render.tables import (
-    carried_table,
-    events_table,
-    gates_table,
-    inspection_table,
-    intruders_mean,
-    ranks_table,
-    squeeze_table,
-    types_table,
-)
 
 if TYPE_CHECKING:
     from rankflow.analysis.inspection import Inspection

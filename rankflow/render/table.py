@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from textwrap import wrap
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from rankflow.plans.names import shortened, shown
+from rankflow.plans.names import Row, shortened, shown
 
 _LONGEST = 500  # characters of a cell on a terminal
 _NAME = 44  # characters of the name of a module
@@ -152,3 +153,13 @@ def _bars(sigma: Sequence[float], width: int = 8) -> str:
 def rank_bars(ranks: Iterable[int], top: int, absent: str = " ") -> str:
     """A bar for each rank, `top` being the highest."""
     return "".join(absent if r == 0 else _BARS[math.ceil(r / top * 8) - 1] for r in ranks)
+
+
+def figure(value: float | None) -> Cell:
+    """A whole number as it is, any other with three digits."""
+    return number(value, "{:.3g}" if value is not None and (value % 1 or value >= 1e5) else "{:.0f}")
+
+
+def between_types(rows: Sequence[Row]) -> frozenset[int]:
+    """Numbers of the rows that begin another type of module."""
+    return frozenset(i for i, (one, other) in enumerate(pairwise(rows), 1) if one.type != other.type)

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from rankflow.analysis.run import Standing, standing
 from rankflow.plans.names import arrange
+from rankflow.render.run_tables import events_table
 from rankflow.render.table import rank_bars
-from rankflow.render.tables import events_table
 from rankflow.training.ledger import Ledger
 
 _EVENTS = 6

@@ -13,7 +13,7 @@ from rankflow.analysis.run_comparison import compare
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.ops import Grow, Keep, Refactor
 from rankflow.plans.plan import RankPlan
-from rankflow.render.tables import comparison_table
+from rankflow.render.run_tables import comparison_table
 from rankflow.training.ledger import Ledger
 from tests.render.test_tables import text
 

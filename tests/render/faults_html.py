@@ -35,7 +35,7 @@ FAULTS = [
     ),
     Fault(
         "count growth alone on a run's page",
-        "render/tables.py",
+        "render/run_tables.py",
         "sum(a != b for a, b in pairwise(ranks))",
         "sum(a < b for a, b in pairwise(ranks))",
         "::test_a_runs_page_counts_growth_and_cuts_alike",

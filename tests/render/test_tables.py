@@ -21,10 +21,11 @@ from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.names import arrange, shortened
 from rankflow.plans.ops import Drop, Grow
 from rankflow.plans.plan import RankPlan
+from rankflow.render.adapter_tables import inspection_table, squeeze_table
 from rankflow.render.run_figure import ledger_figure, plot_ledger, plot_spectra
+from rankflow.render.run_tables import events_table, gates_table, ranks_table
 from rankflow.render.spectra_figure import spectra_figure
 from rankflow.render.table import Table
-from rankflow.render.tables import events_table, gates_table, inspection_table, ranks_table, squeeze_table
 from rankflow.training.ledger import Ledger
 
 TYPES = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"]

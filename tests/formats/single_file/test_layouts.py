@@ -17,8 +17,8 @@ from rankflow import AdapterError, ConfigError, inspect, squeeze
 from rankflow.analysis.difference import diff
 from rankflow.cli.app import app
 from rankflow.formats.open import open_adapter
+from rankflow.render.adapter_tables import inspection_table, squeeze_table
 from rankflow.render.reports import inspection_page, squeeze_page
-from rankflow.render.tables import inspection_table, squeeze_table
 
 FLUX = ["double_blocks.{i}.img_attn.qkv", "double_blocks.{i}.txt_mod.lin", "single_blocks.{i}.linear1"]
 QWEN = [
