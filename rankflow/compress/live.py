@@ -15,6 +15,7 @@ from rankflow.compress.metric import Metric
 from rankflow.compress.report import SqueezeReport, report
 from rankflow.compress.target import Goal, Target
 from rankflow.deprecation import renamed_arguments
+from rankflow.formats.single_file.names import of_image_model
 from rankflow.gating.parametrize import refuse_gates
 from rankflow.linalg.parallel import Pool, Progress
 from rankflow.linalg.spectrum import Gauge, Spectrum
@@ -86,4 +87,5 @@ def squeeze_model(
         dry_run=False,
         notes=cut_in.notes,
         seconds=time.perf_counter() - began,
+        language_model=not of_image_model(layout),
     )

@@ -26,12 +26,14 @@ from rankflow.compress.residual import check_residual
 from rankflow.compress.target import Goal, Target, every_rank
 from rankflow.deprecation import renamed_arguments
 from rankflow.errors import ConfigError, naming
+from rankflow.formats.as_lora.fine_tune import KIND as FULL
 from rankflow.formats.base import SavedAdapter, Sketch
 from rankflow.formats.io.atomic import is_plain
 from rankflow.formats.io.outputs import Around, Reads, check_apart, check_harmless
 from rankflow.formats.io.tensors import TENSOR_FILES
 from rankflow.formats.open import open_adapter
 from rankflow.formats.peft.adapter import PeftAdapter
+from rankflow.formats.single_file.names import of_image_model
 from rankflow.linalg.parallel import Pool, Progress, usable
 from rankflow.linalg.spectrum import Gauge
 from rankflow.linalg.svd import Backend, check_backend
@@ -273,6 +275,7 @@ def squeeze_each(
             copied=() if out is None else tuple(file.name for file in adapter.companions),
             notes=(*adapter.notes, *cut_in.notes, *fitting.notes(ranks)),
             seconds=time.perf_counter() - began,
+            language_model=adapter.kind in ("peft", FULL) and not of_image_model(layout),
         )
 
     with naming(adapter.path):

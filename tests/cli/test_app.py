@@ -318,3 +318,22 @@ def test_report_draws_and_tells(ledger: Path, tmp_path: Path):
     assert (tmp_path / "rankflow.png").read_bytes().startswith(b"\x89PNG")
     run("report", ledger, "-o", tmp_path / "other.svg")
     assert "<svg" in (tmp_path / "other.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "to", "told"),
+    [(["model.layers.0.self_attn.q_proj"], None, True), (["down_blocks.0.attentions.0.to_q"], None, False),
+     (["down_blocks.0.attentions.0.to_q"], "kohya", False)],
+    ids=["language model", "image model", "kohya"],
+)  # fmt: skip
+def test_only_a_language_models_adapter_is_told_of_vllm(tmp_path: Path, names: list[str], to: str | None, told: bool):
+    from tests.analysis.test_inspection import make  # which imports this file
+
+    src = make(tmp_path / "src", names)
+    if to is not None:
+        done = rankflow.squeeze(src, tmp_path / "other.safetensors", target_rank=2, to_format=to)
+        src = Path(str(done.out))
+    done = rankflow.squeeze(src, tmp_path / "out", target_rank=1, dry_run=True)
+    assert done.language_model is told
+    result = run("squeeze", src, "--target-rank", 1, "--dry-run").stdout
+    assert ("--max-lora-rank" in result) is told

@@ -182,6 +182,11 @@ def from_peft(names: Collection[str]) -> str:
     return found.pop()
 
 
+def of_image_model(names: Iterable[str]) -> bool:
+    """Whether modules, named as PEFT names them, are of a diffusion model, as far as the names tell."""
+    return any(name.partition(".")[0] in _ROOTS for name in names)
+
+
 def to_peft(names: Collection[str]) -> int:
     """Length of the component's name, with its dot, that all modules begin with.
 
