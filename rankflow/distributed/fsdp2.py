@@ -248,7 +248,7 @@ class Shards:
         for name, site in self._adapter.sites.items():
             if site.kind not in ("linear", "embedding"):
                 raise ConfigError(f"{name}: factors of {site.kind} layers cannot be in shards; {REMEDY}")
-            if site.placed and managed[id(site.A)][0] is not managed[id(site.B)][0]:
+            if site.has_factors and managed[id(site.A)][0] is not managed[id(site.B)][0]:
                 raise ConfigError(f"{name}: its factors are sharded apart; call fully_shard on the layer around it")
         for group in self._groups():
             if len(group.fsdp_params) == mine.get(id(group)):

@@ -172,7 +172,7 @@ class Gates:
         for name, site in self._adapter.sites.items():
             if self.gate is not None and name in self._theta:
                 fit(site, self.gate, self._live[name], self._still[name])
-            elif site.placed or site.kind == "embedding":
+            elif site.has_factors or site.kind == "embedding":
                 for module, key in site.holders.values():
                     unfit(module, key)
         noisy = self.gate is not None and type(self.gate).noise is not Gate.noise
@@ -193,7 +193,7 @@ class Gates:
         with torch.no_grad():
             made = self.gate.draw(self._theta, noise)
         for name, draw in made.items():
-            draw = self._roomy(name, draw)
+            draw = self._padded(name, draw)
             trained = wanted and self._adapter.sites[name].trainable
             leaves = {key: t.detach().clone().requires_grad_(trained) for key, t in draw.items()}
             for current in (self._live[name], *([self._still[name]] if noise is None else [])):
@@ -203,14 +203,14 @@ class Gates:
             self._drawn.append((noise, {name: dict(draw) for name, draw in self._live.items()}))
         self._noisy = noise is not None
 
-    def _roomy(self, name: str, draw: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Where factors have room for more directions than there are, draws have too: values of 0."""
+    def _padded(self, name: str, draw: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`draw` for as many directions as the capacity of the factors: values beyond the rank are 0."""
         site = self._adapter.sites[name]
-        if self.scope != "component" or not site.roomy:
+        if self.scope != "component" or not site.masked:
             return draw
-        return {**draw, "value": F.pad(draw["value"], (0, site.size - site.rank))}
+        return {**draw, "value": F.pad(draw["value"], (0, site.capacity - site.rank))}
 
-    def _settle(self) -> None:
+    def _drop_noise(self) -> None:
         """Deterministic draws of the parameters as they are now, where there may be others."""
         if self._noisy or self.trained_on != "nothing":
             self._draw(None)
@@ -313,7 +313,7 @@ class Gates:
         self._gradient = {n: t["value"].grad for n, t in self._theta.items() if _graded(t.get("value"))}  # type: ignore[misc]
         if reached:
             self._add_penalty(everything)
-        self._settle()
+        self._drop_noise()
 
     def _fill_silence(self) -> None:
         """Modules that train and that no gradient reached have one of zeros, where others have one: what shrinks and
@@ -342,7 +342,7 @@ class Gates:
         if self.gate is not None:
             if self.gate.trained_on == "inner":
                 self._update(self._step)
-            self._settle()
+            self._drop_noise()
 
     def outer_step(self, loss: Callable[[], Tensor], step: int, transaction: Transaction | None = None) -> Tensor:
         """One update of gates that are trained on held-out data; of the factors nothing changes, not even `.grad`."""
@@ -493,7 +493,7 @@ class Gates:
 
 
 def _of(gradient: Tensor | None, made: Tensor) -> Tensor:
-    """The gradient of what was made, of a draw that may have room for more (`Gates._roomy`)."""
+    """The gradient of what was made, of a draw that may be padded to the capacity (`Gates._padded`)."""
     assert gradient is not None
     return gradient if gradient.shape == made.shape else gradient[: len(made)]
 

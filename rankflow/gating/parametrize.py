@@ -42,7 +42,7 @@ class Fitted:
             return self.gate.a(draw, canonical_a(raw, self.experts)).reshape(raw.shape)
         return stored_b(self.gate.b(draw, canonical_b(raw, self.experts)), self.experts).reshape(raw.shape)
 
-    def settle(self) -> None:
+    def drop_noise(self) -> None:
         """Let forwards read what has no noise."""
         self.draw.clear()
         self.draw.update(self.still)
@@ -178,4 +178,4 @@ def _without_gates(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict
 
 def _without_noise(model: nn.Module) -> None:
     for _, module, name in _fitted_parameters(model):
-        module.__dict__[_FITTED][name].settle()
+        module.__dict__[_FITTED][name].drop_noise()

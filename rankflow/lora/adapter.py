@@ -104,9 +104,9 @@ class Adapter:
     def write_config(self, transaction: Transaction) -> None:
         """Let the PEFT config say what the layers now are, so that what is saved can be loaded anywhere."""
         sites = [s for s in self.sites.values() if not s.inner]
-        present = {s.name: s for s in sites if s.placed}
-        absent = [s.name for s in sites if not s.placed]
-        fields = rank_config({n: s.size for n, s in present.items()}, {n: s.alpha for n, s in present.items()})
+        present = {s.name: s for s in sites if s.has_factors}
+        absent = [s.name for s in sites if not s.has_factors]
+        fields = rank_config({n: s.capacity for n, s in present.items()}, {n: s.alpha for n, s in present.items()})
         for field, value in fields._asdict().items():
             transaction.attr(self.config, field, value)
         current = self.config.exclude_modules
@@ -121,11 +121,11 @@ class Adapter:
         config = self.config
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         for name, site in self.sites.items():
-            if site.placed and not site.inner:
+            if site.has_factors and not site.inner:
                 key = anchored(name)
                 said = (ranks.get(key, config.r), alphas.get(key, config.lora_alpha))
-                if said != (site.size, site.alpha):
-                    return f"{name}: config says (r, alpha) = {said} and the layer {(site.size, site.alpha)}"
+                if said != (site.capacity, site.alpha):
+                    return f"{name}: config says (r, alpha) = {said} and the layer {(site.capacity, site.alpha)}"
         return None
 
     def _tie(self, root: nn.Module) -> None:

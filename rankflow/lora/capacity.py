@@ -1,10 +1,10 @@
-"""`mode: mask`: factors keep one shape for a whole phase, with room for the largest rank that each module may have.
+"""`mode: mask`: factors keep one shape for a whole phase, of a capacity for the largest rank that each module may have.
 
 Rows of A and columns of B beyond a module's rank are zero, both of them. So their gradients are zero, an optimizer
 that steps each entry by what it alone has seen leaves them there, and nothing has to be masked in forward or backward:
 a decision writes into the tensors there are. Parameters, compiled graphs and reducers of gradients stay what they are;
-the memory and arithmetic of the room is what that costs. Between phases, and at the end, factors shrink to what is
-needed.
+the memory and arithmetic of what lies beyond the rank is the cost. Between phases, and at the end, factors shrink to
+what is needed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rankflow.plans.layout import Layout
 from rankflow.policies.base import Policy
 
 
-def rooms(policy: Policy, layout: Layout) -> dict[str, int]:
-    """Room of every module while `policy` is in charge: its greatest rank, or what it has where ranks only fall."""
+def capacities(policy: Policy, layout: Layout) -> dict[str, int]:
+    """Capacity of every module while `policy` is in charge: its greatest rank, or its own where ranks only fall."""
     return {name: max(slot.rank, slot.max_rank if policy.grows else 0) for name, slot in layout.items()}
 
 

@@ -43,35 +43,35 @@ class Site:
         self.sharded = False  # whether its parameters are spread over processes between steps (`rankflow.lora.dtensor`)
         self.adapter_name = adapter
         self.paused: tuple[str, ...] | None = None  # roles that `train` has switched off
-        self._held: int | None = None  # the rank, where factors have room for more (see `rankflow.lora.capacity`)
+        self._masked_rank: int | None = None  # the rank, where capacity is above it (`rankflow.lora.capacity`)
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
     @property
     def present(self) -> bool:
         """False while the module has left the adapter (rank 0)."""
-        return self.placed and self._held != 0
+        return self.has_factors and self._masked_rank != 0
 
     @property
-    def placed(self) -> bool:
-        """Whether the layer has factors of this adapter; with room for more than rank 0, it has them at that too."""
+    def has_factors(self) -> bool:
+        """Whether the layer has factors of this adapter; where they are masked, it has them at rank 0 too."""
         return self.adapter_name in self.layer.r
 
     @property
-    def roomy(self) -> bool:
-        """Whether factors have room for more than the rank: rows of A and columns of B beyond it are zero."""
-        return self._held is not None
+    def masked(self) -> bool:
+        """Whether capacity may be above the rank: rows of A and columns of B beyond the rank are zero."""
+        return self._masked_rank is not None
 
     @property
     def A(self) -> nn.Parameter:
-        if not self.placed:
+        if not self.has_factors:
             raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
         module, name = self.holders["A"]
         return module._parameters[name]  # type: ignore[return-value]
 
     @property
     def B(self) -> nn.Parameter:
-        if not self.placed:
+        if not self.has_factors:
             raise AdapterError(f"{self.name}: has left the adapter (rank 0) and has no factors")
         module, name = self.holders["B"]
         return module._parameters[name]  # type: ignore[return-value]
@@ -87,9 +87,9 @@ class Site:
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """All parameters of the module's adapter by role, in `named_parameters` order: A, B and, where they exist,
-        the bias of `lora_bias` and DoRA's magnitude, neither of which knows about rank. Empty at rank 0, unless there
-        is room for more."""
-        if not self.placed:
+        the bias of `lora_bias` and DoRA's magnitude, neither of which knows about rank. Empty at rank 0, unless
+        factors are masked."""
+        if not self.has_factors:
             return {}
         found = {"A": self.A, "B": self.B}
         bias = getattr(self.layer.lora_B[self.adapter_name], "bias", None) if self.kind != "embedding" else None
@@ -101,7 +101,7 @@ class Site:
 
     @property
     def scaling(self) -> float:
-        return float(self.layer.scaling[self.adapter_name]) if self.placed else self.dormant.slot.scaling
+        return float(self.layer.scaling[self.adapter_name]) if self.has_factors else self.dormant.slot.scaling
 
     @property
     def dora(self) -> bool:
@@ -109,7 +109,7 @@ class Site:
 
     @property
     def trainable(self) -> bool:
-        if not self.placed:
+        if not self.has_factors:
             return self.dormant.slot.trainable
         return any(p.requires_grad for p in self.tensors().values())
 
@@ -119,25 +119,25 @@ class Site:
 
     @property
     def rank(self) -> int:
-        return self.size if self._held is None else self._held
+        return self.capacity if self._masked_rank is None else self._masked_rank
 
     @property
-    def size(self) -> int:
-        """How many directions the factors have room for: what PEFT calls their rank."""
-        return self.layer.r[self.adapter_name] if self.placed else 0
+    def capacity(self) -> int:
+        """How many directions the factors have, those of zeros too: what PEFT calls their rank."""
+        return self.layer.r[self.adapter_name] if self.has_factors else 0
 
     @property
     def alpha(self) -> float:
-        """What PEFT calls lora_alpha, at the present size."""
+        """What PEFT calls lora_alpha, at the present capacity."""
         return self.layer.lora_alpha[self.adapter_name]
 
     def slot(self) -> Slot:
-        if not self.placed:
+        if not self.has_factors:
             return self.dormant.slot
         a, b = canonical_a(self.A.detach(), self.experts), canonical_b(self.B.detach(), self.experts)
-        if not (a.shape[-2] == b.shape[-1] == self.size and self._sizes_agree()):
+        if not (a.shape[-2] == b.shape[-1] == self.capacity and self._sizes_agree()):
             raise AdapterError(
-                f"{self.name}: PEFT says rank {self.size} but A is {list(a.shape)} and B is {list(b.shape)}; "
+                f"{self.name}: PEFT says rank {self.capacity} but A is {list(a.shape)} and B is {list(b.shape)}; "
                 "something else resized this adapter"
             )
         return Slot(
@@ -166,12 +166,12 @@ class Site:
     def a(self, t: Tensor | None = None) -> Tensor:
         """A, or a tensor of its shape, as ``[*experts, r, in]``; a view wherever strides allow."""
         found = canonical_a(self.A if t is None else t, self.experts)
-        return found if self._held is None else found[..., : self._held, :]
+        return found if self._masked_rank is None else found[..., : self._masked_rank, :]
 
     def b(self, t: Tensor | None = None) -> Tensor:
         """B, or a tensor of its shape, as ``[*experts, out, r]``; a view wherever strides allow."""
         found = canonical_b(self.B if t is None else t, self.experts)
-        return found if self._held is None else found[..., : self._held]
+        return found if self._masked_rank is None else found[..., : self._masked_rank]
 
     def shown(self, factor: Factor) -> Tensor:
         """A factor as forwards use it, canonical: under a gate, what the gate makes of it."""
@@ -181,8 +181,8 @@ class Site:
 
     def raw_a(self, t: Tensor, size: int | None = None) -> Tensor:
         """Back from ``[*experts, r, in]`` to the shape that PEFT stores at that rank, or with zeros up to `size`: that
-        of the factors there are, if they have room for more than r."""
-        size = self.size if size is None and self.roomy else size
+        of the factors there are, if their capacity may be above r."""
+        size = self.capacity if size is None and self.masked else size
         t = t if size is None else F.pad(t, (0, 0, 0, size - t.shape[-2]))
         if self.experts > 1:
             return t.reshape(-1, t.shape[-1])
@@ -190,7 +190,7 @@ class Site:
 
     def raw_b(self, t: Tensor, size: int | None = None) -> Tensor:
         """Back from ``[*experts, out, r]``, likewise."""
-        size = self.size if size is None and self.roomy else size
+        size = self.capacity if size is None and self.masked else size
         t = t if size is None else F.pad(t, (0, size - t.shape[-1]))
         if self.experts > 1:
             return stored_b(t, self.experts)

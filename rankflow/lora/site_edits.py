@@ -55,17 +55,17 @@ def put(site: Site, transaction: Transaction, A: nn.Parameter, B: nn.Parameter, 
 
 
 def fill(site: Site, transaction: Transaction, A: Tensor, B: Tensor, rank: int) -> None:
-    """Make `rank` directions the module's, of factors with room for more: in place, in stored shape, zeros beyond
+    """Make `rank` directions the module's, of factors of a greater capacity: in place, in stored shape, zeros beyond
     them. Gradients go, as they do with factors that are replaced."""
     for p, value in ((site.A, A), (site.B, B)):
         transaction.tensor(p, value)
         transaction.attr(p, "grad", None)
-    transaction.attr(site, "_held", rank)
+    transaction.attr(site, "_masked_rank", rank)
 
 
-def hold(site: Site, transaction: Transaction, rank: int | None) -> None:
-    """Say that the factors have room for more than `rank`, and zeros there; None: they have not."""
-    transaction.attr(site, "_held", rank)
+def mask(site: Site, transaction: Transaction, rank: int | None) -> None:
+    """Let the module have `rank`, and factors of its capacity with zeros beyond that; None: capacity is its rank."""
+    transaction.attr(site, "_masked_rank", rank)
 
 
 def leave(site: Site, transaction: Transaction) -> None:
@@ -95,7 +95,7 @@ def recall(site: Site, transaction: Transaction, scaling: float) -> None:
 
     One that is there has its own, and only loses what rounding alpha and dividing by the rank again have changed.
     """
-    if site.placed:
+    if site.has_factors:
         if math.isclose(site.scaling, scaling, rel_tol=1e-9):
             transaction.contents(site.layer.scaling, {**site.layer.scaling, site.adapter_name: scaling})
         return
@@ -115,7 +115,7 @@ def switched(site: Site) -> tuple[str, ...]:
 
 
 def _flags(site: Site) -> dict[str, bool]:
-    if not site.placed:
+    if not site.has_factors:
         return site.dormant.requires_grad
     return {role: p.requires_grad for role, p in site.tensors().items()}
 
@@ -128,7 +128,7 @@ def train(site: Site, transaction: Transaction, on: bool) -> None:
     roles = switched(site)
     transaction.attr(site, "paused", None if on else roles)
     flags = {role: on if role in roles else was for role, was in _flags(site).items()}
-    if not site.placed:
+    if not site.has_factors:
         memo = vars(site.layer)[DORMANT]
         left = replace(site.dormant, slot=replace(site.dormant.slot, trainable=on), requires_grad=flags)
         transaction.contents(memo, {**memo, site.adapter_name: left})
@@ -189,9 +189,9 @@ def rejoin(site: Site, transaction: Transaction, entries: Entries) -> None:
 
 def _config_scaling(site: Site) -> float:
     """Scaling as rank and alpha give it; `set_scale` and `scale_layer` may have put another one in force."""
-    if not site.placed:
+    if not site.has_factors:
         return site.dormant.config_scaling
-    size = site.size
+    size = site.capacity
     return site.alpha / (math.sqrt(size) if site.layer.use_rslora.get(site.adapter_name) else size)
 
 

@@ -108,7 +108,7 @@ class Ramps:
         young = [i for i, scale in enumerate(scales) if scale != 1.0]
         if not young:
             return
-        r, experts = site.size, range(site.experts)  # stored expert-major in A, expert-minor in B
+        r, experts = site.capacity, range(site.experts)  # stored expert-major in A, expert-minor in B
         index = [e * r + i if dim == 0 else i * len(experts) + e for i in young for e in experts]
         scales = [scales[i] for i in young for _ in experts]
         if dim == 0:

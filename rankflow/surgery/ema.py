@@ -98,17 +98,17 @@ class _Following:
         resizing = RankPlan({name: of for name, of in ops.items() if of}, plan.reason)
         self._surgeon.apply(resizing, step, transaction, added)
 
-    def settle(self, rooms: Mapping[str, int], transaction: Transaction) -> None:
-        self._surgeon.settle(rooms, transaction)
+    def set_capacity(self, capacities: Mapping[str, int], transaction: Transaction) -> None:
+        self._surgeon.set_capacity(capacities, transaction)
 
-    def hold(self, ranks: Mapping[str, int], transaction: Transaction) -> None:
-        self._surgeon.hold(ranks, transaction)
+    def set_masked_ranks(self, ranks: Mapping[str, int], transaction: Transaction) -> None:
+        self._surgeon.set_masked_ranks(ranks, transaction)
 
     def start(self, adapter: Adapter) -> None:
         """A checkpoint may have been loaded into the model since: of other ranks no average can be gone on with."""
         layout = self._surgeon.layout
-        ranks = {name: site.size for name, site in adapter.sites.items()}
-        if ranks == {name: site.size for name, site in self._surgeon.adapter.sites.items()}:
+        ranks = {name: site.capacity for name, site in adapter.sites.items()}
+        if ranks == {name: site.capacity for name, site in self._surgeon.adapter.sites.items()}:
             return
         if self._averaged.n_averaged > 0:
             warnings.warn("the model has other ranks than its average by now, which starts anew", stacklevel=2)

@@ -27,11 +27,11 @@ class Follower(Protocol):
     def follow(self, plan: RankPlan, step: int, staged: Sequence[Staged], transaction: Transaction) -> None:
         """`plan` was carried out; what is written goes through `transaction`."""
 
-    def settle(self, rooms: Mapping[str, int], transaction: Transaction) -> None:
-        """Factors got room (`Surgeon.settle`)."""
+    def set_capacity(self, capacities: Mapping[str, int], transaction: Transaction) -> None:
+        """Factors got other capacities (`Surgeon.set_capacity`)."""
 
-    def hold(self, ranks: Mapping[str, int], transaction: Transaction) -> None:
-        """They were loaded with room (`Surgeon.hold`)."""
+    def set_masked_ranks(self, ranks: Mapping[str, int], transaction: Transaction) -> None:
+        """They were loaded with capacities above their ranks (`Surgeon.set_masked_ranks`)."""
 
     def start(self, adapter: Adapter) -> None:
         """A run begins on `adapter`, which may have got other ranks since."""
@@ -42,7 +42,7 @@ class Listeners:
 
     `old` and `new` hold the module's parameters by role (`A`, `B`, and `bias` or `magnitude` where it has them); `old`
     is empty for a module that comes back into the adapter, `new` for one that leaves it. Under `mode: mask` factors are
-    written in place, and both are the same; where they only get or lose room, `ops` is empty.
+    written in place, and both are the same; where only their capacity changes, `ops` is empty.
 
     They are called when model and optimizer have the new parameters, as a part of the step, which is done wholly or not
     at all. One that raises undoes the resize. Where a resize is undone, for whatever reason, they are called once more,
@@ -67,8 +67,8 @@ class Listeners:
 
     def add_follower(self, follower: Follower) -> None:
         adapter = self._adapter()
-        if adapter is not None and (held := {n: site.rank for n, site in adapter.sites.items() if site.roomy}):
-            follower.hold(held, Transaction())
+        if adapter is not None and (ranks := {n: site.rank for n, site in adapter.sites.items() if site.masked}):
+            follower.set_masked_ranks(ranks, Transaction())
         self._followers.append(follower)
 
     def start(self, adapter: Adapter) -> None:

@@ -32,7 +32,7 @@ class Staged:
     swap: Swap
     entries: Entries | None = None  # for a module that comes back
     train: bool | None = None
-    fill: Mapping[str, Tensor] | None = None  # what factors that have room for it are to hold, in stored shape
+    fill: Mapping[str, Tensor] | None = None  # what factors of enough capacity are to hold, in stored shape
     added: Sequence[Added] = ()  # directions that are new, in the order in which they came
 
     @property
@@ -79,7 +79,7 @@ class Stage:
         if not resizing:
             return Staged(Swap(site, old, old), train=train)
         entries = None
-        if not site.placed:
+        if not site.has_factors:
             entries = site_edits.build(site, self.config, rank=sum(op.n for op in resizing if isinstance(op, Grow)))
         like = old if entries is None else entries.tensors
         factors = self._factors(site, like, carry, gate)
@@ -99,7 +99,7 @@ class Stage:
                     factors.keep(back)
                 case Drop():
                     factors.keep(())
-        if site.roomy:
+        if site.masked:
             fill = {"A": site.raw_a(factors.A), "B": site.raw_b(factors.B)}
             states = self._states(site, factors, old, old) if factors.A.shape[-2] else {}
             return Staged(Swap(site, old, old, states), train=train, fill=fill, added=factors.added)
@@ -112,20 +112,20 @@ class Stage:
         }
         return Staged(Swap(site, old, new, self._states(site, factors, old, new)), entries, train, added=factors.added)
 
-    def settled(self, site: Site, size: int) -> Staged:
-        """The module as it is, with room for `size` directions, which are no fewer than its rank; at 0 it leaves."""
+    def at_capacity(self, site: Site, capacity: int) -> Staged:
+        """The module as it is, with factors of this capacity, which is no less than its rank; at 0 it leaves."""
         old = site.tensors()
-        if size == 0:
+        if capacity == 0:
             return Staged(Swap(site, old, {}))
-        entries = None if site.placed else site_edits.build(site, self.config, rank=size)
+        entries = None if site.has_factors else site_edits.build(site, self.config, rank=capacity)
         like = old if entries is None else entries.tensors
         factors = self._factors(site, like, True, None)
         new = {
             **like,
-            "A": _parameter(site.raw_a(factors.A, size), like["A"]),
-            "B": _parameter(site.raw_b(factors.B, size), like["B"]),
+            "A": _parameter(site.raw_a(factors.A, capacity), like["A"]),
+            "B": _parameter(site.raw_b(factors.B, capacity), like["B"]),
         }
-        states = self._states(site, factors, old, new, size) if site.present else {}
+        states = self._states(site, factors, old, new, capacity) if site.present else {}
         return Staged(Swap(site, old, new, states), entries)
 
     def _factors(self, site: Site, like: Mapping[str, nn.Parameter], carry: bool, gate: Tensor | None) -> _Factors:

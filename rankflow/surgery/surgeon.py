@@ -147,56 +147,58 @@ class Surgeon:
                 follower.follow(plan, step, staged, transaction)
         return target
 
-    def settle(self, rooms: Mapping[str, int], transaction: Transaction | None = None) -> bool:
-        """Give modules' factors room for more directions than they have (see `rankflow.lora.capacity`), and take it
-        from all that are not named; whether parameters were replaced. What the adapter computes stays, and its
-        optimizer state. With a `transaction`, all of it is undone too if that is.
+    def set_capacity(self, capacities: Mapping[str, int], transaction: Transaction | None = None) -> bool:
+        """Give factors these capacities, and those of all other modules their rank (see `rankflow.lora.capacity`).
+
+        What the adapter computes stays, and its optimizer state. Returns whether parameters were replaced. With a
+        `transaction`, all of it is undone too if that is.
 
         Raises:
-            PlanError: less room than a module's rank.
+            PlanError: a capacity below the module's rank.
         """
         self._agree(self._layout)
         sites = self.adapter.sites
-        if small := [name for name, size in rooms.items() if size < sites[name].rank]:
-            raise PlanError(f"{small[0]}: no room for its rank {sites[small[0]].rank} in {rooms[small[0]]} directions")
-        sizes = {name: rooms.get(name, site.rank) for name, site in sites.items()}
-        staged = [self._stage.settled(site, sizes[name]) for name, site in sites.items() if site.size != sizes[name]]
-        held = {name: site.rank if name in rooms and sizes[name] else None for name, site in sites.items()}
+        for name, capacity in capacities.items():
+            if capacity < sites[name].rank:
+                raise PlanError(f"{name}: its rank {sites[name].rank} is above the capacity {capacity}")
+        wanted = {name: capacities.get(name, site.rank) for name, site in sites.items()}
+        staged = [self._stage.at_capacity(s, wanted[name]) for name, s in sites.items() if s.capacity != wanted[name]]
+        masked = {name: site.rank if name in capacities and wanted[name] else None for name, site in sites.items()}
         with Transaction(transaction) as transaction:
             told = self.listeners.expect(transaction)
             self.gates.follow(transaction)
             for s in staged:
                 self._commit(transaction, s, 0)
-            for name, rank in held.items():
-                site_edits.hold(sites[name], transaction, rank)
+            for name, rank in masked.items():
+                site_edits.mask(sites[name], transaction, rank)
             replaced = self._replace(transaction, staged)
             self._verify(staged, self._layout)
             transaction.attr(self, "version", self.version + replaced)
             self.listeners.tell(told, staged, {})
             for follower in self.listeners.followers:
-                follower.settle(rooms, transaction)
+                follower.set_capacity(capacities, transaction)
         return replaced
 
-    def hold(self, ranks: Mapping[str, int], transaction: Transaction | None = None) -> None:
-        """Say what ranks factors of a checkpoint have that were saved with room for more.
+    def set_masked_ranks(self, ranks: Mapping[str, int], transaction: Transaction | None = None) -> None:
+        """Set the ranks of factors that were loaded from a checkpoint with capacities above them.
 
         Raises:
-            PlanError: less room than that.
+            PlanError: a rank above the capacity.
         """
         with Transaction(transaction) as transaction:
             for name, rank in ranks.items():
-                if rank > (site := self.adapter.sites[name]).size:
-                    raise PlanError(f"{name}: the checkpoint has rank {rank}, but its factors {site.size} directions")
-                site_edits.hold(site, transaction, rank)
+                if rank > (site := self.adapter.sites[name]).capacity:
+                    raise PlanError(f"{name}: the checkpoint has rank {rank}, above the capacity {site.capacity}")
+                site_edits.mask(site, transaction, rank)
             for follower in self.listeners.followers:
-                follower.hold(ranks, transaction)
+                follower.set_masked_ranks(ranks, transaction)
             live = {name: site.rank for name, site in self.adapter.sites.items()}
             transaction.attr(self, "_layout", self._layout.with_ranks(live))
 
     @property
-    def held(self) -> dict[str, int]:
-        """Ranks of modules whose factors have room for more."""
-        return {name: site.rank for name, site in self.adapter.sites.items() if site.roomy}
+    def masked_ranks(self) -> dict[str, int]:
+        """Ranks of the modules whose capacity may be above them."""
+        return {name: site.rank for name, site in self.adapter.sites.items() if site.masked}
 
     # -- before anything is written ---------------------------------------------------------------------------------
 
@@ -257,7 +259,7 @@ class Surgeon:
                 site_edits.rejoin(site, transaction, staged.entries)
             if swap.new:
                 site_edits.put(site, transaction, swap.new["A"], swap.new["B"])
-            elif site.placed:
+            elif site.has_factors:
                 site_edits.leave(site, transaction)
         if staged.train is not None:
             site_edits.train(site, transaction, staged.train)

@@ -55,7 +55,7 @@ class Attachment:
         try:
             if not self._adapter.sharded:
                 gates.fold()
-                if self._surgeon.held and self._surgeon.settle({}):
+                if self._surgeon.masked_ranks and self._surgeon.set_capacity({}):
                     self._processes.undone()
             elif gates:
                 gates.remove()

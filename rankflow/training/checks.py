@@ -37,7 +37,7 @@ def check_managed(
             optimizer_state.check_carried()
 
 
-def check_rooms(phases: Sequence[Phase], layout: Layout, optimizer_state: OptimizerState | None) -> None:
+def check_capacity(phases: Sequence[Phase], layout: Layout, optimizer_state: OptimizerState | None) -> None:
     """
     Raises:
         ConfigError: an optimizer under which zeros would not stay as they are, or no end to what there may be.
@@ -53,8 +53,8 @@ def check_rooms(phases: Sequence[Phase], layout: Layout, optimizer_state: Optimi
         for name, slot in layout.items():
             if slot.max_rank > _WHOLE and slot.max_rank >= min(slot.in_features, slot.out_features):
                 raise ConfigError(
-                    f"mode: mask makes room for every rank that {phase.name} may choose, and {name} may have "
-                    f'{slot.max_rank}; set limits, such as limits: {{"*": {{max: 32}}}}'
+                    f"mode: mask gives factors a capacity for every rank that {phase.name} may choose, and {name} may "
+                    f'have {slot.max_rank}; set limits, such as limits: {{"*": {{max: 32}}}}'
                 )
 
 

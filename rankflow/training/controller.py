@@ -31,7 +31,7 @@ from rankflow.policies.observation import Observation
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.attachments import Attachment, make_way
-from rankflow.training.checks import check_managed, check_rooms, check_shards, check_signals
+from rankflow.training.checks import check_capacity, check_managed, check_shards, check_signals
 from rankflow.training.data import RunData
 from rankflow.training.gradients import (
     PenaltyMode,
@@ -124,7 +124,7 @@ class Controller:
         check_signals(self._probes, phases)
         check_shards(self._adapter, lifecycle, phases, in_loss=penalty == "in_loss", resumes=state is not None)
         if lifecycle.mode == "mask":
-            check_rooms(phases, layout, self._surgeon.optimizer_state)
+            check_capacity(phases, layout, self._surgeon.optimizer_state)
             layout = lasting(self._adapter, layout)
         if state is None:
             if self._processes.leads and (idle := idle_phases(layout, phases)):
@@ -283,8 +283,8 @@ class Controller:
     def _end(self) -> None:
         self._phases.operations.thaw(self._phases.now)
         self._phases.leave()
-        if self._surgeon.held:
-            self._phases.operations.settle({}, self._phases.now)
+        if self._surgeon.masked_ranks:
+            self._phases.operations.set_capacity({}, self._phases.now)
         layout = self.layout
         self.ledger.append("finish", self.step, total_rank=layout.total_rank, params=layout.params)
         assert self._phases.transaction is not None
@@ -310,7 +310,7 @@ class Controller:
     def detach(self) -> None:
         """Take all hooks off and let go of the model, its gates folded; ranks stay as they are.
 
-        Factors in shards keep the room that `mode: mask` has given them, and gates go without being folded: whoever
+        Factors in shards keep the capacity that `mode: mask` has given them, and gates go without being folded: whoever
         gives a run up may be alone with it, and waits for nobody. `finish`, which all processes call, does both.
         """
         self._attachment.take_off()

@@ -15,7 +15,7 @@ from torch import Tensor
 from rankflow.distributed.single import SingleProcess
 from rankflow.errors import PlanError, RankFlowError
 from rankflow.linalg.random import own_random_numbers
-from rankflow.lora.capacity import rooms
+from rankflow.lora.capacity import capacities
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.averages import AVERAGED, sources
 from rankflow.observe.hearing import Hearing
@@ -117,7 +117,7 @@ class Phases:
         self.operations.thaw(self.now)
         self.index = phase
         if self.lifecycle.mode == "mask":
-            self.operations.settle(rooms(self.policy, self.layout), self.now)
+            self.operations.set_capacity(capacities(self.policy, self.layout), self.now)
         if (gate := self.policy.gate) is not None:
             self._part()
             self.gates.install(gate, self.step, self.transaction)
@@ -333,11 +333,11 @@ class Operations:
         """Tells which parameters have gradients: a wrapper that reduces them waits for all that it knows of."""
         return self._surgeon.version, {name for name, slot in self._surgeon.layout.items() if slot.trainable}
 
-    def settle(self, rooms: Mapping[str, int], now: Now) -> None:
-        """Give factors this room, and no more (`Surgeon.settle`)."""
+    def set_capacity(self, capacities: Mapping[str, int], now: Now) -> None:
+        """Give factors these capacities (`Surgeon.set_capacity`)."""
         with Transaction(now.transaction) as transaction:
             transaction.undo(self._processes.undone)
-            if self._processes.attempt(lambda: self._surgeon.settle(rooms, transaction)):
+            if self._processes.attempt(lambda: self._surgeon.set_capacity(capacities, transaction)):
                 self._processes.resized(self._surgeon.layout, now.step, replaced=True)
 
     def freeze(self, names: set[str], now: Now) -> None:

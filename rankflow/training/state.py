@@ -44,7 +44,7 @@ def state_of(phases: Phases) -> dict[str, Any]:
         "ledger": list(phases.ledger.events),
         "ramps": phases.surgeon.ramps.state_dict(),
         "averages": phases.surgeon.averages.state_dict(),
-        "held": phases.surgeon.held,
+        "held": phases.surgeon.masked_ranks,
         "frozen": sorted(phases.operations.frozen),
         "hearing": phases.hearing.state_dict(),
         "policy": dict(phases.state),
@@ -64,7 +64,7 @@ def go_on(phases: Phases, state: dict[str, Any]) -> None:
     assert transaction is not None
     check_lifecycle(state, phases.lifecycle)
     layout = Layout.from_json(state["layout"])
-    phases.surgeon.hold(state.get("held", {}), transaction)
+    phases.surgeon.set_masked_ranks(state.get("held", {}), transaction)
     if (live := phases.adapter.layout().ranks) != layout.ranks:
         wrong = next(n for n in {**layout.ranks, **live} if layout.ranks.get(n) != live.get(n))
         raise CheckpointError(
@@ -110,11 +110,12 @@ def reshape(phases: Phases, layout: Layout) -> None:
     assert phases.transaction is not None
     phases.surgeon.listeners.part(phases.transaction)
     least = {name: min(layout[name].rank, slot.rank) for name, slot in phases.layout.items()}
-    wanted = least if phases.surgeon.held else layout.ranks  # with room for more, how much is held is not known yet
+    masked = bool(phases.surgeon.masked_ranks)  # the ranks within the capacities are only known once it is loaded
+    wanted = least if masked else layout.ranks
     ops = {name: ops_to(wanted[name], slot.rank, first(range(slot.rank))) for name, slot in phases.layout.items()}
     phases.operations.perform(RankPlan(ops, "reshape", state="reset"), phases.now)
-    if phases.surgeon.held:
-        phases.operations.settle(layout.ranks, phases.now)
+    if masked:
+        phases.operations.set_capacity(layout.ranks, phases.now)
 
 
 def seal(state: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,10 @@ FAULTS = [
         "-k phases",
     ),
     Fault(
-        "leave factors in shards with their room",
+        "leave factors in shards at their capacity",
         "training/controller.py",
-        "        if self._surgeon.held:\n            self._phases.operations.settle({}, self._phases.now)\n",
-        "",
+        "            self._phases.operations.set_capacity({}, self._phases.now)\n",
+        "            pass\n",
         "-k what_one_does",
     ),
     Fault(

@@ -56,7 +56,7 @@ FAULTS = [
     Fault(
         "merge what the last noisy forward saw",
         "gating/parametrize.py",
-        "        module.__dict__[_FITTED][name].settle()",
+        "        module.__dict__[_FITTED][name].drop_noise()",
         "        pass",
     ),
 ]

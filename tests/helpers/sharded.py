@@ -139,7 +139,7 @@ def run(rank: int, name: str) -> Any:
     policy, model = CASES[name]
     net, optimizer = made(True, model)
     flow = rankflow.attach(net, optimizer, policy, total_steps=STEPS)
-    assert any(site.size > site.rank for site in flow._adapter.sites.values()) or not flow.phase.policy.grows
+    assert any(site.capacity > site.rank for site in flow._adapter.sites.values()) or not flow.phase.policy.grows
     micro = model.get("micro", 1)
     batches, managed = token_batches(SIZE * STEPS * micro)[rank::SIZE], []
     for at in range(0, len(batches), micro):
@@ -222,7 +222,7 @@ def everything(net: Any, optimizer: Any, flow: Any) -> dict[str, Any]:
         "sharded": [[id(of.sharded_param) for of in group.fsdp_params] for group in flow_shards(flow)._groups()],
         "hooks": [len(m._load_state_dict_post_hooks) for m in net.modules()],
         "ranks": flow.layout.ranks,
-        "size": {n: (site.size, site.rank) for n, site in flow._adapter.sites.items()},
+        "size": {n: (site.capacity, site.rank) for n, site in flow._adapter.sites.items()},
         "local": local,
         "state": state,
     }

@@ -17,7 +17,7 @@ from rankflow import ConfigError, RankFlowCallback
 from rankflow.config.load import load_policy
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.layout import Layout, Slot
-from rankflow.training.checks import check_rooms
+from rankflow.training.checks import check_capacity
 from tests.training.test_trainer import EVALUATED, Metric, trainer
 
 STEPS = 24
@@ -121,7 +121,7 @@ def test_what_is_beyond_the_rank_is_zero_and_stays_so():
     for _ in range(STEPS):
         masked.step()
         for site in masked.flow._adapter.sites.values():
-            assert site.size == 8
+            assert site.capacity == 8
             assert not site.A.detach()[site.rank :].any()
             assert not site.B.detach()[:, site.rank :].any()
             for p in (site.A, site.B):
@@ -193,7 +193,7 @@ def test_the_best_checkpoint_comes_back_from_a_phase_with_more_room(tmp_path: Pa
     for key, update in updates(run.model).items():
         torch.testing.assert_close(update, expected.pop(key))
     assert not any(update.any() for update in expected.values())
-    assert not flow.flow._surgeon.held
+    assert not flow.flow._surgeon.masked_ranks
 
 
 @pytest.mark.parametrize(
@@ -217,4 +217,4 @@ def test_room_without_end_is_refused():
     wide = Layout({"q": Slot(2, 4096, 4096, 1.0)})
     _, phases = load_policy({"policy": "elalora", "mode": "mask"}).resolve(STEPS, wide)
     with pytest.raises(ConfigError, match="set limits"):
-        check_rooms(phases, wide, None)
+        check_capacity(phases, wide, None)
