@@ -24,6 +24,8 @@ from typing import Any
 
 from rankflow.errors import ConfigError, first_line
 
+_REGISTERED: dict[str, dict[str, Any]] = {}  # group -> name -> what was registered in this process
+
 
 class Plugins:
     """What packages and scripts have added to one group.
@@ -44,7 +46,7 @@ class Plugins:
         self.group = group
         self._shipped = shipped
         self._check = check
-        self._registered: dict[str, Any] = {}
+        self._registered = _REGISTERED.setdefault(group, {})
 
     def names(self) -> list[str]:
         """All names that were added, in order of the alphabet; nothing is imported."""
@@ -92,16 +94,6 @@ class Plugins:
         self._check(name, value)
         self._registered[name] = value
 
-    def name_of(self, value: Any) -> str | None:
-        """The name that `value`, a class or function, was added under; None if it was not. Nothing is imported."""
-        for name, registered in self._registered.items():
-            if registered is value:
-                return name
-        at = f"{value.__module__}:{value.__qualname__}"
-        return next(
-            (name for name in self.names() for e in _installed(self.group).get(name, ()) if e.value == at), None
-        )
-
     def refuse_clash(self, name: str) -> None:
         """
         Raises:
@@ -120,6 +112,20 @@ def files_of(package: ModuleType) -> Iterator[ModuleType]:
     """The modules of one of rankflow's own folders, imported, in order of the alphabet."""
     for file in pkgutil.iter_modules(package.__path__):
         yield importlib.import_module(f"{package.__name__}.{file.name}")
+
+
+def name_of(group: str, value: Any) -> str | None:
+    """The name that `value`, a class or function, was added to the group under; None if it was not. Imports nothing."""
+    for name, registered in _REGISTERED.get(group, {}).items():
+        if registered is value:
+            return name
+    at, installed = f"{value.__module__}:{value.__qualname__}", _installed(group)
+    return next((name for name, found in installed.items() if at in [declared.value for declared in found]), None)
+
+
+def snake_case(name: str) -> str:
+    """`my_policy` of `MyPolicy`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def import_plugin(module: str) -> None:

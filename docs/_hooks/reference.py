@@ -23,7 +23,7 @@ import rankflow
 from rankflow.cli.app import app
 from rankflow.cli.json_schemas import schemas
 from rankflow.config.load import describe, shipped
-from rankflow.config.schema import policy_class
+from rankflow.config.registry import policy_class
 from rankflow.serving import engines as engine_files
 
 HEADINGS = {  # a paragraph of a policy's docstring that begins with this word and a colon -> a section of its page

@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from rankflow.config import schema
+from rankflow.config import registry, schema
 from rankflow.config.messages import explain, nearest
 from rankflow.config.yaml import read_yaml
-from rankflow.errors import ConfigError
+from rankflow.errors import ConfigError, naming
 from rankflow.plans.limits import Limit, Limits
 from rankflow.plans.schedule import When
 from rankflow.policies.base import Policy
@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 
 def load_policy(policy: PolicyLike) -> Lifecycle:
-    """A lifecycle from the path of a policy file, the name of a shipped one, a mapping of the same shape, or an object.
+    """A lifecycle from the path of a policy file, the name of a shipped one or of a policy that was installed or
+    registered (with the settings it has by itself), a mapping of the shape of a file, or an object.
 
     Raises:
         ConfigError: no such file or name, or everything that is wrong in it, one line each.
@@ -42,6 +43,8 @@ def load_policy(policy: PolicyLike) -> Lifecycle:
         return _parse(dict(policy), "policy mapping")
     if not isinstance(policy, str | os.PathLike):
         raise ConfigError(f"a policy is a path, a shipped name, a mapping or a Policy, not {type(policy).__name__}")
+    if str(policy) in registry.policy_names() and str(policy) not in shipped() and not Path(policy).is_file():
+        return _parse({"policy": str(policy)}, str(policy))
     path = _find(policy)
     return _parse(read_yaml(path), str(path))
 
@@ -72,19 +75,21 @@ class Description:
 
 
 def describe() -> list[Description]:
-    """Every policy, with its settings, their types, defaults and meanings."""
-    found = []
-    for name in schema.policy_names():
-        cls = schema.policy_class(name)
-        hints = get_type_hints(cls, include_extras=True)
-        model = schema.params_model(cls)
-        settings = tuple(
-            Setting(f.name, _type_name(hints[f.name]), f.default, model.model_fields[f.name].description or "")
-            for f in fields(cls)
-            if f.name in model.model_fields
-        )
-        found.append(Description(name, cls.source, (cls.__doc__ or "").strip().partition("\n")[0], settings))
-    return found
+    """Every policy, with its settings, their types, defaults and meanings; a broken one's summary is why it is so."""
+    return [_described(name) for name in registry.policy_names()]
+
+
+def _described(name: str) -> Description:
+    try:
+        cls = registry.policy_class(name)
+    except ConfigError as e:
+        return Description(name, "", str(e), ())
+    hints, model = get_type_hints(cls, include_extras=True), registry.params_model(cls).model_fields
+    settings = tuple(
+        Setting(name, _type_name(hints[name]), field.get_default(call_default_factory=True), field.description or "")
+        for name, field in model.items()
+    )
+    return Description(name, cls.source, (cls.__doc__ or "").strip().partition("\n")[0], settings)
 
 
 def _type_name(hint: Any) -> str:
@@ -102,14 +107,14 @@ def _type_name(hint: Any) -> str:
 
 def _find(policy: str | os.PathLike[str]) -> Path:
     path = Path(policy)
-    known = shipped()
+    known, names = shipped(), [*shipped(), *registry.policy_names()]
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path
         hint = f"; a policy of that name is shipped: use {path.stem!r}" if path.stem in known else ""
         raise ConfigError(f"{path}: no such file{hint}")
     if str(policy) not in known:
-        raise ConfigError(f"no policy is called {str(policy)!r}{nearest(str(policy), known)}")
+        raise ConfigError(f"no policy is called {str(policy)!r}{nearest(str(policy), dict.fromkeys(names))}")
     return known[str(policy)]
 
 
@@ -125,28 +130,28 @@ def _parse(data: Any, source: str) -> Lifecycle:
         for i, phase in enumerate(data["phases"][:-1]):
             if isinstance(phase, dict) and phase.get("until") is None:
                 errors[f"phases[{i}].until"] = ["is missing; only the last phase may leave it out"]
-    model: TypeAdapter[Any] = TypeAdapter(schema.lifecycle_model()) if several else schema.single_model()
-    errors |= _beside_unknown_policies(model, data, several)
+    written = data["phases"] if several else [data]
+    written = written if isinstance(written, list) else []
+    meant = [_meant(phase) if isinstance(phase, dict) else phase for phase in written]
+    with naming(source):
+        classes = schema.classes(phase["policy"] for phase in meant if isinstance(phase, dict))
+    model = schema.lifecycle_model(classes) if several else schema.single_model(classes)
+    if any(new is not old for new, old in zip(meant, written, strict=True)):
+        errors |= _beside_unknown_policies(model, {**data, "phases": meant} if several else meant[0], data)
     spec = validated(model, data, source, errors)
     phases = spec.phases if several else [spec]
     policies = tuple((phase.policy, _build(phase), getattr(phase, "until", None)) for phase in phases)
     return Lifecycle(policies, limits_of(spec, data), spec.mode, source)
 
 
-def _beside_unknown_policies(model: TypeAdapter[Any], data: dict[str, Any], several: bool) -> dict[str, list[str]]:
+def _beside_unknown_policies(model: TypeAdapter[Any], meant: Any, data: dict[str, Any]) -> dict[str, list[str]]:
     """What is wrong in a file besides policies that there are not, which hide all else that stands beside them.
 
     Each is taken for the one that was probably meant; where none comes near, nobody knows what its `params` may be.
     """
-    phases = data["phases"] if several else [data]
-    if not isinstance(phases, list):
-        return {}
-    meant = [_meant(phase) if isinstance(phase, dict) else phase for phase in phases]
-    if all(new is old for new, old in zip(meant, phases, strict=True)):
-        return {}
     found: dict[str, list[str]] = {}
     try:
-        model.validate_python({**data, "phases": meant} if several else meant[0])
+        model.validate_python(meant)
     except ValidationError as e:
         for error in e.errors(include_url=False):
             place, message = explain(error, data)
@@ -156,7 +161,7 @@ def _beside_unknown_policies(model: TypeAdapter[Any], data: dict[str, Any], seve
 
 def _meant(phase: dict[Any, Any]) -> dict[Any, Any]:
     """`phase`, if its policy is one; else as if one had been named."""
-    name, known = phase.get("policy"), schema.policy_names()
+    name, known = phase.get("policy"), registry.policy_names()
     if isinstance(name, str) and name in known:
         return phase
     if close := difflib.get_close_matches(str(name)[:100], known, 1):
@@ -170,7 +175,7 @@ def _build(phase: schema.PhaseSpec) -> Policy:
         settings["when"] = When(**phase.when.model_dump(exclude_none=True))
     if phase.budget is not None:
         settings["budget"] = phase.budget.build()
-    return schema.policy_class(phase.policy)(**settings)
+    return registry.policy_class(phase.policy)(**settings)
 
 
 def validated(
@@ -205,10 +210,11 @@ def limits_of(spec: schema.Shared, data: Mapping[str, Any]) -> Limits:
 
 
 def _check_object(name: str, policy: Policy) -> None:
-    """Settings of a shipped policy that was made in Python; others look after themselves."""
-    if not type(policy).__module__.startswith("rankflow.policies.methods."):
+    """Settings of a policy that was made in Python, if policy files know it; others look after themselves."""
+    cls = type(policy)
+    if policy.name not in registry.policy_names() or registry.policy_class(policy.name) is not cls:
         return
-    model = schema.params_model(type(policy))
+    model = registry.params_model(cls)
     try:
         model.model_validate({key: getattr(policy, key) for key in model.model_fields})
     except ValidationError as e:

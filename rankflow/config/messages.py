@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rankflow.config import schema
+from rankflow.config import registry, schema
 
 
 def explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
@@ -17,7 +17,7 @@ def explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
     loc = list(error["loc"])
     tag = 2 if loc[:1] == ["phases"] else 0
     # pydantic names the member of the union, which is not in the file
-    policy = loc.pop(tag) if len(loc) > tag and loc[tag] in schema.policy_names() else None
+    policy = loc.pop(tag) if len(loc) > tag and loc[tag] in registry.policy_names() else None
     if "params" in loc:
         del loc[loc.index("params") + 2 :]  # nor are those of a union of values
     message, context = error["msg"], error.get("ctx", {})
@@ -34,10 +34,10 @@ def explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
         case "union_tag_invalid":
             loc.append("policy")
             tag = context["tag"]
-            message = f"no policy is called {_short(tag)}{nearest(str(tag)[:100], schema.policy_names())}"
+            message = f"no policy is called {_short(tag)}{nearest(str(tag)[:100], registry.policy_names())}"
         case "union_tag_not_found":
             loc.append("policy")
-            message = f"is missing; known: {', '.join(schema.policy_names())}"
+            message = f"is missing; known: {', '.join(registry.policy_names())}"
         case "value_error":
             message = message.removeprefix("Value error, ")
         case "literal_error":
@@ -69,7 +69,7 @@ def _keys(loc: list[Any], policy: str | None, several: bool) -> list[str]:
     if loc[:1] == ["limits"]:
         return list(schema.LimitSpec.model_fields)
     if loc and loc[-1] == "params" and policy is not None:
-        return list(schema.params_model(schema.policy_class(policy)).model_fields)
+        return list(registry.params_model(registry.policy_class(policy)).model_fields)
     if loc and loc[-1] in models:
         return list(models[loc[-1]].model_fields)
     if loc:

@@ -6,16 +6,13 @@ its meaning are written once. The published JSON schema comes from the same mode
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 import re
-from dataclasses import fields
-from functools import cache
-from typing import Annotated, Any, Literal, Union, get_type_hints
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -28,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-import rankflow.policies.methods
+from rankflow.config.registry import Strict, params_model, policy_class, shipped_policies, shipped_policy
 from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
 from rankflow.plans.schedule import resolve_step
@@ -80,10 +77,6 @@ Size = Annotated[
         }
     ),
 ]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class BudgetSpec(Strict):
@@ -154,12 +147,12 @@ class Shared(Strict):
             description="glob, or `re:` and a regular expression, over module names -> {min, max}; later lines win. A "
             "number is a greatest rank, and its key is read as PEFT reads a rank_pattern's"
         ),
-    ] = {}
+    ] = {}  # noqa: RUF012 - pydantic copies it
     tie: Annotated[
         list[list[str]],
         Field(description="groups of patterns whose modules have one rank (for each captured text of `re:` patterns)"),
-    ] = []
-    rank_buckets: Annotated[list[PositiveInt], Field(description="the only ranks a module may have, beside 0")] = []
+    ] = []  # noqa: RUF012
+    rank_buckets: Annotated[list[PositiveInt], Field(description="the only ranks a module may have, beside 0")] = []  # noqa: RUF012
     rank_multiple: Annotated[PositiveInt, Field(description="every rank is a multiple of this")] = 1
 
 
@@ -199,70 +192,58 @@ class PhaseSpec(Strict):
     params: Any = None
 
 
-def policy_names() -> list[str]:
-    """The policies there are: one file each."""
-    return sorted(module.name for module in pkgutil.iter_modules(rankflow.policies.methods.__path__))
+Classes = tuple[tuple[str, type[Policy]], ...]  # name and class
 
 
-@cache
-def policy_class(name: str) -> type[Policy]:
-    """The one policy in the file of that name.
+def classes(named: Iterable[str] = ()) -> Classes:
+    """The policies that a file may name: those shipped, and those of others that it does name. Others stay unimported.
 
     Raises:
-        ConfigError: a file that does not define exactly one.
+        ConfigError: one that is named is broken.
     """
-    module = importlib.import_module(f"rankflow.policies.methods.{name}")
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Policy) and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise ConfigError(f"policies/{name}.py defines {len(found)} policies; it must define exactly one")
-    return found[0]
+    found = {name: shipped_policy(name) for name in shipped_policies()} | {name: policy_class(name) for name in named}
+    return tuple(sorted(found.items()))
 
 
-@cache
-def params_model(cls: type[Policy]) -> type[Strict]:
-    """The model of a policy's `params`: its own fields, their annotations and defaults."""
-    hints = get_type_hints(cls, include_extras=True)
-    own = {f.name: (hints[f.name], f.default) for f in fields(cls) if f.name not in ("budget", "when")}
-    return create_model(f"{cls.__name__}Params", __base__=Strict, __doc__=f"Settings of {cls.__name__}.", **own)  # type: ignore[call-overload]
-
-
-@cache
-def single_model() -> TypeAdapter[Any]:
+@lru_cache(maxsize=32)
+def single_model(policies: Classes) -> TypeAdapter[Any]:
     """A file with one policy."""
-    return TypeAdapter(_one_of("File", Run, PhaseSpec))
+    return TypeAdapter(_one_of(policies, "File", Run, PhaseSpec))
 
 
-@cache
-def lifecycle_model() -> type[Run]:
+@lru_cache(maxsize=32)
+def lifecycle_model(policies: Classes) -> TypeAdapter[Any]:
     """A file with `phases`."""
+    return TypeAdapter(_lifecycle(policies))
+
+
+def _lifecycle(policies: Classes) -> type[Run]:
     until: Any = Annotated[Step | None, Field(description="the phase ends before this step")]
-    phase: Any = _one_of("Phase", PhaseSpec, until=(until, None))
+    phase: Any = _one_of(policies, "Phase", PhaseSpec, until=(until, None))
     phases: Any = (list[phase], Field(min_length=1))
     doc = "Several policies, one after the other."
     return create_model("Lifecycle", __base__=Run, __doc__=doc, phases=phases)
 
 
-def _one_of(suffix: str, *bases: type[Strict], **more: Any) -> Any:
+def _one_of(policies: Classes, suffix: str, *bases: type[Strict], **more: Any) -> Any:
     """The union over all policies, told apart by `policy`."""
     models = []
-    for name in policy_names():
-        params = params_model(policy_class(name))
+    for name, cls in policies:
+        params = params_model(cls)
+        required = any(field.is_required() for field in params.model_fields.values())
+        default: Any = {"default_factory": dict, "validate_default": True} if required else {"default_factory": params}
         own = {
             "policy": (Literal[name], Field(description="which policy decides")),
-            "params": (params, Field(default_factory=params, description="the policy's own settings")),
+            "params": (params, Field(description="the policy's own settings", **default)),
             **more,
         }
-        models.append(create_model(f"{policy_class(name).__name__}{suffix}", __base__=bases, **own))  # type: ignore[call-overload]
+        models.append(create_model(f"{cls.__name__}{suffix}", __base__=bases, **own))  # type: ignore[call-overload]
     return Annotated[Union[tuple(models)], Field(discriminator="policy")]  # noqa: UP007
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of policy files, for editors."""
-    either: Any = Union[_one_of("File", Run, PhaseSpec), lifecycle_model()]  # noqa: UP007
+    """The JSON schema of files with shipped policies, for editors."""
+    either: Any = Union[_one_of(classes(), "File", Run, PhaseSpec), _lifecycle(classes())]  # noqa: UP007
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "rankflow policy",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib import metadata
 
-import rankflow
-from rankflow.plans.plan import Layout
+from rankflow._version import __version__
+from rankflow.plans.layout import Layout
 from rankflow.policies.lifecycle import Lifecycle
 
 
@@ -23,7 +23,7 @@ def settings_in_force(lifecycle: Lifecycle, layout: Layout, **options: object) -
 
 
 def _versions() -> dict[str, str]:
-    found = {"rankflow": rankflow.__version__, **{name: metadata.version(name) for name in ("torch", "peft")}}
+    found = {"rankflow": __version__, **{name: metadata.version(name) for name in ("torch", "peft")}}
     return {f"version of {name}": version.partition("+")[0] for name, version in found.items()}
 
 

@@ -17,9 +17,11 @@ from rankflow.plans.budget import Budget, check_reachable
 from rankflow.plans.layout import Layout
 from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
+from rankflow.plugins import name_of, snake_case
 from rankflow.policies.gate import Gate
 from rankflow.policies.observation import Observation, Signal, Study
 
+GROUP = "rankflow.policies"  # of entry points, by which policies of installed packages are found
 State = dict[str, Tensor]
 
 
@@ -68,9 +70,12 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """What it is called in YAML: the name of its file. One from elsewhere goes by its class."""
+        """What it is called in YAML: its file's name if it is shipped, the name it was installed or registered under,
+        or else that of its class in snake case."""
         package, _, module = type(self).__module__.rpartition(".")
-        return module if package == "rankflow.policies.methods" else type(self).__name__
+        if package == "rankflow.policies.methods":
+            return module
+        return name_of(GROUP, type(self)) or snake_case(type(self).__name__)
 
     @property
     def beyond_ranks(self) -> bool:

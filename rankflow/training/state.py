@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, uint8
 
-from rankflow import __version__
+from rankflow._version import __version__
 from rankflow.errors import CheckpointError
 from rankflow.lora import site_edits
 from rankflow.plans.layout import Layout

@@ -13,7 +13,7 @@ import torch
 from synthetic import World, enter, occasions, run, run_phases
 
 from rankflow.config.load import load_policy, shipped
-from rankflow.config.schema import policy_class, policy_names
+from rankflow.config.registry import policy_class, policy_names
 from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
 from rankflow.plans.limits import Limit, Limits

@@ -1,4 +1,4 @@
-"""What `test_margins.py` must notice."""
+"""What `test_allocate.py` must notice."""
 
 from fault import Fault
 

@@ -11,7 +11,7 @@ from tiny import Tiny
 
 import rankflow
 from rankflow.config.load import load_policy, shipped
-from rankflow.config.schema import policy_names
+from rankflow.config.registry import policy_names
 from rankflow.errors import ConfigError
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.plan import RankPlan
