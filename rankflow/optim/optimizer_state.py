@@ -17,11 +17,12 @@ from rankflow.linalg.decompose import Factor
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.site import Site
 from rankflow.lora.transaction import Transaction
-from rankflow.optim.handlers.registry import find_handler, innermost, is_scalar, unknown_state
+from rankflow.optim.handlers import find_handler
+from rankflow.optim.introspection import innermost, is_scalar, unknown_state
 from rankflow.optim.moments import Level, Moments
+from rankflow.optim.param_groups import ParamGroups, Token
 
 OnUnknownState = Literal["error", "reset"]
-Token = tuple[str, str]  # (site, role): a parameter of the adapter, whatever tensor it is at the moment
 
 
 @dataclass
@@ -46,20 +47,9 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer, adapter: Adapter, on_unknown_state: OnUnknownState = "error"):
         self.optimizer = innermost(optimizer)
         self.handler = find_handler(self.optimizer)
+        self.groups = ParamGroups(self.optimizer, adapter)
         self._adapter = adapter
         self._on_unknown_state = on_unknown_state
-        tokens = self._tokens()
-        # Where everything was at first: a module that leaves comes back to its place, whoever left meanwhile
-        self._order: list[list[Token | int]] = [
-            [tokens.get(id(p), id(p)) for p in group["params"]] for group in self.optimizer.param_groups
-        ]
-        self._others = [p for g in self.optimizer.param_groups for p in g["params"] if id(p) not in tokens]  # keep ids
-        self._names = {
-            tokens[id(p)]: name
-            for group in self.optimizer.param_groups
-            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
-            if id(p) in tokens
-        }
 
     @property
     def title(self) -> str:
@@ -75,7 +65,7 @@ class OptimizerState:
                 nobody knows how to resize (with `on_unknown_state="reset"`, that module is returned instead); state
                 whose shape is not its parameter's.
         """
-        held = self._counts()
+        held = self.groups.counts()
         touched = set(touched)
         lost: set[str] = set()
         for name, site in self._adapter.sites.items():
@@ -118,7 +108,7 @@ class OptimizerState:
                 resize (`on_unknown_state="reset"` lets it start afresh), or it keeps parameters elsewhere.
         """
         self.check(self._adapter.sites, {})
-        held = self._counts()
+        held = self.groups.counts()
         for p in self._adapter.parameters():
             if id(p) in held:
                 key = unknown_state(self.optimizer, self.handler, p)
@@ -128,7 +118,7 @@ class OptimizerState:
 
     def verify(self, swaps: Iterable[Swap]) -> str | None:
         """What is wrong after `write`, or None. A fused optimizer would not notice; it would compute nonsense."""
-        held = self._counts()
+        held = self.groups.counts()
         for swap in swaps:
             gone = {id(p) for role, p in swap.old.items() if p is not swap.new.get(role)}
             for role, p in swap.old.items():
@@ -174,7 +164,7 @@ class OptimizerState:
         if owner is not site:  # a step count of one's own: optimizers add to it in place
             state = {k: v.clone() if isinstance(v, Tensor) and is_scalar(v) else v for k, v in state.items()}
         raw = partial(site.raw_a if role == "A" else site.raw_b, size=size)
-        return self.handler.store(moments.to(old.device), state, self.group(old), raw)
+        return self.handler.store(moments.to(old.device), state, self.groups.of(old), raw)
 
     def fill(self, transaction: Transaction, swap: Swap) -> None:
         """State of factors that stay the parameters they are, and hold other directions; afresh where it has none."""
@@ -215,19 +205,13 @@ class OptimizerState:
         state = self.optimizer.state.get(p)
         if not state or self.handler is None:
             return None
-        return self.handler.load(role, state, self.group(p), canonical)
+        return self.handler.load(role, state, self.groups.of(p), canonical)
 
     def _like(self, site: Site) -> list[Site]:
         mine = site.slot()
         shape = (mine.kind, mine.experts, mine.in_features, mine.out_features)
         others = [(o, o.slot()) for o in self._adapter.sites.values() if o.present and o is not site]
         return [o for o, s in others if (s.kind, s.experts, s.in_features, s.out_features) == shape]
-
-    def group(self, p: nn.Parameter) -> dict[str, Any]:
-        """The param group that holds `p`."""
-        return next(g for g in self.optimizer.param_groups if any(p is q for q in g["params"]))
-
-    # -- groups -----------------------------------------------------------------------------------------------------
 
     def write(self, transaction: Transaction, swaps: Sequence[Swap]) -> None:
         """Put new parameters in the places of old ones, and their state with them. Modules are live already."""
@@ -244,19 +228,7 @@ class OptimizerState:
                 if role not in swap.old:
                     back.append(((swap.site.name, role), p))
 
-        groups = [_Group(g) for g in self.optimizer.param_groups]
-        for group in groups:
-            group.swap(replaced)
-        tokens = self._tokens()
-        for token, p in back:
-            if p.requires_grad or any(token in order for order in self._order):
-                self._insert(token, p, groups, tokens)
-        for group, now in zip(self.optimizer.param_groups, groups, strict=True):
-            if [*map(id, group["params"])] != [*map(id, now.params)]:
-                transaction.contents(group["params"], now.params)
-                if now.names is not None:
-                    transaction.contents(group["param_names"], now.names)
-
+        self.groups.write(transaction, replaced, back)
         new_state: dict[Tensor, Any] = {}
         for p, entries in self.optimizer.state.items():
             if id(p) not in replaced:
@@ -267,74 +239,6 @@ class OptimizerState:
             if p not in new_state and state.get(id(p)):
                 new_state[p] = state[id(p)]
         transaction.contents(self.optimizer.state, new_state)  # type: ignore[arg-type]
-
-    def _home(self, token: Token, groups: list[_Group], tokens: Mapping[int, Token]) -> int | None:
-        """The group a returning parameter belongs to: its own, or else that of the nearest one of its role."""
-        for i, order in enumerate(self._order):
-            if token in order:
-                return i
-        names = list(self._adapter.sites)
-        at = names.index(token[0])
-        near: list[tuple[int, int]] = []
-        for i, group in enumerate(groups):
-            for p in group.params:
-                other = tokens.get(id(p))
-                if other is not None and other[1] == token[1]:
-                    near.append((abs(names.index(other[0]) - at), i))
-        return min(near)[1] if near else None
-
-    def _insert(self, token: Token, p: nn.Parameter, groups: list[_Group], tokens: Mapping[int, Token]) -> None:
-        home = self._home(token, groups, tokens)
-        if home is None:
-            raise OptimizerError(f"{token[0]}: no group of {self.title} holds a {token[1]}, so none can take this one")
-        group, order = groups[home], self._order[home] if home < len(self._order) else []
-        held = [tokens.get(id(q), id(q)) for q in group.params]
-        if token in order:
-            at = order.index(token)
-            after = next((held.index(t) for t in order[at + 1 :] if t in held), None)
-            before = next((held.index(t) for t in reversed(order[:at]) if t in held), len(held) - 1)
-            place = before + 1 if after is None else after
-        else:
-            place = self._guess(p, group.params, tokens)
-        group.params.insert(place, p)
-        if group.names is not None:
-            group.names.insert(place, self._names.get(token) or self._name_of(p))
-
-    def _guess(self, p: nn.Parameter, held: list[nn.Parameter], tokens: Mapping[int, Token]) -> int:
-        """Where a parameter that this optimizer never held belongs: in the model's order, the adapter's above all."""
-        rank = {id(q): i for i, q in enumerate(self._adapter.model.parameters())}
-        ranks = [rank.get(id(q), -1) for q in held]
-        mine = [(i, r) for i, (q, r) in enumerate(zip(held, ranks, strict=True)) if id(q) in tokens]
-        first = max((i + 1 for i, r in mine if r < rank[id(p)]), default=0)
-        last = min((i for i, r in mine if r > rank[id(p)]), default=len(held))
-        return next((i for i in range(first, last) if ranks[i] > rank[id(p)]), last)
-
-    def _name_of(self, p: nn.Parameter) -> str:
-        return next(name for name, q in self._adapter.model.named_parameters() if q is p)
-
-    def _tokens(self) -> dict[int, Token]:
-        return {id(p): (name, role) for name, site in self._adapter.sites.items() for role, p in site.tensors().items()}
-
-    def _counts(self) -> dict[int, int]:
-        counts: dict[int, int] = {}
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                counts[id(p)] = counts.get(id(p), 0) + 1
-        return counts
-
-
-class _Group:
-    """A param group as it is to become."""
-
-    def __init__(self, group: Mapping[str, Any]):
-        self.params: list[nn.Parameter] = list(group["params"])
-        self.names: list[str] | None = list(group["param_names"]) if "param_names" in group else None
-
-    def swap(self, replaced: Mapping[int, nn.Parameter | None]) -> None:
-        kept = [(replaced.get(id(p), p), i) for i, p in enumerate(self.params)]
-        if self.names is not None:
-            self.names = [self.names[i] for p, i in kept if p is not None]
-        self.params = [p for p, _ in kept if p is not None]
 
 
 _NOT_RESIZED = (

@@ -137,7 +137,7 @@ class Ramps:
         handler = self._optimizer_state.handler if self._optimizer_state is not None else None
         if self._optimizer_state is None or handler is None:
             return 1.0, 1.0
-        group = self._optimizer_state.group(p)
+        group = self._optimizer_state.groups.of(p)
         shape = list(p.shape)
         shape[dim] = shape[dim] // site.rank * self._held.get(name, site.rank)
         held = handler.shape_factor(group, torch.Size(shape)) / handler.shape_factor(group, p.shape)

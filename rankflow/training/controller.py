@@ -22,7 +22,7 @@ from rankflow.lora.capacity import lasting
 from rankflow.lora.transaction import Transaction
 from rankflow.observe.hearing import Hearing
 from rankflow.observe.probes import Probes
-from rankflow.optim.handlers.registry import innermost
+from rankflow.optim.introspection import innermost
 from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.plans.layout import Layout
 from rankflow.policies.idleness import idle_phases

@@ -5,13 +5,13 @@ from fault import Fault
 FAULTS = [
     Fault(
         "carry first moments as displacements instead of gradients",
-        "optim/carry.py",
+        "optim/moments.py",
         "return f64(M).mT.to(moment64.device) @ moment64",
         "return f64(N).to(moment64.device) @ moment64",
     ),
     Fault(
         "forget the bound on second moments",
-        "optim/carry.py",
+        "optim/moments.py",
         "carried = torch.maximum(carried, bias_second * (f64(m) / bias_first).square())",
         "pass",
     ),

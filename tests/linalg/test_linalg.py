@@ -18,7 +18,7 @@ from rankflow.errors import AdapterError, ConfigError, RankFlowError
 from rankflow.linalg.decompose import refactor, spectra, spectrum
 from rankflow.linalg.growth import new_rows, rows_from_sketch
 from rankflow.linalg.svd import dominant_sign, low_rank
-from rankflow.optim.carry import carry_first, carry_second
+from rankflow.optim.moments import carry_first, carry_second
 
 METRICS = ["weights", "outputs", "loss"]
 BACKENDS = ["exact", "torch", "fbpca", "sklearn"]

@@ -19,7 +19,8 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 from rankflow.errors import OptimizerError
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
-from rankflow.optim.handlers.registry import find_handler, innermost
+from rankflow.optim.handlers import find_handler
+from rankflow.optim.introspection import innermost
 from rankflow.optim.moments import Moments
 from rankflow.plans.ops import Drop, Grow, Keep, Refactor
 from rankflow.plans.plan import RankPlan

@@ -5,7 +5,7 @@ from fault import Fault
 FAULTS = [
     Fault(
         "reorder a group when a module comes back",
-        "optim/optimizer_state.py",
+        "optim/param_groups.py",
         "group.params.insert(place, p)",
         "group.params.append(p)",
         "tests/surgery/test_surgeon.py",

@@ -40,9 +40,9 @@ FAULTS = [
     ),
     Fault(
         "mask: let Adafactor see zeros",
-        "optim/handlers/registry.py",
-        'AdafactorHandler(elementwise=False),\n    ("transformers"',
-        'AdafactorHandler(),\n    ("transformers"',
+        "optim/handlers/adafactor.py",
+        'AdafactorHandler(elementwise=False),\n    "transformers.',
+        'AdafactorHandler(),\n    "transformers.',
         "-k refused",
     ),
 ]

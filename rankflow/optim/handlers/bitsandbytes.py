@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankflow.linalg.decompose import Factor
-from rankflow.optim.handlers.elementwise import Handler, State
+from rankflow.optim.handler import Handler, State
 from rankflow.optim.moments import Moments, View
 
 _BLOCK = 256
@@ -135,3 +135,6 @@ def _own_codes(signed: bool) -> Tensor:
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map(signed=signed)
+
+
+HANDLERS = {"bitsandbytes.*": blockwise_handler}

@@ -5,7 +5,7 @@ from fault import Fault
 FAULTS = [
     Fault(
         "schedule-free: map the iterate as gradients are",
-        "optim/carry.py",
+        "optim/moments.py",
         "_carry(z, f64(M).mT, f64(N).mT, factor)",
         "_carry(z, N, M, factor)",
     ),
