@@ -8,7 +8,9 @@ from rankflow.analysis.inspection import inspect as inspect
 from rankflow.calibration.collect import calibrate as calibrate
 from rankflow.calibration.collect import save_statistics as save_statistics
 from rankflow.calibration.statistics import Statistics as Statistics
+from rankflow.compress.each import squeeze_each as squeeze_each
 from rankflow.compress.live import squeeze_model as squeeze_model
+from rankflow.compress.output import Output as Output
 from rankflow.compress.quantized import load_quantized as load_quantized
 from rankflow.compress.quantized import save_quantized as save_quantized
 from rankflow.compress.report import SqueezeReport as SqueezeReport
@@ -16,7 +18,6 @@ from rankflow.compress.residual import expand as expand
 from rankflow.compress.squeeze import canonicalize as canonicalize
 from rankflow.compress.squeeze import pad as pad
 from rankflow.compress.squeeze import squeeze as squeeze
-from rankflow.compress.squeeze import squeeze_each as squeeze_each
 from rankflow.compress.target import Target as Target
 from rankflow.config.load import load_policy as load_policy
 from rankflow.config.registry import register_policy as register_policy

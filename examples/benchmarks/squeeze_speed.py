@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import rankflow
 from rankflow.calibration.statistics import Statistics, digest
-from rankflow.compress.squeeze import squeeze_each
+from rankflow.compress.each import squeeze_each
 from rankflow.compress.target import Target
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.linalg.decompose import refactor, spectrum
@@ -100,13 +100,13 @@ def budgets(source: Path, k: int) -> dict[str, dict[str, Any]]:
         f"--target-rank {k} --metric loss": {"target_rank": k, "metric": "loss", "calibration": measured},
         "--plan (half the ranks 4, half 12)": {"ranks": {n: 12 if i % 2 else 4 for i, n in enumerate(layout)}},
         "--energy 0.9": {"energy": 0.9},
-        "--energy 0.9 --global": {"energy": 0.9, "across": True},
+        "--energy 0.9 --across": {"energy": 0.9, "across": True},
         "--error 0.3": {"error": 0.3},
-        "--error 0.3 --global": {"error": 0.3, "across": True},
+        "--error 0.3 --across": {"error": 0.3, "across": True},
         "--auto": {"auto": True},
-        "--dynamic-method sv_ratio 4": {"sv_ratio": 4.0},
-        "--dynamic-method sv_fro 0.95": {"sv_fro": 0.95},
-        "--dynamic-method sv_cumulative 0.5": {"sv_cumulative": 0.5},
+        "--sv-ratio 4": {"sv_ratio": 4.0},
+        "--sv-fro 0.95": {"sv_fro": 0.95},
+        "--sv-cumulative 0.5": {"sv_cumulative": 0.5},
         f"--max-params {params}": {"max_params": params},
         f"--max-params {params} --metric loss": {"max_params": params, "metric": "loss", "calibration": measured},
         f"--size {params * 4 >> 20}MiB": {"size": params * 4},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rankflow.cli import options
 from rankflow.cli.app import app, bar, leave_stdout, print_json, print_table, say
+from rankflow.compress.output import Output
 
 
 @app.command(
@@ -89,32 +90,23 @@ def canonicalize(
 
 
 @app.command(epilog="Example: [bold]rankflow pad out/checkpoint-500 --rank 16 -o out/padded[/bold]")
+@options.made_of(output=(Output, "engine", "to_format", "force"))
 def pad(
     adapter: options.Adapter,
     rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of every module; the engine's choice.")] = None,
-    engine: options.For = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder or file to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", rich_help_panel="Out", help="Folder or file to write.")
+    ] = None,
+    output: Any = None,
     from_format: options.From = None,
-    to_format: options.Format = None,
     base: options.Base = None,
-    force: options.Force = False,
 ) -> None:
     """Fill every module up to one rank with zeros: same DeltaW; in PEFT's format with alpha = r and no patterns."""
     from rankflow.compress.squeeze import pad as run
     from rankflow.render.adapter_tables import squeeze_table
 
     with bar("padding") as progress:
-        done = run(
-            adapter,
-            out,
-            rank=rank,
-            engine=engine,
-            force=force,
-            from_format=from_format,
-            to_format=to_format,
-            base=base,
-            progress=progress,
-        )
+        done = run(adapter, out, rank=rank, from_format=from_format, base=base, progress=progress, **output)
     print_table(squeeze_table(done))
     say(f"Wrote {done.out} in {done.seconds:.1f} s.")
 

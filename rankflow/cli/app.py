@@ -35,6 +35,7 @@ _RENAMED = {  # options of the last version
     "--format": "--to-format",
     "--from": "--from-format",
     "--gate": "--accept",
+    "--global": "--across",
     "--keep-tail": "--keep-residual",
 }
 _STATUS_INTERRUPTED = 130
@@ -76,16 +77,22 @@ class _Group(TyperGroup):
 
 def _by_new_names(words: list[str]) -> list[str]:
     """The words of a command line with options by their present names; says so on stderr where one was an old name."""
-    found = []
-    for i, word in enumerate(words):
-        old, equals, value = word.partition("=")
-        if word == "--":
-            return [*found, *words[i:]]
-        if old in _RENAMED:
-            say(f"rankflow: {old} is now {_RENAMED[old]}; the old name goes with the next version", err=True)
-            word = _RENAMED[old] + equals + value
-        found.append(word)
-    return found
+    end = words.index("--") if "--" in words else len(words)
+    words, rest = [part for word in words[:end] for part in _apart(word)], words[end:]
+    names = dict(_RENAMED)
+    if {"--dynamic-method", "--dynamic-param"} <= {*words[:-1]}:  # sv_fro and 0.9, say
+        at = words.index("--dynamic-method")
+        names["--dynamic-param"] = f"--{words.pop(at + 1).replace('_', '-')}"
+        del words[at]
+    for old in dict.fromkeys(word for word in words if word in names):
+        say(f"rankflow: {old} is now {names[old]}; the old name goes with the next version", err=True)
+    return [*(names.get(word, word) for word in words), *rest]
+
+
+def _apart(word: str) -> list[str]:
+    """`--option=value` of an old name as two words."""
+    name, equals, value = word.partition("=")
+    return [name, value] if equals and (name in _RENAMED or name.startswith("--dynamic-")) else [word]
 
 
 def _of_memory(e: Exception) -> bool:

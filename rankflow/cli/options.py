@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from rankflow.compress.option import options_of
 from rankflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,43 +30,25 @@ Adapter = Annotated[
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that is there already.")]
 ForceAll = Annotated[bool, typer.Option("--force", help="Replace outputs that are there already.")]
-TargetRank = Annotated[int | None, typer.Option(metavar="N", help="One rank for all modules that have more.")]
-Energy = Annotated[
-    float | None, typer.Option(metavar="E", help="Share of its squared singular values every module keeps, e.g. 0.9.")
-]
-Error = Annotated[
-    float | None, typer.Option(metavar="E", help="Relative error |change| / |DeltaW| of every module, e.g. 0.1.")
-]
-Across = Annotated[
-    bool, typer.Option("--global", help="With --energy or --error: of all modules together, not of each.")
-]
-Auto = Annotated[
-    bool, typer.Option("--auto", help="Directions above the noise threshold (Marchenko-Pastur, from the median).")
-]
-DynamicMethod = Annotated[
-    str | None, typer.Option(metavar="RULE", help="As in sd-scripts: sv_ratio, sv_fro or sv_cumulative ...")
-]
-DynamicParam = Annotated[float | None, typer.Option(metavar="P", help="... and its parameter.")]
-MaxParams = Annotated[int | None, typer.Option(metavar="N", help="LoRA parameters in all, spent where they keep most.")]
-Size = Annotated[str | None, typer.Option(metavar="SIZE", help="Bytes of the file in all, e.g. 32MiB.")]
-BudgetYaml = Annotated[
-    Path | None, typer.Option("--budget", metavar="FILE", help="YAML with budget, limits, tie and rank_buckets.")
-]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="With --max-params, --size or --budget: the very best ranks of that cost.")
-]
-MaxRank = Annotated[int | None, typer.Option(metavar="N", help="No module has a higher rank.")]
-RankMultiple = Annotated[int, typer.Option(metavar="N", help="Ranks are multiples of this.")]
 Metric = Annotated[
-    str, typer.Option(help="What is preserved: weights; with --calibration the layers' outputs, or the loss.")
+    str,
+    typer.Option(
+        rich_help_panel="Metric",
+        help="What is preserved: weights; with --calibration the layers' outputs, or the loss.",
+    ),
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Statistics from `rankflow calibrate`, or data as it takes them, with --base."),
+    typer.Option(
+        rich_help_panel="Metric",
+        metavar="FILE",
+        help="Statistics from `rankflow calibrate`, or data as it takes them, with --base.",
+    ),
 ]
 Base = Annotated[
     str | None,
     typer.Option(
+        rich_help_panel="In",
         metavar="MODEL",
         help="Base model's folder: to take from a whole model, for adapters of shapes unknown, for gguf; or with data.",
     ),
@@ -70,26 +56,15 @@ Base = Annotated[
 Backend = Annotated[
     str | None,
     typer.Option(
+        rich_help_panel="Advanced",
         help="SVD: exact, or randomised on the full update: torch, fbpca, sklearn. Exact from factors if not"
-        " given, else torch."
+        " given, else torch.",
     ),
-]
-For = Annotated[
-    str | None,
-    typer.Option(
-        "--engine",
-        metavar="ENGINE",
-        help="vllm, sglang, lorax, tensorrt-llm, llamacpp, diffusers, comfyui or peft: write what that loads rightly.",
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option("--to-format", metavar="FORMAT", help="Write peft, kohya, diffusers or gguf; as the source is."),
 ]
 From = Annotated[
     str | None,
     typer.Option(
-        "--from-format",
+        rich_help_panel="In",
         metavar="FORMAT",
         help="peft, kohya, comfyui, diffusers or full (a whole model); told from the file if left out.",
     ),
@@ -104,22 +79,88 @@ BaseLookedUp = Annotated[
     ),
 ]
 Html = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write a report to look at in a browser, one file.")
+    Path | None,
+    typer.Option(
+        "--html", rich_help_panel="Out", metavar="FILE", help="Write a report to look at in a browser, one file."
+    ),
 ]
-Device = Annotated[str, typer.Option(help="Where to compute, e.g. cpu or cuda:0.")]
+Device = Annotated[str, typer.Option(rich_help_panel="Advanced", help="Where to compute, e.g. cpu or cuda:0.")]
 
 
-_AS_THEY_STAND = (
-    "target_rank",
-    "energy",
-    "error",
-    "across",
-    "auto",
-    "max_params",
-    "exact",
-    "max_rank",
-    "rank_multiple",
-)
+def made_of(**groups: type | tuple[Any, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command so that each of these parameters is given as options, one for each field with an `Option`.
+
+    The command gets a mapping of fields to values in its place.
+
+    Args:
+        groups: parameter -> dataclass, or a tuple of a dataclass and those of its fields that are options here.
+    """
+    parts: dict[str, tuple[Any, ...]] = {
+        name: (of, *options_of(of)) if isinstance(of, type) else of for name, of in groups.items()
+    }
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command).parameters.items():
+            own = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters += _parameters(*parts[name]) if name in parts else [own]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            of_parts = {name: _values(given, *part) for name, part in parts.items()}
+            command(**given, **of_parts)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer looks at
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str}
+
+
+def _parameters(of: type, *names: str) -> list[inspect.Parameter]:
+    found = []
+    for field in fields(of):
+        if field.name not in names:
+            continue
+        option = options_of(of)[field.name]
+        known = (_TYPES[part] for part in str(field.type).split(" | ") if part in _TYPES)
+        kind: Any = option.type or next(known)
+        name = option.name or field.name
+        shown = typer.Option(
+            f"--{name.replace('_', '-')}",
+            metavar=option.metavar,
+            help=option.help,
+            rich_help_panel=option.panel or getattr(of, "panel", None),
+        )
+        annotation = Annotated[kind if field.default is not None else kind | None, shown]
+        found.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+        )
+    return found
+
+
+def _values(given: dict[str, Any], of: type, *names: str) -> dict[str, Any]:
+    """Field -> value, taken out of what the command line gave.
+
+    Raises:
+        ConfigError: a value that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    for name in names:
+        option = options_of(of)[name]
+        value = given.pop(option.name or name)
+        if option.read is None:
+            values[name] = value
+        elif value is not None:
+            try:
+                values |= option.read(value)
+            except ValueError as e:
+                raise ConfigError(f"--{option.name or name}: {e}") from None
+    return values
 
 
 def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Path | None:
@@ -156,47 +197,23 @@ def read(source: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {**source, **{what: given.get(option) for option, what in _READ.items()}}
 
 
-_GOALS = (
-    *("target_rank", "energy", "error", "auto", "max_params", "size", "dynamic_method", "budget", "plan", "ranks"),
-    "accept",
-)
+def targets(goal: dict[str, Any], given: Mapping[str, Any], *, keep: bool = False) -> list[Target]:
+    """One target for each output, from fields of `Target` and all that a command was given (`typer.Context.params`).
 
-
-def targets(given: Mapping[str, Any], *, keep: bool = False) -> list[Target]:
-    """One target for each output, from all that a command was given (`typer.Context.params`); it need not have every
-    option there is. With `keep` ranks stay as they are where no target was given.
+    With `keep` ranks stay as they are where no target was given.
 
     Raises:
         ConfigError: none or several targets, or options that do not go together.
     """
-    from rankflow.compress.plan_file import read_budget, read_plan
-    from rankflow.compress.target import SV_RULES, Target, every_rank
-    from rankflow.config.schema import parse_size
+    from rankflow.compress.target import TARGETS, Target, every_rank
     from rankflow.formats.open import open_adapter
 
-    goal: dict[str, Any] = {name: given[name] for name in _AS_THEY_STAND}
-    goal["keep"] = keep and not any(given.get(name) for name in _GOALS)
-    method, param = given["dynamic_method"], given["dynamic_param"]
-    if (method is None) != (param is None):
-        raise ConfigError("--dynamic-method and --dynamic-param go together; give both or neither")
-    if method is not None:
-        if method not in SV_RULES:
-            raise ConfigError(f"--dynamic-method {method!r} is not one of {', '.join(SV_RULES)}")
-        goal[method] = param
-    if (size := given["size"]) is not None:
-        try:
-            goal["size"] = parse_size(int(size) if size.isdigit() else size)
-        except ValueError as e:
-            raise ConfigError(f"--size: {e}") from None
-    if given["budget"] is not None:
-        goal["budget"], goal["limits"] = read_budget(given["budget"])
-        others = [name for name in _GOALS if name != "budget" and given.get(name)]
-        if goal["budget"] is None and not (goal["keep"] or others):
-            raise ConfigError(f"{given['budget']}: has no budget; add one, or give a target beside it")
-    if given.get("plan") is not None:
-        goal["ranks"] = read_plan(given["plan"])
-    ranks = given.get("ranks")
-    if given.get("accept") is not None:
+    ranks, accept = given.get("ranks"), given.get("accept")
+    asked = any(goal.get(name) for name in TARGETS) or ranks or accept
+    if given["budget"] is not None and not (asked or keep):
+        raise ConfigError(f"{given['budget']}: has no budget; add one, or give a target beside it")
+    goal["keep"] = keep and not asked
+    if accept is not None:
         if ranks is not None:
             raise ConfigError("acceptance looks for the rank by itself, so --ranks cannot be given too; leave out one")
         return every_rank(open_adapter(given["adapter"], given["from_format"], given["base"]).layout, **goal)

@@ -4,72 +4,71 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rankflow.cli import options
 from rankflow.cli.app import app, bar, leave_stdout, print_table, say, write_json
+from rankflow.compress.output import Output
+from rankflow.compress.target import Target
 from rankflow.errors import ConfigError
 
 
 @app.command(epilog="Example: [bold]rankflow squeeze out/checkpoint-500 --target-rank 8[/bold]")
+@options.made_of(target=Target, output=Output)
 def squeeze(
     ctx: typer.Context,
     adapter: options.Adapter,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--out", help="Folder or file to write; <ADAPTER>-r8 and the like if left out. With --ranks a stem."
-        ),
-    ] = None,
-    target_rank: options.TargetRank = None,
     ranks: Annotated[
-        str | None, typer.Option(metavar="N,N,..", help="Several uniform ranks, one output each, decomposed once.")
-    ] = None,
-    energy: options.Energy = None,
-    error: options.Error = None,
-    across: options.Across = False,
-    auto: options.Auto = False,
-    dynamic_method: options.DynamicMethod = None,
-    dynamic_param: options.DynamicParam = None,
-    max_params: options.MaxParams = None,
-    size: options.Size = None,
-    budget: options.BudgetYaml = None,
-    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Ranks as `rankflow plan` wrote them.")] = None,
-    exact: options.Exact = False,
-    max_rank: options.MaxRank = None,
-    rank_multiple: options.RankMultiple = 1,
-    metric: options.Metric = "weights",
-    calibration: options.Calibration = None,
-    base: options.Base = None,
-    backend: options.Backend = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; as the source has it if left out.")
-    ] = None,
-    device: options.Device = "cpu",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out and write nothing.")] = False,
-    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON too.")] = None,
-    html: options.Html = None,
-    keep_residual: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep what is cut off; `rankflow expand` puts it back.")
+        str | None,
+        typer.Option(
+            rich_help_panel="How much",
+            metavar="N,N,..",
+            help="Several uniform ranks, one output each, decomposed once.",
+        ),
     ] = None,
     accept: Annotated[
         str | None,
-        typer.Option(metavar="CMD", help="The smallest rank for which CMD {} succeeds; {} is a candidate's path."),
+        typer.Option(
+            rich_help_panel="How much",
+            metavar="CMD",
+            help="The smallest rank for which CMD {} succeeds; {} is a candidate's path.",
+        ),
     ] = None,
+    target: Any = None,
     from_format: options.From = None,
-    to_format: options.Format = None,
-    engine: options.For = None,
-    force: options.ForceAll = False,
+    base: options.Base = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            rich_help_panel="Out",
+            help="Folder or file to write; <ADAPTER>-r8 and the like if left out. With --ranks a stem.",
+        ),
+    ] = None,
+    output: Any = None,
+    report: Annotated[
+        Path | None, typer.Option(rich_help_panel="Out", metavar="FILE", help="Write the report as JSON too.")
+    ] = None,
+    html: options.Html = None,
+    metric: options.Metric = "weights",
+    calibration: options.Calibration = None,
+    backend: options.Backend = None,
+    device: options.Device = "cpu",
 ) -> None:
     """Write a smaller adapter: the best of its rank, in its own format. Needs no base model; the source is only read.
 
-    Give exactly one target: --target-rank, --ranks, --energy, --error, --auto, --dynamic-method, --max-params, --size,
-    --budget or --plan; or --accept. With --engine or --to-format it may be left out, and ranks stay as they are.
+    Give exactly one target: --target-rank, --ranks, --energy, --error, --auto, --sv-ratio, --sv-fro, --sv-cumulative,
+    --max-params, --size, --budget or --plan; or --accept. With --engine or --to-format it may be left out, and ranks
+    stay as they are.
     """
     from rankflow.formats.io.outputs import Around, check_apart, check_harmless, check_output
 
+    force, dry_run, keep_residual, engine, to_format = (
+        output[name] for name in ("force", "dry_run", "keep_residual", "engine", "to_format")
+    )
     leave_stdout(out, report, html, keep_residual)
     reads = options.read({"its own source": adapter}, ctx.params)
     if report is not None:
@@ -81,14 +80,14 @@ def squeeze(
             raise ConfigError(f"{html}: a report is of one adapter; leave --html out, or give one rank")
         check_page_file(html, reads, force=force or dry_run)
     from rankflow.compress.accept import acceptance_command
-    from rankflow.compress.squeeze import squeeze_each
+    from rankflow.compress.each import squeeze_each
     from rankflow.formats.io.atomic import is_plain
     from rankflow.formats.io.outputs import suffixed
     from rankflow.render.adapter_tables import acceptance_table, squeeze_table
     from rankflow.serving.export import fitting_for
 
-    fitting = fitting_for(engine, to_format=to_format, base=base)
-    targets = options.targets(ctx.params, keep=engine is not None or to_format is not None)
+    fitting_for(engine, to_format=to_format, base=base)  # refuses before any data are run through the model
+    targets = options.targets(target, ctx.params, keep=engine is not None or to_format is not None)
     judge = None if accept is None else acceptance_command(accept)
     outs = None
     if out is not None:
@@ -111,16 +110,13 @@ def squeeze(
             metric=metric,
             calibration=statistics,
             backend=backend,  # type: ignore[arg-type]  # checked there
-            dtype=dtype,
             device=device,
-            force=force,
-            dry_run=dry_run,
-            keep_residual=keep_residual,
             accept=judge,
             from_format=from_format,
-            fitting=fitting,
+            base=base,
             around=Around(reads, besides),
             progress=progress,
+            **output,
         )
     written = [path for path in besides if not dry_run or is_plain(path)]
     if report in written:
@@ -145,29 +141,18 @@ def squeeze(
 
 
 @app.command(epilog="Example: [bold]rankflow plan out/checkpoint-500 --energy 0.9 -o plan.yaml[/bold]")
+@options.made_of(target=Target)
 def plan(
     ctx: typer.Context,
     adapter: options.Adapter,
     out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")],
-    target_rank: options.TargetRank = None,
-    energy: options.Energy = None,
-    error: options.Error = None,
-    across: options.Across = False,
-    auto: options.Auto = False,
-    dynamic_method: options.DynamicMethod = None,
-    dynamic_param: options.DynamicParam = None,
-    max_params: options.MaxParams = None,
-    size: options.Size = None,
-    budget: options.BudgetYaml = None,
-    exact: options.Exact = False,
-    max_rank: options.MaxRank = None,
-    rank_multiple: options.RankMultiple = 1,
+    target: Any = None,
+    from_format: options.From = None,
+    base: options.Base = None,
     metric: options.Metric = "weights",
     calibration: options.Calibration = None,
-    base: options.Base = None,
     backend: options.Backend = None,
     device: options.Device = "cpu",
-    from_format: options.From = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a plan that is there already.")] = False,
 ) -> None:
     """Write down the ranks a squeeze would come to, to be read and edited; `squeeze --plan` does exactly that."""
@@ -176,12 +161,11 @@ def plan(
     leave_stdout(out)
     check_output(out, options.read({"its own source": adapter}, ctx.params), force=force, parents=False)
     there = os.path.lexists(out)
+    from rankflow.compress.each import squeeze_each
     from rankflow.compress.plan_file import write_plan
-    from rankflow.compress.squeeze import squeeze_each
     from rankflow.render.adapter_tables import squeeze_table
-    from rankflow.serving.export import fitting_for
 
-    targets = options.targets(ctx.params)
+    targets = options.targets(target, ctx.params)
     with bar("calibrating") as progress:
         statistics = options.statistics(ctx.params, progress)
     with bar("planning") as progress:
@@ -194,7 +178,7 @@ def plan(
             device=device,
             dry_run=True,
             from_format=from_format,
-            fitting=fitting_for(None, base=base),
+            base=base,
             progress=progress,
         )
     print_table(squeeze_table(found))

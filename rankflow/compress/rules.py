@@ -21,11 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rankflow.errors import ConfigError
-from rankflow.linalg.spectrum import Spectrum
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import units
+
+if TYPE_CHECKING:
+    from rankflow.linalg.spectrum import Spectrum
 
 
 def noise_threshold(sigma: list[float], slot: Slot) -> float:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
+from rankflow.compress.option import option
 from rankflow.compress.rules import above_noise, as_planned, fewest, fit_ranks
 from rankflow.errors import ConfigError
-from rankflow.linalg.spectrum import Spectrum
 from rankflow.plans.allocate import allocate
 from rankflow.plans.budget import Budget
-from rankflow.plans.knapsack import allocate_exactly, cover, upper_bound
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Limits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from rankflow.linalg.spectrum import Spectrum
+
 SV_RULES = ("sv_ratio", "sv_fro", "sv_cumulative")
-_TARGETS = ("target_rank", "energy", "error", *SV_RULES, "auto", "max_params", "size", "budget", "ranks", "keep")
+TARGETS = ("target_rank", "energy", "error", *SV_RULES, "auto", "max_params", "size", "budget", "ranks", "keep")
 
 
 class Goal(TypedDict, total=False):
@@ -45,6 +47,25 @@ class Goal(TypedDict, total=False):
     limits: Limits | None
 
 
+def _size(word: str) -> dict[str, Any]:
+    from rankflow.config.schema import parse_size
+
+    return {"size": parse_size(int(word) if word.isdigit() else word)}
+
+
+def _budget(path: Path) -> dict[str, Any]:
+    from rankflow.compress.plan_file import read_budget
+
+    budget, limits = read_budget(path)
+    return {"budget": budget, "limits": limits}
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    from rankflow.compress.plan_file import read_plan
+
+    return {"ranks": read_plan(path)}
+
+
 @dataclass(frozen=True)
 class Target:
     """How far to squeeze: exactly one of the first twelve, with any of the others.
@@ -64,28 +85,36 @@ class Target:
         ConfigError: none or several targets, a value out of range, or options that do not go together.
     """
 
-    target_rank: int | None = None
-    energy: float | None = None
-    error: float | None = None
-    sv_ratio: float | None = None
-    sv_fro: float | None = None
-    sv_cumulative: float | None = None
-    auto: bool = False
-    max_params: int | None = None
-    size: int | None = None
-    budget: Budget | None = None
-    ranks: Mapping[str, int] | None = None
+    panel: ClassVar = "How much"
+
+    target_rank: int | None = option(None, "One rank for all modules that have more.", metavar="N")
+    energy: float | None = option(
+        None, "Share of its squared singular values every module keeps, e.g. 0.9.", metavar="E"
+    )
+    error: float | None = option(None, "Relative error |change| / |DeltaW| of every module, e.g. 0.1.", metavar="E")
+    sv_ratio: float | None = option(None, "Singular values above the largest over P.", metavar="P")
+    sv_fro: float | None = option(None, "Share of the Frobenius norm every module keeps.", metavar="P")
+    sv_cumulative: float | None = option(None, "Share of its summed singular values it keeps.", metavar="P")
+    auto: bool = option(False, "Directions above the noise threshold (Marchenko-Pastur, from the median).")
+    max_params: int | None = option(None, "LoRA parameters in all, spent where they keep most.", metavar="N")
+    size: int | None = option(None, "Bytes of the file in all, e.g. 32MiB.", metavar="SIZE", type=str, read=_size)
+    budget: Budget | None = option(
+        None, "YAML with budget, limits, tie and rank_buckets.", metavar="FILE", type=Path, read=_budget
+    )
+    ranks: Mapping[str, int] | None = option(
+        None, "Ranks as `rankflow plan` wrote them.", name="plan", metavar="FILE", type=Path, read=_plan
+    )
     keep: bool = False
-    across: bool = False
-    exact: bool = False
-    max_rank: int | None = None
-    rank_multiple: int = 1
+    across: bool = option(False, "With --energy or --error: of all modules together, not of each.")
+    exact: bool = option(False, "With --max-params, --size or --budget: the very best ranks of that cost.")
+    max_rank: int | None = option(None, "No module has a higher rank.", metavar="N")
+    rank_multiple: int = option(1, "Ranks are multiples of this.", metavar="N")
     limits: Limits | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in _TARGETS if getattr(self, name) is not None and getattr(self, name) is not False]
+        given = [name for name in TARGETS if getattr(self, name) is not None and getattr(self, name) is not False]
         if not given:
-            raise ConfigError(f"no target: give one of {', '.join(_TARGETS)}")
+            raise ConfigError(f"no target: give one of {', '.join(TARGETS)}")
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} are {len(given)} targets; give one")
         for name in ("energy", "error", "sv_fro", "sv_cumulative"):
@@ -164,6 +193,11 @@ class Target:
             raise ConfigError(
                 "the adapter is zero (never trained?), so there is nothing to go by; give target_rank instead"
             )
+        from rankflow.plans.knapsack import (
+            allocate_exactly,
+            cover,
+        )  # takes torch, which the command line's help has not
+
         gains = _gains(spectra)
         if self._spending is not None:
             return (allocate_exactly if self.exact else allocate)(gains, allowed, self._left(layout, overhead))
@@ -180,6 +214,8 @@ class Target:
         """Share of the energy by which `ranks`, as chosen, can fall short of the best of the same cost, at most."""
         if self._spending is None or self.exact:
             return 0.0
+        from rankflow.plans.knapsack import upper_bound
+
         gains = _gains(spectra)
         total = math.fsum(map(math.fsum, gains.values()))
         kept = math.fsum(math.fsum(gains[name][: ranks[name]]) for name in layout)
@@ -252,7 +288,7 @@ def every_rank(layout: Layout, **limits: Unpack[Goal]) -> list[Target]:
     Raises:
         ConfigError: `limits` hold a target.
     """
-    given = [name for name in _TARGETS if limits.get(name)]
+    given = [name for name in TARGETS if limits.get(name)]
     if given:
         raise ConfigError(f"acceptance looks for the rank by itself, so {given[0]} cannot be given too; leave out one")
     most = max(slot.rank for slot in layout.values())

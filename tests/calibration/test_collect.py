@@ -678,7 +678,7 @@ def test_from_the_command_line(home: Path, tmp_path: Path):
     assert all(torch.equal(two[name], three[name]) for name in two)
 
     plan = tmp_path / "plan.yaml"
-    run("plan", home / "adapter", "--energy", 0.8, "--global", "--metric", "loss", "--calibration", stats, "-o", plan)
+    run("plan", home / "adapter", "--energy", 0.8, "--across", "--metric", "loss", "--calibration", stats, "-o", plan)
     options = {"energy": 0.8, "across": True, "metric": "loss", "calibration": stats, "dry_run": True}
     assert read_plan(plan) == squeeze(home / "adapter", **options).ranks
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rankflow import ConfigError, squeeze
-from rankflow.compress import squeeze as checkpoints
+from rankflow.compress import each
 from rankflow.compress.accept import acceptance_command, accepted, contradictions, search
 from rankflow.formats.peft.adapter import PeftAdapter
 from tests.cli.test_app import run
@@ -129,9 +129,9 @@ def test_candidates_are_what_limits_allow_and_decomposed_once(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: Path
 ):
     decomposed: list[str] = []
-    spectrum = checkpoints.Metric.spectrum
+    spectrum = each.Metric.spectrum
     monkeypatch.setattr(
-        checkpoints.Metric,
+        each.Metric,
         "spectrum",
         lambda self, name, *rest: decomposed.append(name) or spectrum(self, name, *rest),
     )

@@ -258,8 +258,8 @@ def test_a_budget_file_holds_a_budget_and_limits(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dynamic-method", "sv_fro"), "go together"),
-        (("--dynamic-method", "sv_max", "--dynamic-param", 2), "'sv_max' is not one of sv_ratio"),
+        (("--sv-fro", 2), "sv_fro is 2"),
+        (("--sv-ratio", 2, "--sv-fro", 0.9), "are 2 targets"),
         (("--size", "big"), "--size: 'big' is neither"),
         (("--ranks", "4,x"), "'4,x' is not a list"),
         (("--ranks", "4,8", "--target-rank", 2), "two targets"),
@@ -272,9 +272,10 @@ def test_mistakes_on_the_command_line(adapter, options, message):
     assert [p.name for p in adapter.parent.iterdir()] == ["src"]
 
 
-def test_the_words_of_sd_scripts_work(adapter, tmp_path):
-    run("squeeze", adapter, "--dynamic-method", "sv_fro", "--dynamic-param", 0.9, "--max-rank", 3, "-o", tmp_path / "a")
-    run("squeeze", adapter, "--energy", 0.81, "--max-rank", 3, "-o", tmp_path / "b")
-    ours, theirs = ({m.name: m.rank for m in inspect(tmp_path / x).modules} for x in "ab")
-    assert ours == theirs
+def test_the_rules_of_sd_scripts_are_options_by_their_names_and_by_those_of_sd_scripts(adapter, tmp_path):
+    old = ("--dynamic-method", "sv_fro", "--dynamic-param", 0.9)
+    for out, rule in (("a", ("--sv-fro", 0.9)), ("b", ("--energy", 0.81)), ("c", old)):
+        run("squeeze", adapter, *rule, "--max-rank", 3, "-o", tmp_path / out)
+    ours, theirs, as_before = ({m.name: m.rank for m in inspect(tmp_path / x).modules} for x in "abc")
+    assert ours == theirs == as_before
     assert max(ours.values()) <= 3

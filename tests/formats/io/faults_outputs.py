@@ -68,7 +68,7 @@ FAULTS = [
     ),
     Fault(
         "call candidates as a stranger called the adapter",
-        "compress/squeeze.py",
+        "compress/each.py",
         'candidate = Path(folder) / f"r{rank}',
         'candidate = Path(folder) / f"{adapter.path.stem}-r{rank}',
         "::test_candidates_have_names_of_our_own",

@@ -35,7 +35,7 @@ FAULTS = [
     ),
     Fault(
         "leave what is carried along out of reports",
-        "compress/squeeze.py",
+        "compress/each.py",
         "carried=dict(adapter.extra_tensors),",
         "",
     ),
