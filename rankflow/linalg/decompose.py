@@ -58,7 +58,7 @@ def spectrum(
     n_iter: int = 2,
     seed: int = 0,
 ) -> Spectrum:
-    """Singular values of scaling * B A in a metric (see the table above), and everything needed to cut it.
+    """Return the singular values of scaling * B A in a metric (see the table above), and everything needed to cut it.
 
     Args:
         A: ``[*e, r, in]``, any floating dtype; all arithmetic is in float64, but for short sums of bfloat16.
@@ -96,8 +96,8 @@ def spectrum(
 
 
 def spectra(pairs: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float]) -> list[Spectrum]:
-    """`spectrum` in metric `weights` of modules of one shape, all factorised at once, which is how a GPU is kept busy:
-    A ``[*e, r, in]`` and B ``[*e, out, r]`` of each, and its scaling.
+    """Return the spectrum in metric `weights` of each of several modules of one shape, factorised in one batch, which
+    keeps a GPU busy. `pairs` holds A ``[*e, r, in]`` and B ``[*e, out, r]`` of each module, `scalings` its scaling.
 
     Raises:
         ConfigError, AdapterError: as `spectrum` of the first module at fault.
@@ -114,8 +114,8 @@ def spectra(pairs: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float]) -
 
 
 def refactor(A: Tensor, B: Tensor, N: Tensor, M: Tensor, *, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """A' = N A ``[*e, k, in]`` and B' = B M ``[*e, out, k]``, in float64 and then rounded to the factor's dtype; given
-    `wide`, computed and left in that (see `Spectrum`)."""
+    """Return A' = N A ``[*e, k, in]`` and B' = B M ``[*e, out, k]``. They are computed in float64 and rounded to the
+    factors' dtype; with `wide` they are computed and left in that dtype (see `Spectrum`)."""
     if wide is None:
         new_A, new_B = refactor(f64(A), f64(B), N, M, wide=torch.float64)
         return like(new_A, A), like(new_B, B)
@@ -142,7 +142,7 @@ def orthogonality_term(weight: float) -> Callable[[Tensor, Tensor], Tensor] | No
 
 
 def _decomposed(A: Tensor, B: Tensor, scaling: float | Tensor, S_A: Tensor | None, S_B: Tensor | None) -> Spectrum:
-    """The exact spectrum; A and B have any number of leading dimensions, over which `scaling` may differ."""
+    """Return the exact spectrum. A and B may have any number of leading dimensions, over which `scaling` may differ."""
     (root_A, wide_A), (root_B, wide_B) = root_of_factor(A.mT), root_of_factor(B)
     if root_A is None or root_B is None:
         bad, shape = ("A", A.shape) if root_A is None else ("B", B.shape)
@@ -168,7 +168,7 @@ def _decomposed(A: Tensor, B: Tensor, scaling: float | Tensor, S_A: Tensor | Non
 
 
 def like(t: Tensor, other: Tensor) -> Tensor:
-    """In the other's dtype, on its device."""
+    """Return `t` in the dtype of `other` and on its device."""
     return t.to(other.dtype).to(other.device)
 
 
@@ -239,15 +239,15 @@ def _check_statistics(A: Tensor, metric: MetricName, S_A: Tensor | None, S_B: Te
 
 
 def f64(t: Tensor) -> Tensor:
-    """Detached, in float64; on the CPU where the device has no float64."""
+    """Return `t` detached and in float64, on the CPU if its device has no float64."""
     t = t.detach()
     return (t.cpu() if t.device.type == "mps" else t).double()
 
 
 def root_of_factor(F: Tensor) -> tuple[Tensor | None, torch.dtype]:
-    """The root of F^T F, F ``[*e, n, r]``, by way of that Gram matrix, or None where F is not finite; and the dtype in
-    which combinations of F's columns are to be computed: float32 for a bfloat16 F with its columns well apart, whose
-    Gram matrix is had at half the cost, else float64.
+    """Return a root of F^T F, F ``[*e, n, r]``, computed from that Gram matrix, and the dtype to compute combinations
+    of F's columns in. The root is None if F is not finite. The dtype is float32 for a bfloat16 F whose columns are well
+    apart, whose Gram matrix then costs half as much, else float64.
 
     Products of bfloat16 numbers are exact in float32 (and in TF32 and the like), so only sums over `_RUN` rows round
     there, and the entries of the Gram matrix are good to a few 1e-8 sqrt(S_ii S_jj). Such a change moves the best cut
@@ -271,9 +271,9 @@ def root_of_factor(F: Tensor) -> tuple[Tensor | None, torch.dtype]:
 
 
 def root(S: Tensor) -> Tensor:
-    """R with R^T R = S up to rounding of sqrt(S_ii S_jj) in each entry, so that directions of very different size cost
-    no accuracy: Cholesky's (Higham, Accuracy and Stability of Numerical Algorithms, theorem 10.3), or where S is
-    singular, and Cholesky may fail, one from the eigenvectors of the correlation matrix."""
+    """Return R with R^T R = S, up to rounding of sqrt(S_ii S_jj) in each entry, so that directions of very different
+    size cost no accuracy. R is Cholesky's factor (Higham, Accuracy and Stability of Numerical Algorithms, theorem
+    10.3). Where S is singular and Cholesky may fail, R comes from the eigenvectors of the correlation matrix."""
     R, failed = torch.linalg.cholesky_ex(S, upper=True)
     if not bool(failed.any()):
         return R
@@ -284,6 +284,6 @@ def root(S: Tensor) -> Tensor:
 
 
 def root_by_qr(F: Tensor) -> Tensor:
-    """R with R^T R = F^T F, without squaring F ``[*e, n, r]``."""
+    """Return R with R^T R = F^T F, without squaring F ``[*e, n, r]``."""
     R = torch.linalg.qr(f64(F), mode="r").R
     return torch.nn.functional.pad(R, (0, 0, 0, R.shape[-1] - R.shape[-2]))

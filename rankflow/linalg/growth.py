@@ -14,7 +14,7 @@ from rankflow.linalg.svd import dominant_sign
 
 
 def new_rows(n: int, A: Tensor, generator: torch.Generator, *, kind: str = "linear") -> Tensor:
-    """`n` new rows for A ``[*e, n, in]``, drawn as PEFT draws a fresh A, in A's dtype and on its device.
+    """Return `n` new rows for A ``[*e, n, in]``, drawn as PEFT draws a fresh A, in A's dtype and on its device.
 
     Uniform within 1 / sqrt(in) (Kaiming with a = sqrt(5)) from a CPU `generator`, whatever A's dtype. A may have no
     rows: only its other dimensions count.
@@ -31,8 +31,8 @@ def new_rows(n: int, A: Tensor, generator: torch.Generator, *, kind: str = "line
 
 
 def gradient_directions(A: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the gradient of DeltaW points and A ``[*e, m, in]`` cannot go yet: (strengths ``[*e, k]``, directions
-    ``[*e, k, in]``), float64, strongest first.
+    """Return the directions of DeltaW's gradient that lie outside the row space of A ``[*e, m, in]``, strongest first:
+    (strengths ``[*e, k]``, directions ``[*e, k, in]``), float64.
 
     Singular values and right singular directions of `sketch` ``[*e, q, in]`` outside A's row space, as many as are more
     than rounding, 1e-5 of the sketch's norm (of experts, as many as the one with the fewest has).
@@ -58,9 +58,9 @@ def gradient_directions(A: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rows_from_sketch(n: int, A: Tensor, sketch: Tensor, *, kind: str = "linear") -> Tensor:
-    """Up to `n` new rows for A ``[*e, m, in]``, m <= n: the leading `gradient_directions`, the largest entry of each
-    positive, all of A's RMS row norm (that of `new_rows` where A has no rows, or is 0). Fewer than n come back when the
-    sketch has no more outside A's row space: `new_rows` makes up the number.
+    """Return up to `n` new rows for A ``[*e, m, in]``, m <= n: the leading `gradient_directions`. The largest entry of
+    each row is positive, and each has A's RMS row norm (that of `new_rows` where A has no rows, or is 0). Fewer than n
+    rows come back if the sketch has no more outside A's row space; `new_rows` makes up the number.
 
     Raises:
         ConfigError, RankFlowError: see `gradient_directions`.

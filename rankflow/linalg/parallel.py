@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Pool:
-    """Work spread over modules: one thread each, every torch operation on one.
+    """Run a function on many modules at once, a thread for each, with one torch thread an operation.
 
     Threads inside such small factorisations only get into each other's way.
     """
@@ -26,11 +26,12 @@ class Pool:
         self._done = 0
 
     def each(self, work: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
-        """Results by name, in the order of `names`; the first failure stops everything not yet begun."""
+        """Return the results by name, in the order of `names`. The first failure stops everything that has not
+        begun."""
         return self.together(lambda group: [work(name) for name in group], [(name,) for name in names])
 
     def together(self, work: Callable[[Sequence[str]], Sequence[T]], groups: Iterable[Sequence[str]]) -> dict[str, T]:
-        """As `each`, of modules that are worked on in groups."""
+        """Return what `each` returns, of modules that are worked on in groups."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -47,7 +48,7 @@ class Pool:
 
 
 def usable(device: str) -> torch.device:
-    """A device to compute on, in float64 and with real numbers.
+    """Return the device of that name, after a test that it can hold and read float64 numbers.
 
     Raises:
         ConfigError: it is none, or is not there.

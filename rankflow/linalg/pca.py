@@ -12,7 +12,7 @@ BLOCK = 256  # rows taken in at a time
 
 @dataclass(frozen=True)
 class Principal:
-    """What is known of the rows seen so far, in float64: `components` directions of their spread about their mean.
+    """The mean of the rows seen so far and the leading `components` directions of their spread about it, in float64.
 
     Incremental PCA with a moving mean (Ross et al., Incremental Learning for Robust Visual Tracking, IJCV 2008, section
     3.2). `energy` counts what truncation leaves out too, and is exact; `rows` is exact until there are more directions
@@ -27,12 +27,13 @@ class Principal:
 
     @classmethod
     def empty(cls, components: int, n: int, device: torch.device) -> Principal:
-        """Of no rows of length `n` yet."""
+        """Return the state before the first row, for rows of length `n`."""
         zeros = torch.zeros(n + 2, dtype=torch.float64, device=device)
         return cls(components, zeros.new_zeros(0, n), zeros[:n], zeros[n], zeros[n + 1])
 
     def add(self, x: Tensor, seen: Tensor | None = None) -> Principal:
-        """After the rows `x` ``[tokens, n]``, or those of them that `seen` ``[tokens]`` marks."""
+        """Return the state after the rows `x` ``[tokens, n]``, or after those of them that `seen` ``[tokens]``
+        marks."""
         seen = torch.ones_like(x[:, 0], dtype=torch.bool) if seen is None else seen.bool()
         state = self
         for block, marked in zip(x.split(BLOCK), seen.split(BLOCK), strict=True):

@@ -34,7 +34,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """The SVD U diag(1 / `inverse`) Vh of R_B R_A^T, all ``[*e, r, r]``, and what it makes of the factors."""
+    """The SVD U diag(1 / `inverse`) Vh of R_B R_A^T, all ``[*e, r, r]``, from which cuts of the factors are made."""
 
     inverse: Tensor
     U: Tensor
@@ -43,7 +43,7 @@ class Directions:
     R_B: Tensor
 
     def __call__(self, k: int) -> tuple[Tensor, Tensor]:
-        """N ``[*e, k, r]`` and M ``[*e, r, k]`` at a = 1."""
+        """Return N ``[*e, k, r]`` and M ``[*e, r, k]`` with the free scale a = 1."""
         return self.inverse[..., :k, None] * (self.U[..., :k].mT @ self.R_B), self.R_A.mT @ self.Vh[..., :k, :].mT
 
     def __getitem__(self, i: int) -> Directions:
@@ -74,7 +74,7 @@ class Spectrum:
     outside: float = 0.0  # energy of an update that the factors are only the leading directions of, beside them
 
     def parts(self) -> list[Spectrum]:
-        """Of an exact spectrum those along its first dimension."""
+        """Return the spectra along the first dimension of an exact spectrum."""
         directions, (root_A, root_B) = self._directions, self._roots
         assert isinstance(directions, Directions)
         return [
@@ -94,7 +94,7 @@ class Spectrum:
 
     @property
     def total(self) -> float:
-        """The energy there is."""
+        """The energy of all directions, and of what lies outside the factors."""
         return float(self.gains.sum()) + self.outside
 
     def energy(self, k: int) -> float:
@@ -106,7 +106,8 @@ class Spectrum:
         return next((k for k in range(1, self.sigma.shape[-1]) if self.energy(k) >= energy), self.sigma.shape[-1])
 
     def error(self, k: int) -> float:
-        """Distance, in the metric, from the adapter to its best rank-k one: the root of the discarded energy."""
+        """Return the distance in the metric from the adapter to the best one of rank k: the root of the discarded
+        energy."""
         first = torch.arange(self.sigma.shape[-1], device=self.sigma.device) < k
         return math.hypot(float(torch.linalg.vector_norm(self.sigma * ~(self.live & first))), math.sqrt(self.outside))
 
@@ -175,7 +176,7 @@ class Spectrum:
         return Cut(N, M, k - had)
 
     def _nearest(self, N: Tensor, M: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The first `count` ``[*e]`` of the directions, each expert's, brought next to old ones."""
+        """Return N and M with the first `count` ``[*e]`` directions of each expert brought nearest to old ones."""
         k, r = N.shape[-2:]
         flat_N, flat_M = N.reshape(-1, k, r).clone(), M.reshape(-1, r, k).clone()
         size_A, size_B = (torch.linalg.vector_norm(root, dim=-2).reshape(-1, r) for root in self._roots)
@@ -186,8 +187,8 @@ class Spectrum:
         return flat_N.reshape(N.shape), flat_M.reshape(M.shape)
 
     def _spare(self, N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Directions that add nothing to the function beside those of `N`: N ``[*e, r, r]``, M ``[*e, r, r]``, and
-        how many of them there are ``[*e]``; the rest are zero."""
+        """Return directions that add nothing to the function, beside those of `N`: N ``[*e, r, r]``, M ``[*e, r, r]``,
+        and how many there are ``[*e]``. The rest are zero."""
         root_A, root_B = self._roots
         rows, number = _orthogonal_rows(root_A, N)
         columns = torch.zeros_like(rows)
@@ -212,8 +213,8 @@ def _keep_scale(kept: Tensor, revived: Tensor, size_A: Tensor, size_B: Tensor) -
 
 
 def _orthogonal_rows(root: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
-    """Combinations of a factor's rows that are orthogonal to those N makes, and to each other ``[*e, r, r]``, each of
-    the factor's RMS row norm, and how many of them there are ``[*e]``, strongest first.
+    """Return combinations of a factor's rows that are orthogonal to those that N makes and to each other ``[*e, r,
+    r]``, strongest first, and how many there are ``[*e]``. Each has the factor's RMS row norm.
 
     `root` ``[*e, r, r]`` is the factor in coordinates of its row space: its columns stand for the factor's rows.
     """
@@ -240,7 +241,7 @@ def relative(distance: float, norm: float) -> float:
 
 
 def nearest(N: Tensor, M: Tensor, size_A: Tensor, size_B: Tensor) -> tuple[Tensor, Tensor]:
-    """G N and M G^-1 for the G that leaves each new direction next to an old one, at the same size.
+    """Return G N and M G^-1, with the G that brings each new direction nearest to an old one, at the same size.
 
     With A' = N A and B' = B M, only P = M N ``[r, r]``, a projector of rank k, matters to the function. Gaussian
     elimination with diagonal pivots finds the k old directions I that P keeps most of. With the polar form Q H of

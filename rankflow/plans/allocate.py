@@ -37,7 +37,8 @@ def rounded(score: float, name: str) -> float:
 
 
 def allocate(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budget) -> dict[str, int]:
-    """Ranks that gain most within `budget` (resolved), limits and ties; module -> rank, for every module.
+    """Return the ranks of largest total gain within `budget` (resolved), limits and ties; module -> rank, for every
+    module.
 
     ``gains[module][i]`` is what direction i adds, not increasing with i. As many directions as it has entries can be
     had (more only where a minimum asks for them), and as many are taken as the budget allows, worthless ones too.
@@ -61,8 +62,8 @@ def allocate(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budge
 
 @dataclass(frozen=True)
 class Options:
-    """What there is to choose from: units, and of each the cost of one more rank, how many directions can be had, and
-    the least rank that limits allow."""
+    """The choices of an allocation: for each unit the cost of one more rank, how many directions it can have, and the
+    least rank that limits allow."""
 
     gains: Mapping[str, Sequence[float]]
     layout: Layout
@@ -74,7 +75,7 @@ class Options:
 
     @classmethod
     def of(cls, gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budget) -> Options:
-        """`gains` as for `allocate`, `budget` resolved."""
+        """Return the choices that `layout` allows. `gains` are as for `allocate`, and `budget` is resolved."""
         moving = units(layout)
         have = [min(len(gains.get(name, ())) for name in unit.names) for unit in moving]
         costs, least = [budget.price(unit) for unit in moving], [unit.span[0] for unit in moving]
@@ -82,7 +83,7 @@ class Options:
 
     @property
     def left(self) -> int:
-        """What the least ranks leave of the budget.
+        """What is left of the budget when every unit has its least rank.
 
         Raises:
             ConfigError: they cost more.
@@ -96,11 +97,11 @@ class Options:
         return int(self.budget.amount) - spent
 
     def gain(self, i: int, first: int, last: int) -> float:
-        """Of the directions from `first` to before `last` of unit i."""
+        """Return the gain of the directions of unit i from `first` up to but without `last`."""
         return math.fsum(g for name in self.units[i].names for g in self.gains.get(name, ())[first:last])
 
     def best_first(self, ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(unit, its next allowed rank), the most gain per cost first. A unit comes again if, in `ranks`, it was given
+        """Yield (unit, its next allowed rank), the most gain per cost first. A unit comes again if `ranks` gives it
         that rank."""
         offers: list[tuple[float, int, int, int]] = []  # (-gain per cost, rank, unit, next rank)
 
@@ -119,12 +120,12 @@ class Options:
                 offer(i)
 
     def by_module(self, ranks: Sequence[int]) -> dict[str, int]:
-        """Module -> rank, in the order of the layout."""
+        """Return module -> rank, in the order of the layout."""
         chosen = {name: rank for unit, rank in zip(self.units, ranks, strict=True) for name in unit.names}
         return {name: chosen[name] for name in self.layout}
 
     def bought(self, ranks: Sequence[int]) -> dict[str, int]:
-        """`by_module`, of which something must be left.
+        """Return `by_module`, in which some rank must be above 0.
 
         Raises:
             ConfigError: every rank is 0.
@@ -135,14 +136,14 @@ class Options:
 
 
 def even(layout: Layout, budget: Budget) -> dict[str, int]:
-    """Ranks as equal as limits allow that spend the whole budget; module -> rank."""
+    """Return the ranks that spend the whole budget and are as equal as limits allow; module -> rank."""
     return allocate({name: [0.0] * slot.max_rank for name, slot in layout.items()}, layout, budget)
 
 
 def proportional(
     weights: Mapping[str, float], layout: Layout, budget: Budget, most: Mapping[str, int] | None = None
 ) -> dict[str, list[float]]:
-    """Gains for `allocate` under which ranks come out in proportion to `weights`: w / (i + 1/2) for direction i.
+    """Return gains with which `allocate` gives ranks in proportion to `weights`: w / (i + 1/2) for direction i.
 
     This is Webster's method of apportionment: rank = round(c w) in every module that limits leave alone, with the one c
     that spends the budget (resolved). A module without a weight has 0. Past its `most` a module goes on, in the same
@@ -160,7 +161,8 @@ def proportional(
 def grow_by_score(
     scores: Mapping[str, float], layout: Layout, budget: Budget, top_k: int | None, grow_by: int
 ) -> dict[str, int]:
-    """One growth event: the `top_k` modules of highest score gain `grow_by` directions; module -> rank, where it grew.
+    """Return the ranks after one growth event, in which the `top_k` modules of highest score gain `grow_by` directions;
+    module -> rank, of those that grew.
 
     Never passes the budget (resolved): the last event is cut short so that it is met exactly where ranks cost the
     same and no bucket, multiple or tie applies, else to less than one increment. What a module cannot take because
@@ -194,8 +196,8 @@ def grow_by_score(
 
 
 def next_ranks(layout: Layout, budget: Budget, grow_by: int) -> dict[str, int]:
-    """The rank that each module (tied ones together) would grow to next were it the only one to gain `grow_by`, within
-    limits and what is left of the budget (resolved); only modules that would grow, and are in the adapter."""
+    """Return the rank that each module (tied ones together) would grow to next if it alone gained `grow_by`, within
+    limits and what is left of the budget (resolved). Only modules that are in the adapter and would grow are named."""
     left = int(budget.amount) - budget.spent(layout)
     found = {}
     for unit in units(layout):
@@ -206,7 +208,8 @@ def next_ranks(layout: Layout, budget: Budget, grow_by: int) -> dict[str, int]:
 
 
 def _next_rank(unit: Unit, rank: int, want: int, afford: int) -> int:
-    """The allowed rank to grow to: the first that adds `want`, else the most that fits; `rank` itself if none does."""
+    """Return the allowed rank to grow to: the first that adds `want`, else the largest that fits, else `rank`
+    itself."""
     ahead = next(unit.ranks(rank + want, rank + afford), None)
     return ahead if ahead is not None else max(unit.ranks(rank + 1, rank + min(want - 1, afford)), default=rank)
 
@@ -214,8 +217,8 @@ def _next_rank(unit: Unit, rank: int, want: int, afford: int) -> int:
 def allocation_margin(
     gains: Mapping[str, Sequence[float]], ranks: Mapping[str, int], layout: Layout, budget: Budget
 ) -> float | None:
-    """Of `budget.allocate`, which gave `ranks`: between the worst directions that a module has and the best that
-    another, in their place, could have within budget and limits."""
+    """Return the margin of `ranks`, which `budget.allocate` gave: between the worst directions that a module has and
+    the best that another module could have in their place, within budget and limits."""
     options = Options.of(gains, layout, budget)
     spare = int(budget.amount) - budget.spent(layout.with_ranks(ranks))
     taken: list[tuple[float, int, int]] = []  # (gain per cost, price, unit)
@@ -238,8 +241,8 @@ def allocation_margin(
 
 
 def growth_margin(scores: Mapping[str, float], ranks: Mapping[str, int], layout: Layout) -> float | None:
-    """Of `budget.grow_by_score`, which let modules grow to `ranks`: between the lowest score that grew and the next one
-    below it that limits would have let grow."""
+    """Return the margin of `ranks`, to which `budget.grow_by_score` let modules grow: between the lowest score that
+    grew and the next one below it that limits would have let grow."""
     grown, stayed = [], []
     for unit in units(layout):
         mean = rounded(sum(scores.get(name, 0.0) for name in unit.names) / len(unit.names), str(unit))
@@ -252,5 +255,5 @@ def growth_margin(scores: Mapping[str, float], ranks: Mapping[str, int], layout:
 
 
 def closest(margins: Iterable[float | None]) -> float | None:
-    """The least of those that there are."""
+    """Return the least of the margins that are not None."""
     return min((m for m in margins if m is not None), default=None)

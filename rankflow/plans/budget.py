@@ -1,4 +1,4 @@
-"""Scores, limits and a budget in; ranks out. The same input gives the same ranks on every machine.
+"""Turn scores, limits and a budget into ranks. The same input gives the same ranks on every machine.
 
 Modules that are tied move as one; everything else is a question of what one more direction is worth and costs.
 """
@@ -51,7 +51,7 @@ class Budget:
         return self.unit(self.amount)
 
     def unit(self, amount: float) -> str:
-        """`amount` of what this budget counts, in words."""
+        """Return `amount` with the unit that this budget counts in, in words."""
         match self.kind:
             case "mean_rank" | "fraction":
                 return f"{self.kind} {amount:g}"
@@ -77,13 +77,13 @@ class Budget:
         return Budget(kind, amount)
 
     def cost(self, slot: Slot) -> int:
-        """What one unit of rank of `slot` costs in what this budget counts: ranks, parameters or bytes."""
+        """Return what one rank of `slot` costs in the unit that this budget counts in: ranks, parameters or bytes."""
         if self.kind in ("mean_rank", "total_rank"):
             return 1
         return slot.params_per_rank * (slot.itemsize if self.kind == "size" else 1)
 
     def price(self, unit: Unit) -> int:
-        """`cost` of all modules of a unit."""
+        """Return the `cost` of all modules of a unit together."""
         return sum(self.cost(slot) for slot in unit.slots)
 
     def spent(self, layout: Layout) -> int:
@@ -98,7 +98,8 @@ def reachable(layout: Layout, budget: Budget) -> tuple[int, int]:
 
 
 def check_reachable(layout: Layout, budget: Budget, what: str = "") -> None:
-    """Raise ConfigError if limits keep every total above or below the (resolved) budget, which is `what`."""
+    """Raise ConfigError if limits keep every total above or below the (resolved) budget. The message calls it
+    `what`."""
     least, most = reachable(layout, budget)
     if not least <= budget.amount <= most:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The knapsack that choosing ranks is, beyond `budget.allocate`: its exact answer, a bound on any, and its dual."""
+"""The choice of ranks as a knapsack problem: its exact optimum, an upper bound, and its dual."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_WORK = 4_000_000_000  # additions: some seconds
 
 
 def allocate_exactly(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budget) -> dict[str, int]:
-    """Ranks whose sum of gains no others within `budget` (resolved), limits and ties exceed; module -> rank.
+    """Return ranks of the largest possible total gain within `budget` (resolved), limits and ties; module -> rank.
 
     ``gains`` is as for `budget.allocate`. Directions that gain nothing are not taken.
 
@@ -61,8 +61,8 @@ def allocate_exactly(gains: Mapping[str, Sequence[float]], layout: Layout, budge
 
 
 def upper_bound(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Budget) -> float:
-    """What no ranks within `budget` (resolved) can gain more than: `budget.allocate`, its first step that is too dear
-    taken in part."""
+    """Return a total gain that no ranks within `budget` (resolved) exceed: that of `budget.allocate`, with the first
+    step that costs too much taken in part."""
     options = Options.of(gains, layout, budget)
     ranks, left = list(options.least), options.left
     total = math.fsum(options.gain(i, 0, rank) for i, rank in enumerate(ranks))
@@ -75,7 +75,8 @@ def upper_bound(gains: Mapping[str, Sequence[float]], layout: Layout, budget: Bu
 
 
 def cover(gains: Mapping[str, Sequence[float]], layout: Layout, share: float) -> dict[str, int]:
-    """The fewest parameters whose gains are `share` (0, 1] of all there are, within limits and ties; module -> rank.
+    """Return the ranks of fewest parameters whose gains are `share` (0, 1] of all, within limits and ties; module ->
+    rank.
 
     ``gains`` is as for `budget.allocate`. No fewer will do when all ranks cost the same and no bucket, multiple or tie
     applies; otherwise there is at most the last increment too many. The last bits of a sum decide nothing.

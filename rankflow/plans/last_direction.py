@@ -1,4 +1,4 @@
-"""No plan takes everything that trains out of the adapter: what would is changed to keep the last live direction."""
+"""Change a plan that would take everything that trains out of the adapter, so that one direction stays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankflow.plans.shrink import first
 def spare_last(
     plan: RankPlan, layout: Layout, live: Collection[str], sizes: Callable[[str], Tensor]
 ) -> tuple[RankPlan, str | None]:
-    """`plan`, and the module that it is changed to keep, if it would have left none that trains.
+    """Return `plan`, changed to keep one module if it would have left none that trains, and that module or None.
 
     The module with the largest direction stays, and those that are tied to it, with as few directions as limits allow.
 

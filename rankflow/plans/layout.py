@@ -46,7 +46,7 @@ class Slot:
 
     @property
     def summary(self) -> str:
-        """What the module is now, without limits."""
+        """The module's rank, size and scaling in words, without limits."""
         size = f"{self.experts} x " * (self.experts > 1) + f"{self.out_features} x {self.in_features}"
         frozen = "" if self.trainable else ", frozen"
         return f"rank {self.rank}, {self.kind} {size}, scaling {self.scaling:g}{frozen}"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 
 def shown(text: object, *, lines: bool = False, most: int | None = None) -> str:
-    """A string from a file, or the name of one, as it can be shown: what moves a cursor, colours, turns the direction
-    of writing, hides or breaks the line stands there as an escape. Of more than `most` characters, both ends.
+    """Return a string from a file, or a file's name, in a form that is safe to show. Characters that move the cursor,
+    colour, turn the direction of writing, hide or break the line become escapes. Of more than `most` characters, both
+    ends are shown.
 
     Args:
         lines: it has several, as our own texts do.
@@ -49,7 +50,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The type as a heading: from its first word on."""
+        """The type as a heading, from its first word on."""
         return self.type.lstrip("*._")
 
     @property
@@ -59,7 +60,7 @@ class Row:
 
     @property
     def short(self) -> str:
-        """Layer numbers in the places of the stars of the type, behind what all names begin with."""
+        """The label of the type, followed by the numbers of the layers."""
         numbers = self.layer.split(".") if self.layer else []
         return " ".join([self.label, *numbers])
 
@@ -90,7 +91,7 @@ def by_type(names: Iterable[str]) -> dict[str, list[Row]]:
 
 
 def _shared_prefix(paths: Sequence[Sequence[str]]) -> int:
-    """How many leading parts all paths have in common, the last part of each never counted."""
+    """Return how many leading parts all paths have in common. The last part of a path is never counted."""
     shortest = min(map(len, paths), default=1) - 1
     return next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest)
 

@@ -160,7 +160,8 @@ class Open(Op):
         return rank
 
     def apart(self, rank: int) -> tuple[list[int], list[int]]:
-        """The directions that it leaves alone, and the order that takes them followed by `idx` back to what it was."""
+        """Return the directions other than `idx`, and the order that brings them, followed by `idx`, back to where they
+        were."""
         rest = [i for i in range(rank) if i not in self.idx]
         places = {direction: place for place, direction in enumerate([*rest, *self.idx])}
         return rest, [places[i] for i in range(rank)]
@@ -200,8 +201,8 @@ class Train(Op):
 
 @dataclass(frozen=True, slots=True)
 class Share(Op):
-    """With every other module of `group`, one pair of factors from here on: they start alike and are trained as one,
-    on the sum of their gradients, each module holding a copy.
+    """Train one pair of factors together with every other module of `group`. All start alike and train on the sum of
+    their gradients, and each module holds a copy.
 
     Goes with `Drop` and `Grow` to one rank in modules of one shape and scaling; their optimizer state starts afresh. A
     module leaves its group when it is resized again, or by `Share(None)`.

@@ -1,4 +1,4 @@
-"""How PEFT starts an adapter (`init_lora_weights`), as far as it matters to whoever changes ranks."""
+"""What each way in which PEFT starts an adapter (`init_lora_weights`) means for changing its rank."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def refuse_init(init: Any, where: object) -> None:
 
 
 def loadable_init(init: Any) -> Any:
-    """What to write instead of `init` beside other ranks: PEFT refuses to load odd ones that start as `orthogonal`,
-    and all weights come from the file anyway."""
+    """Return the `init_lora_weights` to write beside other ranks. PEFT refuses to load odd ranks that start as
+    `orthogonal`, and all weights come from the file anyway."""
     return True if init == "orthogonal" else init

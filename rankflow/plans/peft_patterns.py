@@ -90,7 +90,7 @@ def _as_regex(users: str, absent: Collection[str]) -> str | None:
 
 
 def _strip(pattern: str, ours: Collection[str]) -> str:
-    """The user's part of what `_as_regex` made."""
+    """Return the user's part of an expression that `_as_regex` made."""
     names = {re.escape(name) for name in ours}
     stripped = False
     while True:

@@ -129,7 +129,7 @@ class RankPlan:
 
 
 def _check_shared(slots: Mapping[str, Slot]) -> None:
-    """Raise PlanError where modules that share their factors could not have the same."""
+    """Raise PlanError if modules that share their factors could not have equal ones."""
     firsts: dict[str, str] = {}
     for name, slot in slots.items():
         if slot.shared is None:

@@ -1,4 +1,4 @@
-"""When things happen and how a number moves between two events: step or fraction in, number out."""
+"""Schedules: which steps are due, and how a number moves from its first value to its last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which directions stay where modules lose some: the best of each by score, as many as limits and a budget allow."""
+"""Choose the directions that stay when modules lose some: the best of each by score, as many as limits and budget
+allow."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Shrink = Callable[[int], Sequence[Op]]
 
 
 def ops_to(rank: int, now: int, shrink: Shrink) -> Sequence[Op]:
-    """What takes a module from rank `now` to `rank`: growth, leaving the adapter, nothing, or what `shrink` says."""
+    """Return the ops that take a module from rank `now` to `rank`: growth, leaving the adapter, none, or those of
+    `shrink`."""
     if rank > now:
         return [Grow(rank - now)]
     if rank == now:
@@ -29,12 +31,14 @@ def ops_to(rank: int, now: int, shrink: Shrink) -> Sequence[Op]:
 
 
 def first(order: Sequence[int]) -> Shrink:
-    """Shrinks to the directions that come first in `order`; they stay in the order they have."""
+    """Return a function that shrinks a module to the directions that come first in `order`, in the order that they
+    have."""
     return lambda rank: [Keep(tuple(sorted(order[:rank])))]
 
 
 def best_cut(spectrum: Callable[[], Spectrum], metric: MetricName = "weights", gauge: Gauge = "nearest") -> Shrink:
-    """Shrinks to the best approximation in the metric of `spectrum`, which is asked for only when there is a cut.
+    """Return a function that shrinks a module to the best approximation in a metric. `spectrum` is called only if it
+    cuts.
 
     Growth supplies the directions that the factors at hand have no room for.
     """
@@ -53,7 +57,7 @@ def prune(
     wanted: Mapping[str, Tensor] | None = None,
     unheard: Collection[str] = (),
 ) -> dict[str, Sequence[Op]]:
-    """Ops that take directions out, none where nothing changes.
+    """Return the ops that take directions out, by module. A module that does not change has none.
 
     Args:
         scores: ``[r]``, not negative, of every module that is there; comparable between modules. Rounded to 1e-5 of
@@ -87,13 +91,13 @@ def pruning_margin(
 
 
 def best(name: str, scores: Mapping[str, Tensor]) -> Shrink:
-    """Shrinks the module to its directions of highest score ``[r]``."""
+    """Return a function that shrinks the module to its directions of highest score ``[r]``."""
     return lambda rank: first(_order(_rounded(name, scores[name]), None))(rank)
 
 
 def direction_sizes(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """scaling * |b_i| |a_i| ``[r]``, what each direction adds to DeltaW at most; over experts the root of the sum of
-    squares. A ``[*e, r, in]``, B ``[*e, out, r]``."""
+    """Return scaling * |b_i| |a_i| ``[r]``, the most that each direction can add to DeltaW; over experts the root of
+    the sum of squares. A is ``[*e, r, in]``, B ``[*e, out, r]``."""
     sizes = A.double().square().sum(-1) * B.double().square().sum(-2)
     return abs(scaling) * (sizes if sizes.dim() == 1 else sizes.sum(0)).sqrt()
 

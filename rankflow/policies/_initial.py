@@ -1,4 +1,4 @@
-"""What policies have in common that give out ranks once, from a look at the data before the first step."""
+"""The base of policies that give out ranks once, before the first step, from what they see of the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rankflow.policies.observation import Observation, Signal
 
 @dataclass(frozen=True, kw_only=True)
 class Opening(Policy):
-    """Gives out the ranks of a fresh adapter, which adds nothing to the model yet, and is never asked again.
+    """Give out the ranks of a fresh adapter, which adds nothing to the model yet, once and before the first step.
 
     Without a budget the total rank there is is spread anew. Nothing here changes what the model computes: directions
     come and go, but B stays 0. Subclasses declare a `Study` (with `A` and `B` among its signals) and say what each
@@ -38,12 +38,12 @@ class Opening(Policy):
     unit_rows: ClassVar[bool] = False  # rows of A that `directions` gives have norm 1, not a fresh LoRA's 1/sqrt(3)
 
     def gains(self, obs: Observation, layout: Layout, budget: Budget) -> Mapping[str, Sequence[float]]:
-        """What the first, second, ... direction of every module is worth, as `budget.allocate` takes it."""
+        """Return what the first, second, ... direction of every module is worth, as `budget.allocate` takes it."""
         raise NotImplementedError
 
     def directions(self, record: Mapping[Signal, Tensor]) -> Tensor | None:
-        """Where A's rows are to point: ``[q, in]``, whose leading right singular directions they become. None: A stays,
-        as far as it goes."""
+        """Return a matrix ``[q, in]`` whose leading right singular directions become A's rows, or None if A stays as it
+        is."""
         return None
 
     def check(self, layout: Layout) -> None:

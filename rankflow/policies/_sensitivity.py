@@ -1,4 +1,4 @@
-"""What policies have in common that score directions by smoothed sensitivity, as AdaLoRA does."""
+"""The base of policies that score directions by smoothed sensitivity, as AdaLoRA does."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Triplets(Policy):
 
 
 def observe_triplets(state: State, obs: Observation, beta1: float, beta2: float) -> State:
-    """`state` after one more step: I and U of every entry of A, B and the gate, each of its own shape, under
+    """Return `state` after one more step: I and U of every entry of A, B and the gate, in their shapes, under
     ``<module>/<part>/I`` and ``/U``. A module whose step is not finite keeps what it had."""
     state = dict(state)
     for name, signals in obs.items():
@@ -89,8 +89,8 @@ def observe_triplets(state: State, obs: Observation, beta1: float, beta2: float)
 
 
 def triplet_scores(state: State) -> dict[str, Tensor]:
-    """Score ``[r]`` of every direction seen: that of its gate plus the means over its row of A and its column of B,
-    each entry's being I * U (AdaLoRA, eq. 8 and its code)."""
+    """Return the score ``[r]`` of every direction seen, by module: I * U of its gate, plus the means of I * U over its
+    row of A and its column of B (AdaLoRA, eq. 8 and its code)."""
     scores: dict[str, Tensor] = {}
     for key in state:
         name, _, rest = key.rpartition("/gate/")
@@ -105,7 +105,8 @@ def triplet_scores(state: State) -> dict[str, Tensor]:
 
 
 def follow(state: State, plan: RankPlan) -> State:
-    """`state` of `observe_triplets` after `plan`: directions that stay keep theirs, new ones start at 0."""
+    """Return the state of `observe_triplets` after `plan`. Directions that stay keep their values, new ones start at
+    0."""
     state = dict(state)
     for name, ops in plan.ops.items():
         for part, (_, _, dim) in _PARTS.items():
@@ -126,13 +127,13 @@ def follow(state: State, plan: RankPlan) -> State:
 
 
 def measured(scores: Mapping[str, Tensor]) -> bool:
-    """Whether there is anything to decide on: a score above 0, and none that is not finite."""
+    """Return whether there is something to decide on: all scores are finite, and some are above 0."""
     return all(bool(t.isfinite().all()) for t in scores.values()) and any(bool(t.any()) for t in scores.values())
 
 
 def frozen_last(scores: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Those of all modules that are there. One that is frozen has nothing to be judged by: it goes last, its directions
-    above the best of all others. One that trains, and that no gradient has reached, is worth nothing."""
+    """Return the scores of all modules in the adapter. A frozen module cannot be judged and goes last: its directions
+    score above the best of all others. A module that trains and that no gradient has reached is worth nothing."""
     top = 2 * max((float(t.max()) for t in scores.values()), default=0.0)
     found = {}
     for name, slot in layout.items():

@@ -1,4 +1,4 @@
-"""What policies have in common that bring the adapter down to a budget, event by event."""
+"""The base of policies that bring the adapter down to a budget, event by event."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shape = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Lowering(Policy):
-    """The total goes along `shape` from what it was when the phase began to the budget, where there is one."""
+    """Lower the total along `shape`, from what it was when the phase began to the budget, if there is one."""
 
     grows: ClassVar[bool] = False
     meets_budget: ClassVar[bool] = True
@@ -39,7 +39,7 @@ class Lowering(Policy):
         return {"total": torch.tensor(spent, dtype=torch.int64)}
 
     def target(self, state: State, step: int) -> Budget | None:
-        """What may be left after the event at `step`."""
+        """Return what may be left after the event at `step`."""
         if self.budget is None:
             return None
         total = curve(self.shape, float(state["total"]), self.budget.amount, self.when.progress(step))

@@ -55,7 +55,8 @@ class Policy:
 
     @property
     def decay(self) -> float:
-        """What earlier steps count for in the averaged signals with every step that listens to them, in [0, 1]."""
+        """The factor in [0, 1] by which earlier steps count less with every step that listens to the averaged
+        signals."""
         return 1.0
 
     @property
@@ -65,7 +66,7 @@ class Policy:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What somebody who starts this run should be told about how the settings work out in it."""
+        """Messages for the person who starts the run, about what the settings come to in it."""
         return ()
 
     @property
@@ -79,19 +80,20 @@ class Policy:
 
     @property
     def beyond_ranks(self) -> bool:
-        """Whether decisions change something even where every rank stays: other directions for the old ones, say."""
+        """Whether decisions change something even if every rank stays, such as other directions in place of the old
+        ones."""
         return False
 
     def stuck(self, layout: Layout) -> str | None:
-        """Why no decision can change anything, where these settings themselves see to that; what budget and limits do
-        is known without it (`rankflow.policies.idleness`)."""
+        """Return why these settings leave no decision that can change anything, or None. What budget and limits rule
+        out is known without it (`rankflow.policies.idleness`)."""
         return None
 
     def check(self, layout: Layout) -> None:
         """Raise ConfigError if the budget cannot be met from `layout` with this cadence and these limits."""
 
     def held_total(self, layout: Layout) -> Budget:
-        """For policies that move rank about: the budget, or what there is.
+        """Return the budget of a policy that moves rank between modules, or the total rank that there is.
 
         Raises:
             ConfigError: limits keep every total above or below it.
@@ -109,27 +111,29 @@ class Policy:
             raise ConfigError(f"{self.name} has no due step in its phase; check when.start, when.every and when.stop")
 
     def listen(self, step: int) -> frozenset[Signal]:
-        """Signals to take on the step whose optimizer update is the `step`-th. Nothing listens on other steps."""
+        """Return the signals to take on the step whose optimizer update is the `step`-th. Nothing listens on other
+        steps."""
         return self.needs if self.when.due(step) else frozenset()
 
     def init(self, layout: Layout) -> State:
         return {}
 
     def enter(self, state: State, layout: Layout) -> RankPlan:
-        """What is to change when the phase begins, before its first step and under its gate."""
+        """Return what is to change when the phase begins, before its first step and under its gate."""
         return RankPlan()
 
     def leave(self, state: State, layout: Layout) -> RankPlan:
-        """What is to change when the phase ends, before its gate is folded. Not asked for when a run is given up."""
+        """Return what is to change when the phase ends, before its gate is folded. It is not called when a run is given
+        up."""
         return RankPlan()
 
     def observe(self, state: State, obs: Observation, step: int) -> State:
         return state
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
-        """What is to change after optimizer step `step`; an empty plan for nothing."""
+        """Return what is to change after optimizer step `step`; an empty plan changes nothing."""
         raise NotImplementedError
 
     def decided(self, state: State, plan: RankPlan, layout: Layout, step: int) -> State:
-        """State after `plan` was applied and `layout` is what came of it."""
+        """Return the state after `plan` was applied; `layout` is the layout after it."""
         return state

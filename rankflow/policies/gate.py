@@ -1,5 +1,5 @@
-"""What may sit between A and B while they train: DeltaW = scaling * B' diag(v) A', with v of a value per direction or
-per module, and with A', B' as the gate makes them of A and B.
+"""Gates between A and B: DeltaW = scaling * B' diag(v) A', where v has a value per direction or per module, and the
+gate makes A' and B' from A and B.
 
 A gate is pure: parameters, noise and factors in, numbers out. Who holds its parameters, trains them and folds them into
 plain factors is the runtime's business (`rankflow.gating.forward`).
@@ -38,12 +38,13 @@ class Gate:
     per_direction: ClassVar[frozenset[str]] = frozenset({"value"})
 
     def init(self, slot: Slot, generator: torch.Generator) -> dict[str, Tensor]:
-        """Parameters of a module of `slot.rank` directions, or of as many new ones as it says."""
+        """Return the gate's parameters for `slot.rank` directions: those of a module, or the new ones of a module that
+        grows."""
         return {"value": torch.ones(slot.rank if self.scope == "component" else 1)}
 
     def calibrate(self, theta: Theta, A: Tensor, B: Tensor) -> Theta:
-        """Parameters of the module that are set from the factors it has when it comes under the gate, A ``[*e, r, in]``
-        and B ``[*e, out, r]``; what is not returned stays as `init` made it."""
+        """Return the parameters that depend on the factors that a module has when it comes under the gate, A ``[*e, r,
+        in]`` and B ``[*e, out, r]``. Those that are not returned stay as `init` made them."""
         return {}
 
     # -- in the forward pass ----------------------------------------------------------------------------------------
@@ -57,11 +58,12 @@ class Gate:
         return {}
 
     def draw(self, theta: Mapping[str, Theta], noise: Mapping[str, Draw] | None) -> dict[str, dict[str, Tensor]]:
-        """Of every module, what its forward uses: differentiable in `theta`; deterministic where `noise` is None."""
+        """Return what the forward of every module uses. It is differentiable in `theta`, and deterministic if `noise`
+        is None."""
         return {name: self.draw_one(t, None if noise is None else noise[name]) for name, t in theta.items()}
 
     def draw_one(self, theta: Theta, noise: Draw | None) -> dict[str, Tensor]:
-        """The same for a gate whose modules have nothing to do with each other."""
+        """Return what the forward of one module uses, for gates whose modules do not depend on each other."""
         return dict(theta)
 
     def value(self, draw: Draw) -> Tensor:
@@ -77,11 +79,12 @@ class Gate:
         return B
 
     def open(self, theta: Theta) -> Tensor:
-        """Which values are on, bool of the shape of v: what is off may be taken out of the adapter."""
+        """Return which values are on, bool in the shape of v. A direction that is off may be taken out of the
+        adapter."""
         return self.value(self.draw_one(theta, None)) != 0
 
     def score(self, theta: Theta) -> Tensor:
-        """What values rank by where some of them have to go, float of the shape of v."""
+        """Return what values rank by if some of them have to go, float in the shape of v."""
         return self.value(self.draw_one(theta, None)).abs()
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -95,11 +98,11 @@ class Gate:
         return lr if self.lr is None else self.lr
 
     def penalty(self, theta: Mapping[str, Theta], step: int) -> Tensor | None:
-        """A term of the loss that depends on the gate alone; None for none."""
+        """Return a term of the loss that depends on the gate alone, or None."""
         return None
 
     def prox(self, theta: Theta, lr: float, step: int) -> Theta:
-        """`theta` after the proximal step that follows an update at rate `lr`; what is not returned stays."""
+        """Return the parameters that change in the proximal step after an update at rate `lr`. The others stay."""
         return {}
 
     def outer(self, step: int) -> bool:
@@ -107,13 +110,13 @@ class Gate:
         return self.trained_on == "outer"
 
     def report(self, theta: Theta) -> dict[str, float]:
-        """Numbers about one module for the ledger, read when its gate is folded."""
+        """Return numbers about one module for the ledger. They are read when its gate is folded."""
         return {}
 
     def total(self, reports: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Those of the same numbers that can be told of all modules together, from `report` of each."""
+        """Return the numbers of `report` that make sense for all modules together, from the `report` of each."""
         return {}
 
     def stored(self, theta: Theta, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """For gates whose folded factors are better kept in another form than as floats: that form of A and B."""
+        """Return A and B in the form in which this gate's factors are best kept in files; empty if floats are."""
         return {}

@@ -1,4 +1,4 @@
-"""Settings under which a phase can change nothing: known from budget, limits and schedule before the first step."""
+"""Find phases that can change nothing, from budget, limits and schedule, before the first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rankflow.policies.lifecycle import Phase
 
 
 def idle_phases(layout: Layout, phases: Sequence[Phase]) -> list[str]:
-    """A line for each phase, resolved, of a run that starts from `layout`, in which no decision can change anything.
+    """Return a line for each (resolved) phase in which no decision can change anything, of a run that starts from
+    `layout`.
 
     Of a later phase it is known how much rank there is, if the one before comes to its budget, and not which module has
     it. Policies say what they may do by `grows`, `lowers`, `meets_budget`, `beyond_ranks` and `stuck`.
@@ -35,8 +36,8 @@ def idle_phases(layout: Layout, phases: Sequence[Phase]) -> list[str]:
 
 
 def _why_idle(phase: Phase, layout: Layout, *, sure: bool, first: bool) -> str | None:
-    """`layout` is what the phase starts from; not `sure`: its total may be lower. Only of the `first` phase is every
-    rank known."""
+    """Return why no decision of the phase can change anything, or None. The phase starts from `layout`; its total may
+    be lower if not `sure`, and every rank is known only for the `first` phase."""
     policy = phase.policy
     decisions = len(policy.when.events) + sum(study.when == "start" for study in policy.studies)
     if policy.when.phase is not None and not decisions and policy.when.phase[0] >= policy.when.phase[1]:
@@ -54,7 +55,7 @@ def _why_idle(phase: Phase, layout: Layout, *, sure: bool, first: bool) -> str |
 
 
 def _why_still(policy: Policy, layout: Layout, *, sure: bool, first: bool) -> str | None:
-    """Why no rank can change, if none can."""
+    """Return why no rank can change, or None if one can."""
     moving = units(layout)
     if not sure and not (policy.lowers and not policy.grows):
         free = any(len(list(unit.ranks(1, unit.span[1]))) > 1 or unit.span[0] == 0 for unit in moving)
@@ -85,7 +86,7 @@ def _why_still(policy: Policy, layout: Layout, *, sure: bool, first: bool) -> st
 
 
 def _step_up(unit: Unit, budget: Budget) -> int:
-    """What the unit's next rank costs more than what it has."""
+    """Return how much more the unit's next rank costs than the one that it has."""
     return (next(unit.ranks(unit.rank + 1, unit.span[1])) - unit.rank) * budget.price(unit)
 
 

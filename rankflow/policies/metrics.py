@@ -1,4 +1,4 @@
-"""Which metric each module is cut in, by how well it was measured, and its spectrum in that."""
+"""Choose the metric that each module is cut in by how well it was measured, and compute its spectrum in that metric."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GRAMS: Mapping[str, Mapping[str, Signal]] = {
 
 
 def averages_of(metric: str) -> frozenset[Signal]:
-    """The averages that a metric takes.
+    """Return the averages that a metric needs.
 
     Raises:
         ConfigError: there is no such metric.
@@ -36,7 +36,7 @@ def averages_of(metric: str) -> frozenset[Signal]:
 def metric_of_each(
     metric: MetricName, measured: Mapping[str, Measured], ranks: Mapping[str, int], *, shared: bool
 ) -> tuple[dict[str, MetricName], list[str]]:
-    """Module -> the metric it is cut in, and the modules that were not measured enough for `metric`.
+    """Return module -> the metric it is cut in, and the modules that were not measured enough for `metric`.
 
     A module with a direction that was measured over fewer tokens than it has directions is cut by its weights: its
     averages have no full rank, and what they do not show would be lost. Where modules compete for one budget
@@ -55,6 +55,6 @@ def _enough(measured: Measured, rank: int) -> bool:
 def spectrum_in(
     metric: MetricName, A: Tensor, B: Tensor, scaling: float, measured: Measured, backend: Backend = "exact"
 ) -> Spectrum:
-    """`rankflow.linalg.decompose.spectrum` with what the metric takes of `measured`."""
+    """Return the spectrum in `metric`, with the averages of `measured` that the metric needs."""
     S_A, S_B = (measured[_GRAMS[metric][name]] if name in _GRAMS[metric] else None for name in ("S_A", "S_B"))
     return spectrum(A, B, scaling, metric=metric, S_A=S_A, S_B=S_B, backend=backend)

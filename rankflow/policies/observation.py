@@ -81,7 +81,7 @@ class Observation(Mapping[str, Mapping[Signal, Tensor]]):
         return len(self._values)
 
     def only(self, wanted: frozenset[Signal], more: Mapping[str, Mapping[Signal, Tensor]]) -> Observation:
-        """The `wanted` signals of this one and of `more`; callables stay uncalled."""
+        """Return the `wanted` signals of this observation and of `more`. Callables stay uncalled."""
         values: dict[str, dict[Signal, Lazy]] = {}
         for name, record in self._values.items():
             values[name] = {s: partial(record.__getitem__, s) for s in record if s in wanted}
@@ -89,25 +89,25 @@ class Observation(Mapping[str, Mapping[Signal, Tensor]]):
         return Observation(self.step, values, self.study, self.unheard)
 
     def measured(self) -> dict[tuple[str, Signal], Tensor]:
-        """What was taken from passes over data, by (module, signal); not what is computed when read."""
+        """Return what was taken from passes over data, by (module, signal), without what is computed when read."""
         return {
             (n, s): v for n, record in self._values.items() for s, v in record.given.items() if isinstance(v, Tensor)
         }
 
     def replaced(self, values: Mapping[tuple[str, Signal], Tensor]) -> Observation:
-        """The same but for these."""
+        """Return the same observation with these values in place of its own."""
         merged: dict[str, dict[Signal, Lazy]] = {n: dict(record.given) for n, record in self._values.items()}
         for (name, signal), value in values.items():
             merged.setdefault(name, {})[signal] = value
         return Observation(self.step, merged, self.study, self.unheard)
 
     def but_unheard(self, unheard: frozenset[str]) -> Observation:
-        """The same, and which modules no gradient reaches."""
+        """Return the same observation with the set of modules that no gradient reaches."""
         values: dict[str, Mapping[Signal, Lazy]] = {name: record.given for name, record in self._values.items()}
         return Observation(self.step, values, self.study, unheard)
 
     def gather(self, signal: Signal) -> dict[str, Tensor]:
-        """One signal of every module that has it."""
+        """Return one signal of every module that has it."""
         return {name: record[signal] for name, record in self._values.items() if signal in record}
 
 
@@ -118,7 +118,7 @@ class _Record(Mapping[Signal, Tensor]):
 
     @property
     def given(self) -> Mapping[Signal, Lazy]:
-        """Tensors, and callables that nobody has asked yet."""
+        """Tensors, and callables that were not called yet."""
         return self._values
 
     def __getitem__(self, signal: Signal) -> Tensor:

@@ -182,7 +182,7 @@ class Sora(Lowering):
 
     @property
     def _taken(self) -> float | None:
-        """What shrinkage takes off a gate in the phase; None where that is up to the factors' learning rate."""
+        """What shrinkage takes off a gate in the phase; None if it depends on the factors' learning rate."""
         if self.threshold == "absolute":
             return self._mass
         return None if self.gate_lr is None and self._mass > 0 else self._mass * (self.gate_lr or 1.0)
@@ -198,8 +198,8 @@ class Sora(Lowering):
 
     @property
     def _own_way(self) -> float | None:
-        """How far Adam takes a gate in the phase, by about gate_lr a step; 0 where nothing shrinks, and so no gate gets
-        to be zero, and None where that is up to the factors' learning rate."""
+        """How far Adam can take a gate in the phase, at about gate_lr a step: 0 if nothing shrinks, as then no gate
+        gets to zero, and None if it depends on the factors' learning rate."""
         if self._mass == 0:
             return 0.0
         return None if self.gate_lr is None else self.gate_lr * (self.when.at(1) - self.when.at(0))
