@@ -48,4 +48,5 @@ from rankflow.training.attach import detach as detach
 from rankflow.training.checkpoint import restore as restore
 from rankflow.training.controller import Controller as Controller
 from rankflow.training.ledger import Ledger as Ledger
+from rankflow.training.options import RunOptions as RunOptions
 from rankflow.training.trainer import RankFlowCallback as RankFlowCallback

@@ -24,6 +24,7 @@ from rankflow.training.attachments import found
 from rankflow.training.controller import Controller
 from rankflow.training.gradients import PenaltyMode
 from rankflow.training.ledger import Ledger
+from rankflow.training.options import RunOptions
 
 
 def detach(model: nn.Module, adapter_name: str = "default") -> None:
@@ -71,18 +72,11 @@ def attach(
         optimizer: holds the adapter's parameters; accelerate's wrapper is fine.
         policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
         total_steps: optimizer steps of the whole run; percentages in the policy refer to it.
-        batches, outer_batches: what policies that study data are given; `loss_fn(model, batch)` says how
-            (default: `model(**batch).loss`).
         ledger: path of the JSONL record, or a `Ledger`; kept in memory when left out.
-        seed: of new directions; the global RNG is never touched.
-        penalty: a policy's penalty on the factors is added by `before_step` as a `gradient`, after clipping if that
-            is where you call it; with `in_loss` you add `flow.penalty()` to your loss.
         state: the `state_dict()` of the controller to go on from, once model and optimizer hold that checkpoint's
             tensors again.
-        on_unknown_state: `error` refuses optimizer state that nobody knows how to resize, `reset` starts it afresh.
-        timeout: seconds that a process waits for the others of a distributed run before it gives up; the environment's
-            RANKFLOW_TIMEOUT, or 60, when left out. Longer than one of them may evaluate or save by itself.
         on_resize: the first callback for `flow.on_resize`, which hears of resizes before the first step, too.
+        adapter_name, batches, outer_batches, loss_fn, seed, on_unknown_state, penalty, timeout: see `RunOptions`.
 
     For example:
 
@@ -110,19 +104,23 @@ def attach(
     listeners = Listeners()
     if on_resize is not None:
         listeners.add(on_resize)
-    flow = Controller(
-        unwrapped(model),
-        optimizer,
-        load_policy(policy),
-        total_steps=total_steps,
+    options = RunOptions(
         adapter_name=adapter_name,
         batches=batches,
         outer_batches=outer_batches,
         loss_fn=loss_fn,
-        ledger=own_ledger(ledger),
         seed=seed,
         on_unknown_state=on_unknown_state,
         penalty=penalty,
+        timeout=timeout,
+    )
+    flow = Controller(
+        unwrapped(model),
+        optimizer,
+        load_policy(policy),
+        options,
+        total_steps=total_steps,
+        ledger=own_ledger(ledger),
         state=state,
         listeners=listeners,
         processes=partial(processes_of, model, timeout=timeout),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +23,6 @@ from rankflow.lora.transaction import Transaction
 from rankflow.observe.hearing import Hearing
 from rankflow.observe.probes import Probes
 from rankflow.optim.introspection import innermost
-from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.plans.layout import Layout
 from rankflow.policies.idleness import idle_phases
 from rankflow.policies.lifecycle import Lifecycle, Phase
@@ -34,7 +33,6 @@ from rankflow.training.attachments import Attachment, make_way
 from rankflow.training.checks import check_capacity, check_managed, check_shards, check_signals
 from rankflow.training.data import RunData
 from rankflow.training.gradients import (
-    PenaltyMode,
     add_penalty_gradient,
     penalty_term,
     scale_in_force,
@@ -42,6 +40,7 @@ from rankflow.training.gradients import (
     unscaled,
 )
 from rankflow.training.ledger import Ledger
+from rankflow.training.options import RunOptions
 from rankflow.training.phases import Phases
 from rankflow.training.state import check_seal, go_on, reshape, state_of
 from rankflow.training.summary import Summary, ranks_by_type
@@ -68,51 +67,45 @@ class Controller:
         model: nn.Module,
         optimizer: Optimizer,
         lifecycle: Lifecycle,
+        options: RunOptions,
         *,
         total_steps: int,
-        adapter_name: str = "default",
-        batches: Iterable[Any] | None = None,
-        outer_batches: Iterable[Any] | None = None,
-        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         ledger: Ledger | None = None,
-        seed: int = 0,
-        on_unknown_state: OnUnknownState = "error",
-        penalty: PenaltyMode = "gradient",
         state: dict[str, Any] | None = None,
         listeners: Listeners | None = None,
         processes: Callable[[Adapter], SingleProcess] = lambda adapter: SingleProcess(),
     ):
-        self._adapter = Adapter(model, adapter_name, shards=True)
+        seed = options.seed
+        self._adapter = Adapter(model, options.adapter_name, shards=True)
         make_way(self._adapter)
-        check_managed(self._adapter, lifecycle, optimizer, on_unknown_state)
+        check_managed(self._adapter, lifecycle, optimizer, options.on_unknown_state)
         self._processes = processes(self._adapter)
         self._processes.start(
             settings_in_force(
                 lifecycle,
                 self._adapter.layout(),
-                adapter_name=adapter_name,
-                seed=seed,
+                **options.alike(),
                 total_steps=total_steps,
-                penalty=penalty,
-                on_unknown_state=on_unknown_state,
                 optimizer=type(innermost(optimizer)).__name__,
-                batches=batches,
-                outer_batches=outer_batches,
-                loss_fn=loss_fn,
                 state=None if state is None else f"of step {state.get('step')}",
             )
         )
         self.model = model
         self.lifecycle = lifecycle
         self.ledger = ledger if ledger is not None else Ledger()
-        data = RunData(model, self._adapter, batches, outer_batches, loss_fn)
-        self._penalty = penalty
+        data = RunData(model, self._adapter, options)
+        self._penalty = options.penalty
         self._optimizer = innermost(optimizer)
         self._scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper knows its own, and where it is
         self._accumulating = getattr(optimizer, "gradient_state", None)
 
-        told = {"listeners": listeners, "on_unknown_state": on_unknown_state}
-        self._surgeon = Surgeon(self._adapter, self._optimizer, seed=seed, **told)
+        self._surgeon = Surgeon(
+            self._adapter,
+            self._optimizer,
+            seed=seed,
+            on_unknown_state=options.on_unknown_state,
+            listeners=listeners,
+        )
         self._gates = self._surgeon.gates
         self._gates.average_gradients = self._processes.average_gradients
         self._probes = Probes(self._adapter, gate_signals=self._gates.signals, seed=seed)
@@ -122,7 +115,7 @@ class Controller:
         layout, phases = lifecycle.resolve(total_steps, first_layout)
         data.require(phases, seed)
         check_signals(self._probes, phases)
-        check_shards(self._adapter, lifecycle, phases, in_loss=penalty == "in_loss", resumes=state is not None)
+        check_shards(self._adapter, lifecycle, phases, in_loss=options.penalty == "in_loss", resumes=state is not None)
         if lifecycle.mode == "mask":
             check_capacity(phases, layout, self._surgeon.optimizer_state)
             layout = lasting(self._adapter, layout)

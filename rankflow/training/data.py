@@ -14,36 +14,23 @@ from rankflow.errors import ConfigError
 from rankflow.gating.held_out import HeldOut
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
-from rankflow.observe.study import check_batches, check_loss, model_loss, run_study, surroundings, with_a_batch
+from rankflow.observe.study import check_loss, model_loss, run_study, surroundings, with_a_batch
 from rankflow.policies.lifecycle import Phase
 from rankflow.policies.observation import Observation, Study
+from rankflow.training.options import RunOptions
 
 _ARGUMENTS = {"train": "batches", "outer": "outer_batches"}  # what gives the data of a split
 
 
 class RunData:
-    """`batches` and `outer_batches` of a run, and `loss_fn(model, batch)` of either.
+    """`batches`, `outer_batches` and `loss_fn` of a run (see `RunOptions`)."""
 
-    Raises:
-        ConfigError: data that cannot be gone through, or not more than once.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: Adapter,
-        batches: Iterable[Any] | None,
-        outer_batches: Iterable[Any] | None,
-        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
-    ):
+    def __init__(self, model: nn.Module, adapter: Adapter, options: RunOptions):
         self.model = model
         self.held_out: HeldOut | None = None
         self._adapter = adapter
-        self._loss_fn = loss_fn
-        self._splits = {"train": batches, "outer": outer_batches}
-        for split, data in self._splits.items():
-            if data is not None:
-                check_batches(data, _ARGUMENTS[split], loss_fn)
+        self._loss_fn = options.loss_fn
+        self._splits = {"train": options.batches, "outer": options.outer_batches}
 
     def require(self, phases: Iterable[Phase], seed: int) -> None:
         """

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +25,13 @@ from rankflow.errors import ConfigError
 from rankflow.linalg.random import keyed_generator
 from rankflow.lora.adapter import Adapter
 from rankflow.observe.compile import compiled_modules, warn_of_recompiles
-from rankflow.observe.study import check_batches
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.attach import own_ledger
 from rankflow.training.checkpoint import save_state
 from rankflow.training.checks import check_managed
 from rankflow.training.controller import Controller
 from rankflow.training.ledger import Ledger
+from rankflow.training.options import RunOptions
 from rankflow.training.trainer_patches import (
     callbacks,
     caller,
@@ -57,19 +58,14 @@ class RankFlowCallback(TrainerCallback):
 
     Args:
         policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
-        adapter_name: which adapter of the model.
         seed: of new directions; the Trainer's seed when left out.
         ledger: path of the JSONL record, or a Ledger; `<output_dir>/rankflow.jsonl` when left out.
-        batches, outer_batches, loss_fn: for policies that study data. Their loss is `loss_fn(model, batch)`, by default
-            `model(**batch).loss`: give the same one as the Trainer's, where that has another (label smoothing,
-            `compute_loss_func`, a `compute_loss` of its own).
         holdout: share of the Trainer's training data that is set aside for a policy that learns from held-out batches,
             where no `outer_batches` are given. The Trainer then trains on the rest.
-        on_unknown_state: `error` or `reset`, for optimizer state nobody knows how to resize.
         best: which checkpoints may be the best one. `at_budget`: only those within the lifecycle's final budget, and
             early stopping counts its patience from there (with `save_strategy="best"`, evaluations before that all
             save). `any`: the Trainer's own behaviour.
-        timeout: seconds that a process waits for the others (see `rankflow.attach`).
+        adapter_name, batches, outer_batches, loss_fn, on_unknown_state, timeout: see `RunOptions`.
 
     Raises:
         ConfigError: the policy is wrong, here; or cannot do its job with this model and run, at train().
@@ -94,30 +90,31 @@ class RankFlowCallback(TrainerCallback):
             raise ConfigError(f"best: {best!r} is neither 'at_budget' nor 'any'")
         if not 0 < holdout < 1:
             raise ConfigError(f"holdout: {holdout} is not a share between 0 and 1")
-        for argument, data in (("batches", batches), ("outer_batches", outer_batches)):
-            if data is not None:
-                check_batches(data, argument, loss_fn)
+        self.options = RunOptions(
+            adapter_name=adapter_name,
+            batches=batches,
+            outer_batches=outer_batches,  # or made from each Trainer's data
+            loss_fn=loss_fn,
+            on_unknown_state=on_unknown_state,
+            timeout=timeout,
+        )
         self.lifecycle = load_policy(policy)
         self.holdout = holdout
-        self.adapter_name = adapter_name
         self.seed = seed
         self.ledger = ledger
         self.best = best
-        self.timeout = timeout
         self.flow: Controller | None = None
         self._outer_batches = outer_batches
-        self._options = {
-            "batches": batches,
-            "outer_batches": outer_batches,  # or made from each Trainer's data
-            "loss_fn": loss_fn,
-            "on_unknown_state": on_unknown_state,
-        }
         self._over_budget = False  # at the last evaluation
         self.listeners = Listeners()
         self._state: TrainerState | None = None  # of the Trainer that trains
         callbacks.add(self)
         follow_ranks_when_loading()
         keep_whole_checkpoints()
+
+    @property
+    def adapter_name(self) -> str:
+        return self.options.adapter_name
 
     def on_resize(self, callback: OnResize) -> RemovableHandle:
         """As `Controller.on_resize`, for this and every later train(); also before the first."""
@@ -129,7 +126,7 @@ class RankFlowCallback(TrainerCallback):
         model = kwargs.get("model")
         if model is not None:
             # Refused here, not an epoch later; an optimizer that the Trainer makes by itself is there at train() only
-            how, optimizer = self._options["on_unknown_state"], kwargs.get("optimizer")
+            how, optimizer = self.options.on_unknown_state, kwargs.get("optimizer")
             check_managed(Adapter(model, self.adapter_name), self.lifecycle, optimizer, how)
         if self._outer_batches is None and any(p.held_out for _, p, _ in self.lifecycle.policies):
             self._hold_out(args)
@@ -153,7 +150,7 @@ class RankFlowCallback(TrainerCallback):
         # The Trainer would keep a loader with persistent workers, and then evaluate on it.
         persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
         try:
-            self._options["outer_batches"] = trainer.get_eval_dataloader(pick(outer))
+            self.options = replace(self.options, outer_batches=trainer.get_eval_dataloader(pick(outer)))
         finally:
             args.dataloader_persistent_workers = persistent
         trainer.train_dataset = pick(rest)
@@ -182,14 +179,12 @@ class RankFlowCallback(TrainerCallback):
             model,
             optimizer,
             self.lifecycle,
+            replace(self.options, seed=args.seed if self.seed is None else self.seed),
             total_steps=state.max_steps,
-            adapter_name=self.adapter_name,
             ledger=own_ledger(ledger),
-            seed=args.seed if self.seed is None else self.seed,
             state=state_to_resume(model, state) if state.global_step > 0 else None,
             listeners=self.listeners,
-            processes=functools.partial(processes_of, model, timeout=self.timeout),
-            **self._options,
+            processes=functools.partial(processes_of, model, timeout=self.options.timeout),
         )
         warn_of_recompiles(compiled_modules(model) or int(bool(args.torch_compile)), self.flow.decisions_on_shapes)
         if self.best == "any" and args.load_best_model_at_end:

@@ -39,8 +39,10 @@ T = TypeVar("T")
 class Managing(Protocol):
     """A RankFlowCallback, as patches know it."""
 
-    adapter_name: str
     flow: Controller | None
+
+    @property
+    def adapter_name(self) -> str: ...
 
     def save_beside(self, state: TrainerState, file: Path) -> None: ...
 

@@ -493,7 +493,7 @@ def test_a_held_out_part_of_the_training_data_is_set_aside(tmp_path):
     }
     flow = RankFlowCallback(policy, holdout=0.25)
     run = trainer(tmp_path, flow, save_strategy="steps", save_steps=2)
-    held = [ids for batch in flow._options["outer_batches"] for ids in batch["input_ids"].tolist()]
+    held = [ids for batch in flow.options.outer_batches for ids in batch["input_ids"].tolist()]
     rest = [item["input_ids"].tolist() for item in run.train_dataset]
     assert (len(held), len(rest)) == (16, 48)
     assert not any(ids in held for ids in rest)
@@ -532,7 +532,7 @@ def test_every_trainer_sets_its_own_part_aside_and_keeps_its_evaluation_set(tmp_
     for out in ("first", "again"):
         run = trainer(tmp_path / out, flow, dataloader_num_workers=1, dataloader_persistent_workers=True)
         assert len(run.train_dataset) == 48
-        held = [ids for batch in flow._options["outer_batches"] for ids in batch["input_ids"].tolist()]
+        held = [ids for batch in flow.options.outer_batches for ids in batch["input_ids"].tolist()]
         assert not any(item["input_ids"].tolist() in held for item in run.train_dataset)
         assert run.get_eval_dataloader().dataset is run.eval_dataset
         assert run.args.dataloader_persistent_workers
