@@ -2,7 +2,7 @@
 gate makes A' and B' from A and B.
 
 A gate is pure: parameters, noise and factors in, numbers out. Who holds its parameters, trains them and folds them into
-plain factors is the runtime's business (`rankflow.gating.forward`).
+plain factors is the runtime's business (`rankflow.gating`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from rankflow.errors import PlanError, RankFlowError
-from rankflow.gating.forward import Gates
+from rankflow.gating.gates import Gates
 from rankflow.linalg.random import keyed_generator
 from rankflow.lora import site_edits
 from rankflow.lora.adapter import Adapter

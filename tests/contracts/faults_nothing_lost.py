@@ -12,7 +12,7 @@ FAULTS = [
     ),
     Fault(
         "leave gates those of a state that could not be loaded",
-        "gating/forward.py",
+        "gating/gates.py",
         "        self._remember(transaction)\n        self.remove()\n",
         "        self.remove()\n",
         "-k go_back",
@@ -89,8 +89,8 @@ FAULTS = [
     ),
     Fault(
         "lost: keep a held-out update of a step that failed",
-        "gating/forward.py",
-        "self._remember(transaction, lambda: self._resume(before))",
+        "gating/gates.py",
+        "self._remember(transaction, lambda: self._training.resume(before))",
         "self._remember(transaction)",
     ),
     Fault(

@@ -17,8 +17,8 @@ FAULTS = [
     ),
     Fault(
         "let gates follow the gradients of their own process",
-        "gating/forward.py",
-        "        self.average_gradients(everything)\n",
+        "gating/training.py",
+        "        average(everything)\n",
         "",
         "-k nothing",
     ),

@@ -32,7 +32,7 @@ FAULTS = [
     Fault(
         "train outer gates on training batches",
         "gating/forward.py",
-        'wanted = self.gate.trained_on == ("outer" if outer else "inner")',
+        'wanted = gate.trained_on == ("outer" if outer else "inner")',
         "wanted = True",
     ),
     Fault(
@@ -43,7 +43,7 @@ FAULTS = [
     ),
     Fault(
         "resume on folded factors",
-        "gating/forward.py",
+        "gating/gates.py",
         "transaction.tensor(getattr(self._adapter.sites[name], factor), raw)",
         "pass",
     ),

@@ -20,7 +20,7 @@ from transformers.optimization import Adafactor
 
 import rankflow
 from rankflow.errors import AdapterError, ConfigError, OptimizerError, PlanError
-from rankflow.gating.forward import Gates
+from rankflow.gating.gates import Gates
 from rankflow.lora.adapter import Adapter
 from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.layout import Layout

@@ -73,8 +73,8 @@ def test_opening_keeps_the_function_and_makes_directions_new_to_the_optimizers(k
         assert torch.equal(state_a["exp_avg_sq"][..., [0, 2], :], second_a[..., [0, 2], :])
         assert torch.equal(state_b["exp_avg_sq"][..., [0, 2]], second_b[..., [0, 2]])
         assert not bool(state_a["exp_avg"][..., [1, 3], :].any() or state_b["exp_avg"][..., [1, 3]].any())
-        assert surgeon.gates._adam is not None
-        own = surgeon.gates._adam.state[surgeon.gates._theta[name]["value"]]["exp_avg"]
+        assert surgeon.gates._training.adam is not None
+        own = surgeon.gates._training.adam.state[surgeon.gates._training.theta[name]["value"]]["exp_avg"]
         assert [bool(m) for m in own] == [True, False, True, False]
 
 
@@ -127,7 +127,7 @@ def test_under_a_gate_directions_may_be_rescaled_but_not_mixed():
 def test_a_gate_that_nothing_trains_costs_nothing_between_resizes(monkeypatch):
     model, optimizer, surgeon = operated("linear", Spread(trained_on="nothing"))
     values = surgeon.gates.values()
-    monkeypatch.setattr(surgeon.gates, "_draw", lambda *_, **__: pytest.fail("drawn anew"))
+    monkeypatch.setattr(surgeon.gates._forward, "draw", lambda *_, **__: pytest.fail("drawn anew"))
     loss_of(model, "linear").backward()
     surgeon.gates.collect()
     optimizer.step()

@@ -158,7 +158,7 @@ def pairs(run: Run) -> dict[str, list[str]]:
 
 def prefer_mlp(run: Run) -> Run:
     """Whatever the search says: the first module of the feed-forward part is what stays in every layer."""
-    for name, theta in run.flow._gates._theta.items():
+    for name, theta in run.flow._gates._training.theta.items():
         theta["logit"].data.fill_(3.0 if name.endswith("up_proj") else 0.0)
     return run
 

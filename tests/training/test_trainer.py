@@ -546,7 +546,7 @@ class PreferMlp(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3 and self.flow.flow is not None:
-            for name, theta in self.flow.flow._gates._theta.items():
+            for name, theta in self.flow.flow._gates._training.theta.items():
                 theta["logit"].data.fill_(3.0 if name.endswith("up_proj") else 0.0)
 
 

@@ -35,8 +35,8 @@ FAULTS = [
     ),
     Fault(
         "fold the noise of the last forward",
-        "gating/forward.py",
-        "        self._draw(None)  # the last forward may have been one with noise",
+        "gating/gates.py",
+        "            self._forward.draw(None)  # the last forward may have been one with noise",
         "",
     ),
     Fault(

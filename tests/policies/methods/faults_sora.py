@@ -17,7 +17,7 @@ FAULTS = [
     ),
     Fault(
         "lost: decide over gates as they were before the phase",
-        "gating/forward.py",
+        "gating/gates.py",
         "            for name in names\n        }",
         "            for name in (names if self else ())\n        }",
     ),

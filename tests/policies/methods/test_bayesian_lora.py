@@ -25,7 +25,7 @@ import rankflow
 from rankflow.compress.quantized import FILE
 from rankflow.config.load import load_policy
 from rankflow.errors import CheckpointError, ConfigError
-from rankflow.gating.forward import Gates
+from rankflow.gating.gates import Gates
 from rankflow.lora.adapter import Adapter
 from rankflow.optim.optimizer_state import OptimizerState
 from rankflow.plans.budget import Budget
@@ -374,7 +374,7 @@ def scramble(gates: Gates, seed: int = 0) -> None:
     random = torch.Generator().manual_seed(seed)
     width = itertools.cycle(chains)
     with torch.no_grad():
-        for theta in gates._theta.values():
+        for theta in gates._training.theta.values():
             theta["rank"].copy_(torch.randn(theta["rank"].shape, generator=random))
             theta["rank"][0] = 3.0
             for logits in theta["bits"]:
@@ -382,7 +382,7 @@ def scramble(gates: Gates, seed: int = 0) -> None:
             if "e" in theta:
                 theta["e"].copy_(torch.randn(theta["e"].shape, generator=random))
             theta["range"].mul_(0.7)
-    gates._draw(None)
+    gates._forward.draw(None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -502,9 +502,9 @@ def test_with_every_gate_closed_the_model_is_the_base_model():
     model = lora("linear", dtype=torch.float32)
     gates = under(model, BitsAndRank())
     with torch.no_grad():
-        for theta in gates._theta.values():
+        for theta in gates._training.theta.values():
             theta["rank"].fill_(-3.0)
-    gates._draw(None)
+    gates._forward.draw(None)
     with model.disable_adapter():
         wanted = outputs(model.eval(), "linear", dtype=torch.float32)
     assert torch.equal(outputs(model, "linear", dtype=torch.float32), wanted)
@@ -532,7 +532,7 @@ def test_a_step_under_the_gates_does_not_wait_for_the_device():
     with torch.profiler.profile() as profile:
         loss_of(model, "linear", dtype=torch.float32).backward()
         gates.collect()
-    assert all(theta["rank"].grad is not None for theta in gates._theta.values())
+    assert all(theta["rank"].grad is not None for theta in gates._training.theta.values())
     assert "aten::_local_scalar_dense" not in {event.key for event in profile.key_averages()}
 
 
@@ -546,7 +546,7 @@ def test_bf16_factors_train():
     gates = under(model, BitsAndRank(last=5, diagonal=True))
     loss_of(model, "linear", dtype=torch.bfloat16).backward()
     gates.collect()
-    for theta in gates._theta.values():
+    for theta in gates._training.theta.values():
         for key in ("rank", "bits", "range", "e"):
             assert theta[key].dtype == torch.float32
             assert theta[key].grad is not None
@@ -571,9 +571,9 @@ def test_gates_close_ranks_fall_and_a_plain_quantised_adapter_is_left(tmp_path, 
     run.until(15)
     run.model.save_pretrained(tmp_path / "half", selected_adapters=["default"])
     rankflow.save_quantized(run.flow, tmp_path / "half")
-    fixed = {n: {k: t.detach().clone() for k, t in of.items()} for n, of in run.flow._gates._theta.items()}
+    fixed = {n: {k: t.detach().clone() for k, t in of.items()} for n, of in run.flow._gates._training.theta.items()}
     run.until(20)
-    for name, theta in run.flow._gates._theta.items():
+    for name, theta in run.flow._gates._training.theta.items():
         for key, t in theta.items():
             moved = not torch.equal(t, fixed[name][key][: len(t)])
             assert moved == (key in ("range", "e")), f"{key} after the gates were fixed"

@@ -146,7 +146,7 @@ def test_logits_are_trained_on_held_out_batches_as_darts_does(relax):
             m[n], v[n] = 0.5 * m[n] + 0.5 * g, 0.999 * v[n] + 0.001 * g * g
             step = 0.1 * (m[n] / (1 - 0.5**t)) / (math.sqrt(v[n] / (1 - 0.999**t)) + 1e-8)
             logits[n] -= step
-        found = {n: float(theta["logit"].detach()) for n, theta in gates._theta.items()}
+        found = {n: float(theta["logit"].detach()) for n, theta in gates._training.theta.items()}
         assert found == pytest.approx(logits, rel=1e-3, abs=1e-4)
         run.step()
 
@@ -155,7 +155,7 @@ def test_training_batches_never_move_the_logits_and_the_choice_ends_the_search()
     run = Run(life(), 9, outer_batches=OUTER).until(2)
 
     def logits() -> torch.Tensor:
-        return torch.cat([theta["logit"].detach().clone() for theta in run.flow._gates._theta.values()])
+        return torch.cat([theta["logit"].detach().clone() for theta in run.flow._gates._training.theta.values()])
 
     before = logits()
     assert bool(before.any())

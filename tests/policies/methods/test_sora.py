@@ -132,11 +132,11 @@ def test_a_zero_gate_blocks_its_direction_but_can_revive():
     with pytest.warns(UserWarning, match="none can change anything"):
         run = Run(Sora(lam=0.0, when=When(8, 8)), 8, model=tiny_llama(dropout=0.0))
     run.until(2)
-    theta = run.flow._gates._theta
+    theta = run.flow._gates._training.theta
     with torch.no_grad():
         for of in theta.values():
             of["value"][0] = 0.0
-    run.flow._gates._draw(None)
+    run.flow._gates._forward.draw(None)
     run.model(**run.batches[0]).loss.backward()
     for site in run.flow._adapter.sites.values():
         assert not bool(site.A.grad[0].any())
