@@ -1,4 +1,4 @@
-"""What processes tell one another, and what is said when one of them does not answer.
+"""Messages between processes, and errors that say which process does not answer and what for.
 
 Every call begins with one small message from each, which says what it is about: the step, what is asked for, and how
 long what follows is. Where these differ nobody goes on, so that nobody takes an answer for that to another question.
@@ -31,7 +31,7 @@ def grouped() -> bool:
 
 
 def limit(seconds: float | None) -> float:
-    """How long a process waits for the others: `seconds`, or what the environment says, or a minute.
+    """Seconds that a process waits for the others: `seconds`, or what the environment says, or 60.
 
     Raises:
         ConfigError: not a positive number of seconds.
@@ -48,7 +48,7 @@ def limit(seconds: float | None) -> float:
 
 
 class Wire:
-    """Objects go over a gloo group of their own, sums over the group that gradients are reduced in.
+    """Sends objects over a gloo group of its own, and sums over the group that gradients are reduced in.
 
     `about` is what its owner is at, for the others to compare and for whoever waits in vain to say.
 
@@ -66,7 +66,7 @@ class Wire:
             )
 
     def gather(self, what: str, message: Any) -> list[Any]:
-        """What each said to the question `what`, in every process."""
+        """The messages of all processes about `what`, in the order of ranks."""
         mine = pickle.dumps(message)
         lengths = self._meet(what, len(mine))
         longest = max(lengths)
@@ -77,7 +77,7 @@ class Wire:
         return [pickle.loads(t[:n].numpy().tobytes()) for t, n in zip(said, lengths, strict=True)]
 
     def broadcast(self, what: str, message: Any) -> Any:
-        """What process 0 said."""
+        """The message of process 0."""
         mine = pickle.dumps(message)
         length = self._meet(what, len(mine))[0]
         if self.rank == 0:
@@ -89,14 +89,14 @@ class Wire:
         return pickle.loads(said.numpy().tobytes())
 
     def sum(self, what: str, t: Tensor) -> Tensor:
-        """In place, over processes."""
+        """Add `t` up over processes, in place."""
         self._meet_for(what, t)
         with self._readable(what):
             dist.all_reduce(t)
         return t
 
     def give(self, what: str, t: Tensor) -> None:
-        """Process 0's `t`, in place, to all."""
+        """Copy process 0's `t` to all processes, in place."""
         self._meet_for(what, t)
         with self._readable(what):
             dist.broadcast(t, src=0)
@@ -111,7 +111,7 @@ class Wire:
             raise DistributedError(f"{self.about}: {what}: processes have {lengths} numbers, which should be as many")
 
     def _meet(self, what: str, length: int) -> list[int]:
-        """Everybody is at `what`, with as much to say as is returned."""
+        """Check that all processes are at `what`. Returns the length of what each is about to say."""
         at = f"{self.about}: {what}"
         text = at.encode()[: _HEAD - 8].ljust(_HEAD - 8, b"\0")
         head = torch.frombuffer(bytearray(text + length.to_bytes(8, "little")), dtype=torch.uint8)

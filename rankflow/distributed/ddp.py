@@ -1,5 +1,5 @@
-"""What wraps a model to train it in several processes: which wrappers rankflow works under, and how the reducer of
-DistributedDataParallel gets to know new parameters."""
+"""Wrappers that train a model in several processes: which ones rankflow works under, and a new reducer for
+DistributedDataParallel when parameters were replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rankflow.errors import ConfigError
 
 
 def refuse(model: nn.Module) -> None:
-    """
+    """Refuse a model that is laid out over processes in a way in which no adapter can be managed.
+
     Raises:
         ConfigError: `model` is laid out over processes in a way in which no adapter can be managed.
     """
@@ -36,7 +37,7 @@ def refuse(model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What DistributedDataParallel wraps: passes that are not to reduce gradients go through that."""
+    """The model inside DistributedDataParallel, for passes that are not to reduce gradients."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -46,7 +47,7 @@ def sharded(model: nn.Module) -> bool:
 
 
 def rebuild(ddp: DistributedDataParallel) -> None:
-    """A reducer for the parameters that the module has now, with the options that the wrapper was made with.
+    """Give the wrapper a reducer for the parameters that its module has now, with the options it was made with.
 
     Communication hooks stay, built-in ones too; what PowerSGD remembers is of buckets that are no more, and goes.
 
@@ -67,7 +68,7 @@ def rebuild(ddp: DistributedDataParallel) -> None:
 
 
 def _builtin_hook(ddp: DistributedDataParallel) -> Any:
-    """The wrapper itself does not remember it; its log does, by name."""
+    """The built-in communication hook of the wrapper, which only its log remembers, by name."""
     name = "" if ddp._comm_hooks else ddp._get_ddp_logging_data().get("comm_hook", "")
     known = dist.BuiltinCommHookType.__members__.values()  # pyright: ignore[reportPrivateImportUsage]
     return next((kind for kind in known if str(kind) == name), None)

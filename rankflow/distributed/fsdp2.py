@@ -1,4 +1,4 @@
-"""Factors that FSDP2 has in shards are whole for as long as a block lasts, and in shards again after it.
+"""Factors that FSDP2 keeps in shards, made whole for a block of code and sharded again after it.
 
 Inside, everything that looks at an adapter or writes to it works as in a single process, on plain tensors, the same in
 all processes. The shards stay as they were until the block ends, so what fails inside costs them nothing. At its end
@@ -43,7 +43,7 @@ _MADE_FROM = (
 
 
 def at_rest(model: nn.Module) -> None:
-    """Let modules hold shards, which a forward without a backward has left whole."""
+    """Shard the parameters again that a forward without a backward has left whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -155,7 +155,7 @@ class Shards:
             self._regroup(transaction, group, members[key])
 
     def _refill(self, transaction: Transaction, piece: _Piece) -> None:
-        """The shards that there are take over what was written."""
+        """Write what was changed in the whole factors into the shards that there are."""
         sharded, full = piece.sharded, piece.whole
         _hold(transaction, piece.managed._module_info, sharded)
         _put(transaction, sharded, full.detach(), sharded)
@@ -164,7 +164,7 @@ class Shards:
         _give_gradient(transaction, piece)
 
     def _made(self, transaction: Transaction, group: Any, role: Role, p: nn.Parameter) -> Any:
-        """What FSDP2 keeps of a parameter, for one that is new."""
+        """FSDP2's record of a parameter, made for a new one."""
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 
         module, name = self._holder(role, p)
@@ -291,7 +291,7 @@ def _hold(transaction: Transaction, info: Any, p: nn.Parameter) -> None:
 
 
 def _forget(transaction: Transaction, managed: Any) -> None:
-    """Let FSDP2 not follow when weights are loaded into a module whose parameter is another now."""
+    """Take off FSDP2's hook that follows when weights are loaded into a module whose parameter is another now."""
 
     def again() -> None:
         register = managed._module_info.module.register_load_state_dict_post_hook
@@ -306,7 +306,7 @@ def _exchange(
     to: Mapping[int, nn.Parameter],
     state: Mapping[nn.Parameter, dict[str, Any]],
 ) -> None:
-    """Let the optimizer hold other parameters in the places of these, with this state."""
+    """Put other parameters with this state into the optimizer, in the places of these."""
     for group in optimizer.param_groups:
         transaction.contents(group["params"], [to.get(id(p), p) for p in group["params"]])
     kept = {p: entries for p, entries in optimizer.state.items() if id(p) not in to}
@@ -314,7 +314,7 @@ def _exchange(
 
 
 def _groups_of(state: Any) -> list[Any]:
-    """Those of one `fully_shard`, of which there was one at most in older versions."""
+    """The parameter groups of one `fully_shard`; older versions have one at most."""
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []

@@ -1,5 +1,5 @@
-"""Several processes, each with a replica of the model: one decides, all do the same, and DistributedDataParallel goes
-on with the new parameters.
+"""Runs in several processes with replicas of the model: process 0 decides, all do the same, and DistributedDataParallel
+goes on with the new parameters.
 
 Signals are reduced as gradients are: a process counts as a micro-batch of its own, of a loss divided by their number.
 Plans, with their matrices, come from process 0 and every process carries out those, never its own. What is said goes
@@ -46,8 +46,8 @@ Key = tuple[str, Signal]
 
 
 def processes_of(model: nn.Module, adapter: Adapter, timeout: float | None = None) -> SingleProcess:
-    """Who takes part in training `model`, which may be wrapped, and waits for the others for `timeout` seconds at most
-    (`rankflow.distributed.comm.limit`).
+    """The processes that train `model`, which may be wrapped: some that wait for the others for `timeout` seconds
+    at most (`rankflow.distributed.comm.limit`), or a single process.
 
     Raises:
         ConfigError: a wrapper owns the adapter's parameters and would undo a resize.
@@ -61,7 +61,7 @@ def processes_of(model: nn.Module, adapter: Adapter, timeout: float | None = Non
 
 
 class Replicas(SingleProcess):
-    """This process among others under DistributedDataParallel, or reducing gradients by hand.
+    """One process of several, under DistributedDataParallel or with gradients that are reduced here.
 
     Raises:
         DistributedError: from every call, in every process: one has failed, is gone, or is at another layout.
@@ -135,7 +135,8 @@ class Replicas(SingleProcess):
         return observed.replaced(values)
 
     def _all_shapes(self, mine: dict[Key, torch.Size]) -> dict[Key, torch.Size]:
-        """Of everything that any process has seen. All have mostly seen the same: told apart by a few bytes each."""
+        """Shapes of all signals that any process has seen. Mostly all have seen the same, which a few bytes from each
+        tell."""
         said = hashlib.sha256(repr(sorted((n, s.value, tuple(shape)) for (n, s), shape in mine.items())).encode())
         if len(set(self._wire.gather("which signals", said.digest()))) == 1:
             return mine
@@ -155,7 +156,7 @@ class Replicas(SingleProcess):
         return 1 if signal in _SUMS else self._wire.size
 
     def _start_alike(self, model: nn.Module) -> None:
-        """As DistributedDataParallel does when it is made: all begin with the parameters of process 0."""
+        """Copy the parameters of process 0 to all, as DistributedDataParallel does when it is made."""
         for p in _loose(model):
             self._wire.give("parameters to start with", p.data)
 
@@ -246,5 +247,5 @@ class Replicas(SingleProcess):
 
 
 def _loose(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that train and that no process has only a shard of."""
+    """Parameters that train and are not in shards."""
     return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]

@@ -1,4 +1,4 @@
-"""What has to be the same in all processes of a run when it begins."""
+"""The settings that must be the same in all processes of a run when it begins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankflow.policies.lifecycle import Lifecycle
 
 
 def settings_in_force(lifecycle: Lifecycle, layout: Layout, **options: object) -> dict[str, str]:
-    """Name of a setting -> its value here, in words: versions, the policy's, the adapter's modules, and `options`.
+    """Settings of this process by name, as text: versions, the policy's, the adapter's modules, and `options`.
 
     An option that is neither text nor a number only counts as given or not.
     """

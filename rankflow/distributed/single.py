@@ -1,4 +1,4 @@
-"""What other processes that train replicas of the same model have to do with a run; by itself a process has none."""
+"""What a run asks of the other processes that train the same model, and the answers where there are none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class SingleProcess:
-    """One process: what it saw is all there is to see, and nobody has to agree.
+    """A run in one process, which averages over nobody else and decides by itself.
 
     All of them make every call, in the same order; `rankflow.distributed.replicas.Replicas` is the other kind.
     """
@@ -26,39 +26,40 @@ class SingleProcess:
     leads = True  # decides, and keeps the ledger on disk
 
     def start(self, settings: Mapping[str, str]) -> None:
-        """All train the same model under the same `settings`, which are in force here, by their names."""
+        """Check that all processes begin with the same `settings` (name -> value)."""
 
     def come_to(self, about: str) -> None:
-        """Say what all calls from here on are about; others are to be at the same, and whoever waits names it."""
+        """Name what the calls from here on are about; other processes have to name the same, and errors quote it."""
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """What `work` gives, if it goes well in every process; else its error, or in the others that one had one."""
+        """Return what `work` returns if it succeeds in every process; else raise its error, or that another process
+        failed."""
         return work()
 
     def average(self, observed: Observation) -> Observation:
-        """What was seen over the batches of all processes."""
+        """Average what was seen over the batches of all processes."""
         return observed
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make `.grad` of parameters that no wrapper of the model knows the mean over processes, in place."""
+        """Replace `.grad` by its mean over processes, for parameters that no wrapper of the model knows."""
 
     def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
-        """Gradients are ready, `unscaled` if a loss scaler has been at them: where no wrapper reduces those of the
-        adapter, make them the mean over processes."""
+        """Replace gradients of the adapter by their mean over processes where no wrapper does so. They are ready, and
+        `unscaled` if a loss scaler has been at them."""
 
     def gathered(self, optimizer: Optimizer | None, transaction: Transaction) -> AbstractContextManager[None]:
-        """In the block this process has the adapter's factors whole, with gradients and their state in `optimizer`, and
-        what is written to them stays. Without an optimizer, only gradients may be written to. All of it is undone with
-        `transaction`, as it has to be where the block raises."""
+        """Make the adapter's factors whole in the block, with gradients and their state in `optimizer`; what is written
+        to them stays. Without an optimizer, only gradients may be written to. All of it is undone with `transaction`,
+        as it has to be where the block raises."""
         return nullcontext()
 
     def agree(self, decide: Callable[[], RankPlan], layout: Layout, step: int) -> RankPlan:
-        """The plan that one of them decides on, for all."""
+        """Return the plan that one process decides on, in all of them."""
         return decide()
 
     def resized(self, layout: Layout, step: int, *, replaced: bool) -> None:
-        """A plan was carried out, and the parameters that train were `replaced` by others, or not: all have to have
-        come to this layout."""
+        """Check, after a plan was carried out, that all processes have come to this layout. `replaced` says whether
+        other parameters train now."""
 
     def undone(self) -> None:
-        """Parameters, and which of them train, are again those that were there before; nobody else is waited for."""
+        """Take note that the parameters, and which of them train, are those of before again. Waits for nobody."""

@@ -73,7 +73,7 @@ class _Averaged(AveragedModel):
 
 
 class _AsUsed:
-    """What an AveragedModel looks at in a model."""
+    """The parts of a model that an AveragedModel reads, with factors as their gates make them."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -86,7 +86,7 @@ class _AsUsed:
 
 
 class _Following:
-    """Has a surgeon of its own do to the average what is done to the model."""
+    """Does to the average what is done to the model, with a surgeon of its own."""
 
     def __init__(self, averaged: AveragedModel, adapter_name: str):
         self._averaged = averaged
@@ -105,7 +105,7 @@ class _Following:
         self._surgeon.set_masked_ranks(ranks, transaction)
 
     def start(self, adapter: Adapter) -> None:
-        """A checkpoint may have been loaded into the model since: of other ranks no average can be gone on with."""
+        """Start the average anew where the model has got other ranks, as from a checkpoint that was loaded."""
         layout = self._surgeon.layout
         ranks = {name: site.capacity for name, site in adapter.sites.items()}
         if ranks == {name: site.capacity for name, site in self._surgeon.adapter.sites.items()}:
@@ -121,7 +121,8 @@ class _Following:
 
 
 def _without_gates(ops: Sequence[Op], rank: int) -> Iterator[Op]:
-    """What `ops` do to factors of that rank. Directions that are opened are new ones in the places of old ones."""
+    """The ops that do to plain factors of that rank what `ops` do to gated ones: directions that are opened become new
+    ones in the places of old ones."""
     for op in ops:
         if isinstance(op, Open):
             yield Grow(len(op.idx))
@@ -133,7 +134,7 @@ def _without_gates(ops: Sequence[Op], rank: int) -> Iterator[Op]:
 
 @contextmanager
 def _without_our_hooks(model: nn.Module) -> Iterator[None]:
-    """A copy that is made in the block listens to nothing, and copies nothing of a run."""
+    """Take our hooks off the model for the block, so that a copy made in it has none."""
     taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
     try:
         for module in model.modules():

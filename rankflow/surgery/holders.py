@@ -1,4 +1,4 @@
-"""Parameters that a resize has replaced: who still holds them a step later, and hooks that are on them alone."""
+"""Finding who still holds parameters that a resize has replaced, and hooks that are on old ones alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Holders:
         self._warned_of_hooks = False
 
     def watch(self, transaction: Transaction, swaps: Iterable[Swap]) -> None:
-        """Remember what these have replaced."""
+        """Remember the parameters that these swaps have replaced."""
         old = [
             (swap.site.name, weakref.ref(p))
             for swap in swaps
@@ -58,7 +58,8 @@ class Holders:
         transaction.attr(self, "_hooked", (*self._hooked, *hooked))
 
     def look(self) -> None:
-        """To be called a step later, when the graph of the step before is gone, and before gradients are clipped."""
+        """Warn of those who still hold replaced parameters. To be called a step later, when the graph of the step
+        before is gone, and before gradients are clipped."""
         hooked, self._hooked = self._hooked, ()
         bare = [name for name, ref in hooked if (p := ref()) is not None and not _has_hooks(p)]
         if bare and not self._warned_of_hooks:
@@ -103,7 +104,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _holder(watched: Watched) -> str | None:
-    """What kind of thing holds some of them, if anything but local variables and graphs does."""
+    """The type of an object that holds some of them, in words; None where only local variables and graphs do."""
     alive = [p for _, ref in watched if (p := ref()) is not None][:_SAMPLE]
     p = None  # else the last is held by this very frame
     if not alive:
@@ -118,15 +119,16 @@ def _holder(watched: Watched) -> str | None:
 
 
 def _closed_over_by(cell: types.CellType) -> types.FunctionType | None:
-    """A function that has the variable; a frame alone has those that it shares with functions which are gone."""
+    """The function that closes over the variable; None where only a frame has it, which shared it with functions that
+    are gone."""
     closures = [c for c in gc.get_referrers(cell) if isinstance(c, tuple)]
     holders = gc.get_referrers(*closures) if closures else ()
     return next((f for f in holders if isinstance(f, types.FunctionType)), None)
 
 
 def _known(holder: Any) -> bool:
-    """Variables of a script or a notebook, whose loops leave one behind; and what callbacks were handed, which the
-    traceback of a step that failed may keep as well."""
+    """Whether it is the variables of a script or a notebook, whose loops leave one behind, or what callbacks were
+    handed, which the traceback of a failed step may keep."""
     if not isinstance(holder, dict):
         return False
     return ("__name__" in holder and "__builtins__" in holder) or holder.keys() <= _ROLES

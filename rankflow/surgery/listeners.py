@@ -1,4 +1,4 @@
-"""Who is told that a resize has replaced parameters: lists for clipping, averages, other optimizers hold on to them."""
+"""Callbacks that are told when a resize has replaced parameters, which averages, other optimizers or lists may hold."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ OnResize = Callable[[str, Parameters, Parameters, Sequence[Op]], object]
 
 
 class Follower(Protocol):
-    """A second model whose factors go through what those of the first go through (`rankflow.surgery.ema`)."""
+    """A second model that is resized as the first one is (`rankflow.surgery.ema`)."""
 
     def follow(self, plan: RankPlan, step: int, staged: Sequence[Staged], transaction: Transaction) -> None:
-        """`plan` was carried out; what is written goes through `transaction`."""
+        """Carry out `plan`, as the first model did, through `transaction`."""
 
     def set_capacity(self, capacities: Mapping[str, int], transaction: Transaction) -> None:
-        """Factors got other capacities (`Surgeon.set_capacity`)."""
+        """Take over other capacities (`Surgeon.set_capacity`)."""
 
     def set_masked_ranks(self, ranks: Mapping[str, int], transaction: Transaction) -> None:
-        """They were loaded with capacities above their ranks (`Surgeon.set_masked_ranks`)."""
+        """Take over ranks below the capacities (`Surgeon.set_masked_ranks`)."""
 
     def start(self, adapter: Adapter) -> None:
-        """A run begins on `adapter`, which may have got other ranks since."""
+        """Follow the run that begins on `adapter`, which may have got other ranks since."""
 
 
 class Listeners:
@@ -72,18 +72,20 @@ class Listeners:
         self._followers.append(follower)
 
     def start(self, adapter: Adapter) -> None:
-        """A run begins on `adapter`."""
+        """Follow the run that begins on `adapter`."""
         self._parted = False
         self._adapter = weakref.ref(adapter)
         for follower in self._followers:
             follower.start(adapter)
 
     def part(self, transaction: Transaction) -> None:
-        """The run is over, and its best checkpoint is about to be loaded: followers stay as they are."""
+        """Let followers stay as they are from here on: the run is over, and its best checkpoint is about to be
+        loaded."""
         transaction.attr(self, "_parted", True)
 
     def expect(self, transaction: Transaction) -> Transaction:
-        """A transaction in which `tell` notes whom it has told; made before anything is written, it is undone last."""
+        """A transaction for `tell` to note whom it has told. It is made before anything is written, so that it is
+        undone last."""
         told = Transaction()
         transaction.undo(told.rollback)
         return told

@@ -1,4 +1,4 @@
-"""What a module is to become, made before anything is written: both factors and their optimizer state."""
+"""New factors of modules and their optimizer state, computed before anything is written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Staged:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where and how plans are staged. Nothing here writes to a model or an optimizer.
+    """Computes what a plan makes of modules. Nothing here writes to a model or an optimizer.
 
     Args:
         config: of the adapter, from which a module that comes back is built.
@@ -113,7 +113,8 @@ class Stage:
         return Staged(Swap(site, old, new, self._states(site, factors, old, new)), entries, train, added=factors.added)
 
     def at_capacity(self, site: Site, capacity: int) -> Staged:
-        """The module as it is, with factors of this capacity, which is no less than its rank; at 0 it leaves."""
+        """Stage the module with factors of this capacity, no less than its rank, and all else as it is; at 0 it
+        leaves."""
         old = site.tensors()
         if capacity == 0:
             return Staged(Swap(site, old, {}))

@@ -1,4 +1,4 @@
-"""The only writer: applies a plan to a live adapter and its optimizer, whole or not at all."""
+"""Applies plans to a live adapter and its optimizer, wholly or not at all. Nothing else writes to them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Surgeon:
 
     @property
     def layout(self) -> Layout:
-        """What exists now, with the limits that were last set."""
+        """The layout that exists now, with the limits that were last set."""
         return self._layout
 
     @layout.setter
@@ -238,7 +238,7 @@ class Surgeon:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _replace(self, transaction: Transaction, staged: Sequence[Staged]) -> bool:
-        """Let config and optimizer follow what was committed; whether parameters are others now."""
+        """Let config and optimizer follow what was committed. Returns whether parameters were replaced."""
         resized = [s for s in staged if s.resized]
         if resized:
             self.adapter.write_config(transaction)

@@ -1,4 +1,4 @@
-"""The door for own training loops: `rankflow.attach`."""
+"""`rankflow.attach` for training loops of your own, and `rankflow.detach`."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def attach(
 
 
 def own_ledger(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger:
-    """This process's: that of the first is on disk, the others keep theirs in memory."""
+    """The ledger of this process: on disk in process 0, in memory in all others."""
     if isinstance(ledger, Ledger):
         return ledger
     return Ledger(ledger if not grouped() or dist.get_rank() == 0 else None)

@@ -1,4 +1,4 @@
-"""What a run has put on a model: found by whoever comes next, also when the run itself is gone."""
+"""What a run has put on a model, which the next run finds there even if the first one is gone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ON_MODEL = "_rankflow_runs"  # attribute of the module that an adapter is in: a
 
 
 class _Attachments(dict[str, "Attachment"]):
-    """A copy of the model, or what is saved of it, is under no run."""
+    """The attachments of a model; a copy of it, or what is saved of it, has none."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return (dict, ())
@@ -46,11 +46,11 @@ class Attachment:
         weakref.finalize(run, self._fall_silent).atexit = False
 
     def put_on(self) -> None:
-        """Let the model know."""
+        """Note this attachment on the model."""
         vars(self._adapter.root).setdefault(_ON_MODEL, _Attachments())[self._adapter.name] = self
 
     def take_off(self) -> None:
-        """See `Controller.detach`. What has come off already stays off; called again, the rest follows."""
+        """Do what `Controller.detach` says. Where it failed halfway, a second call takes off the rest."""
         gates = self._surgeon.gates
         try:
             if not self._adapter.sharded:
@@ -70,7 +70,7 @@ class Attachment:
 
     @property
     def gates(self) -> str:
-        """What becomes of its gates when it is taken off; empty without any."""
+        """A part of a sentence that says what becomes of the gates when this is taken off; empty without gates."""
         gate = self._surgeon.gates.gate
         if gate is None:
             return ""
@@ -83,7 +83,7 @@ class Attachment:
 
 
 def found(root: nn.Module, adapter_name: str) -> Attachment | None:
-    """What is on the adapter now."""
+    """The attachment on the adapter, if there is one."""
     return vars(root).get(_ON_MODEL, {}).get(adapter_name)
 
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: the controller's state in a folder beside the adapter's files, and getting back to it."""
+"""Saving the controller's state in a folder beside the adapter's files, and loading it again."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_state(controller: Controller, checkpoint: str | os.PathLike[str]) -> Pa
 
 
 def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `save_state` wrote, for `Controller.load_state_dict`; None where a checkpoint has none.
+    """Read what `save_state` wrote, for `Controller.load_state_dict`; None where the checkpoint has no such folder.
 
     Raises:
         CheckpointError: the files are damaged, or of a newer rankflow.
@@ -74,7 +74,7 @@ def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _sums(files: Mapping[str, bytes]) -> str:
-    """As `sha256sum` writes and checks them."""
+    """Checksums in the format that `sha256sum` writes and checks."""
     return "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in files.items())
 
 
@@ -98,7 +98,7 @@ def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: 
 
 
 def adapter_folder(checkpoint: str | os.PathLike[str], adapter_name: str) -> Path:
-    """Where in a checkpoint PEFT puts an adapter: those not named `default` in a folder of their own."""
+    """The folder of a checkpoint that PEFT puts an adapter into: its own, or for `default` the checkpoint's."""
     inside = Path(checkpoint) / adapter_name
     return inside if inside.is_dir() else Path(checkpoint)
 
@@ -117,8 +117,9 @@ def match_layout(
 def arriving(
     model: nn.Module, adapter_name: str, source: object, transaction: Transaction, *, whole: bool = True
 ) -> Iterator[None]:
-    """The state dict that `model` loads in the block is looked at before any of it is copied, and put back with
-    `transaction`. If `whole`, it has to hold all of the adapter, and nothing else than what there is and is finite.
+    """Check the state dict that `model` loads in the block before any of it is copied, and let `transaction` undo the
+    copy. If `whole`, the state dict has to hold all of the adapter, only tensors that the model has, and finite
+    numbers.
 
     Raises:
         CheckpointError: it does not.
@@ -191,8 +192,8 @@ def _sizes(slot: Slot) -> str:
 
 
 def incomplete(checkpoint: Path, adapter_name: str) -> str | None:
-    """Why the Trainer cannot go on from a checkpoint of ours, as from what a killed process or a full disk leaves; None
-    where it is whole."""
+    """The reason why the Trainer cannot resume from a checkpoint of ours (a killed process or a full disk may leave one
+    in parts); None where it is whole."""
     try:
         json.loads((checkpoint / TRAINER_STATE).read_bytes())
         if (state := load_state(checkpoint)) is None:

@@ -1,4 +1,4 @@
-"""What is checked before a run begins: whether model, optimizer and lifecycle go together."""
+"""Checks before a run begins: whether model, optimizer and lifecycle go together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _WHOLE = 64  # a module whose greatest rank is above this, and all it can have, 
 def check_managed(
     adapter: Adapter, lifecycle: Lifecycle, optimizer: Optimizer | None, on_unknown_state: OnUnknownState
 ) -> None:
-    """
+    """Check that an adapter trains, and that it and its optimizer can follow the lifecycle.
+
     Raises:
         AdapterError: nobody trains the adapter, or the lifecycle may change what is tied to its ranks.
         OptimizerError: the optimizer, if there is one yet, does not hold the adapter or could not follow the lifecycle.
@@ -38,7 +39,8 @@ def check_managed(
 
 
 def check_capacity(phases: Sequence[Phase], layout: Layout, optimizer_state: OptimizerState | None) -> None:
-    """
+    """Check that `mode: mask` does under this optimizer what resizing does, with capacities that have an end.
+
     Raises:
         ConfigError: an optimizer under which zeros would not stay as they are, or no end to what there may be.
     """
@@ -61,7 +63,8 @@ def check_capacity(phases: Sequence[Phase], layout: Layout, optimizer_state: Opt
 def check_shards(
     adapter: Adapter, lifecycle: Lifecycle, phases: Sequence[Phase], *, in_loss: bool, resumes: bool
 ) -> None:
-    """
+    """Check that a run needs no more of an adapter in shards than there is.
+
     Raises:
         ConfigError: `adapter` is in shards, and this run would need more of it than there is.
     """
@@ -87,7 +90,7 @@ def check_shards(
 
 
 def check_signals(probes: Probes, phases: Sequence[Phase]) -> None:
-    """Raise what `Probes.check` does where a phase asks for signals that this model cannot give."""
+    """Raise ConfigError where a phase asks for signals that this model cannot give (`Probes.check`)."""
     for phase in phases:
         for study in phase.policy.studies:
             probes.check(study.signals)

@@ -191,7 +191,7 @@ class Controller:
             add_penalty_gradient(self._phases.policy, self._adapter, scale_in_force(scaler, self._optimizer))
 
     def _collect(self, scale: float) -> Observation:
-        """What the probes of all processes heard."""
+        """Collect what the probes of all processes heard."""
         heard = self._processes.average(self._processes.attempt(lambda: self._probes.collect(scale)))
         return self._hearing.with_silence(heard)
 
@@ -221,8 +221,8 @@ class Controller:
         phases.listen()
 
     def _wholly(self, work: Callable[[], object], *, factors: bool = True) -> None:
-        """All of `work` is done and in the ledger, or what fails leaves everything as it was before. Without `factors`
-        it does not look at them.
+        """Do all of `work` and write it to the ledger, or leave everything as it was before. Without `factors`, `work`
+        may not look at factors that are in shards.
 
         What is undone is in the transaction alone, and nothing here is left to the end of a generator: an interrupt at
         its last line would have it ended by whoever lets go of the traceback, any number of steps later.
@@ -243,7 +243,8 @@ class Controller:
         return self._processes.gathered(self._optimizer, transaction) if wanted else nullcontext()
 
     def outer_step(self, batch: Any) -> Tensor | None:
-        """Update gates that are trained on held-out data with `batch`; its loss, None where the phase has no such gate.
+        """Update gates that are trained on held-out data with `batch`. Returns its loss, or None where the phase has no
+        such gate.
 
         The controller does this by itself with `outer_batches`; call it for updates beyond those. The model is in eval
         mode and its random numbers are the update's own; the factors, their gradients and everything else stay.
@@ -257,8 +258,8 @@ class Controller:
         return penalty_term(self._phases.policy, self._adapter) if self._penalty == "in_loss" else torch.zeros(())
 
     def finish(self) -> Summary:
-        """The run is over: take the hooks off and close the ledger with a `finish` event; what came of it, which is
-        logged too. All processes call it."""
+        """End the run: take the hooks off and close the ledger with a `finish` event. Returns and logs a summary. All
+        processes have to call it."""
         if self.attached:
             self._processes.come_to(f"finish after step {self.step}")
             self._wholly(self._end)
@@ -284,7 +285,7 @@ class Controller:
         self._phases.transaction.attr(self, "_ended", True)
 
     def summary(self) -> Summary:
-        """What has come of the run so far."""
+        """A summary of the run so far."""
         due = {(p.name, step) for p in self._phases.all for step in (*_openings(p), *p.policy.when.events)}
         taken = {(e["policy"], e["step"]) for e in self.ledger.events if e["event"] in ("skip", "resize")}
         return Summary(
@@ -301,7 +302,7 @@ class Controller:
         )
 
     def detach(self) -> None:
-        """Take all hooks off and let go of the model, its gates folded; ranks stay as they are.
+        """Take all hooks off the model and make its gates part of the factors; ranks stay as they are.
 
         Factors in shards keep the capacity that `mode: mask` has given them, and gates go without being folded: whoever
         gives a run up may be alone with it, and waits for nobody. `finish`, which all processes call, does both.
@@ -310,13 +311,13 @@ class Controller:
 
     @property
     def stored(self) -> dict[str, dict[str, Tensor]]:
-        """The form in which the policy's gates want factors kept in files, by module: that of now, or of when they were
+        """Factors by module in the form that the policy's gates want in files, as they are now or were when gates were
         last folded. Empty for gates that are content with floats."""
         return self._gates.stored()
 
     @property
     def attached(self) -> bool:
-        """False once `finish` or `detach` was called."""
+        """Whether neither `finish` nor `detach` was called yet."""
         return bool(self._attachment.hooks) and not self._ended
 
     def __enter__(self) -> Controller:
@@ -336,12 +337,12 @@ class Controller:
 
     @property
     def version(self) -> int:
-        """Goes up by one with every resize: parameters taken before are stale."""
+        """How often parameters were replaced by a resize: those taken at an earlier version are stale."""
         return self._surgeon.version
 
     @property
     def step(self) -> int:
-        """The last optimizer step that was taken account of."""
+        """The last optimizer step that `after_step` has dealt with."""
         return self._phases.step
 
     @property
@@ -371,13 +372,13 @@ class Controller:
         return self._adapter.name
 
     def on_resize(self, callback: OnResize) -> RemovableHandle:
-        """Let `callback` be called with (module name, old, new, ops) for each module that a resize changes, and when
-        that is undone; the handle's `remove` ends it. See `rankflow.surgery.listeners.Listeners`."""
+        """Call `callback` with (module name, old, new, ops) for each module that a resize changes, and when that is
+        undone. The handle's `remove` ends it. See `rankflow.surgery.listeners.Listeners`."""
         return self.listeners.add(callback)
 
     @property
     def listeners(self) -> Listeners:
-        """Who is told of resizes."""
+        """The callbacks that are told of resizes."""
         return self._surgeon.listeners
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -405,8 +406,8 @@ class Controller:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on as if never stopped, beside model and optimizer: JSON values and tensors on the
-        CPU, as they are now, with a checksum (`rankflow.training.state`)."""
+        """Everything that a run needs to go on as if it had never stopped, beside model and optimizer: a copy in JSON
+        values and tensors on the CPU, with a checksum (`rankflow.training.state`)."""
         return state_of(self._phases)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -438,7 +439,7 @@ class Controller:
         return loaded[0]
 
     def _to(self, work: Callable[[], object]) -> None:
-        """Go to another state, or go on as before."""
+        """Load another state with `work`, or go on as before where that fails."""
         self._processes.come_to("load_state_dict")
         try:
             self._wholly(work)
@@ -449,7 +450,8 @@ class Controller:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _step_begins(self) -> None:
-        """Before a step of the optimizer; of one within another, as where a subclass calls super().step(), nothing."""
+        """Prepare a step of the optimizer. Does nothing for a step within another, as where a subclass calls
+        super().step()."""
         self._steps_open += 1
         if self._steps_open == 1:
             self._surgeon.ramps.before_step()
@@ -470,7 +472,7 @@ class Controller:
 
 
 def _while_there(method: Callable[[], None]) -> Callable[..., None]:
-    """A hook that does not keep its run alive."""
+    """`method` as a hook of an optimizer, which does not keep the run alive."""
     weakly = weakref.WeakMethod(method)
 
     def hook(*_: object) -> None:
@@ -481,5 +483,5 @@ def _while_there(method: Callable[[], None]) -> Callable[..., None]:
 
 
 def _openings(phase: Phase) -> list[int]:
-    """The step that a phase begins with, if it decides there, from a study of the data."""
+    """The first step of a phase in a list, if the phase decides there from a study of the data; else an empty list."""
     return [phase.begin] if any(study.when == "start" for study in phase.policy.studies) else []

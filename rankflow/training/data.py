@@ -33,7 +33,8 @@ class RunData:
         self._splits = {"train": options.batches, "outer": options.outer_batches}
 
     def require(self, phases: Iterable[Phase], seed: int) -> None:
-        """
+        """Check that the data that phases need was given, and hold the held-out batches ready.
+
         Raises:
             ConfigError: a phase needs data that was not given, or that holds no batch.
         """
@@ -66,7 +67,7 @@ class RunData:
     def study(
         self, study: Study, processes: SingleProcess, seed: int, step: int, transaction: Transaction | None
     ) -> Observation:
-        """What a study sees, over the batches of all processes; the model is left as it was found."""
+        """Run a study and return what it saw over the batches of all processes; the model is left as it was."""
         data = self._splits[study.split]
         assert data is not None, "checked at attach"
         if transaction is not None:
@@ -85,7 +86,7 @@ class RunData:
         return held_out.take()
 
     def loss_of(self, batch: Any) -> Callable[[], Tensor]:
-        """A function that gives the loss of a held-out batch."""
+        """A function that returns the loss of a held-out batch."""
         loss_fn = self._loss_fn if self._loss_fn is not None else model_loss
         batch = send_to_device(batch, next(iter(self._adapter.parameters())).device)
 

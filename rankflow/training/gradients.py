@@ -1,4 +1,4 @@
-"""What gradients of the factors get beside those of the loss: a policy's penalty, and the sum over shared pairs."""
+"""Changes to gradients of the factors: those of a policy's penalty are added, and those of shared pairs are summed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def unscaled(scaler: Any, optimizer: Optimizer) -> bool:
 
 
 def scale_in_force(scaler: Any, optimizer: Optimizer) -> float:
-    """What gradients are multiplied by at this moment: a loss scaler's factor, 1 once it has unscaled them."""
+    """The factor that gradients carry now: a loss scaler's, or 1 once it has unscaled them."""
     if scaler is None or not scaler.is_enabled() or unscaled(scaler, optimizer):
         return 1.0
     return float(scaler.get_scale())

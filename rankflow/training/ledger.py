@@ -43,7 +43,7 @@ Name = Annotated[str, Field(max_length=1000), AfterValidator(_plain)]
 
 
 class _Spec(BaseModel):
-    """What there is more in a line is for people."""
+    """A part of an event; more fields than these may be there, for people to read."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -81,7 +81,7 @@ class _Decides(_Spec):
 
 
 class _Event(_Spec):
-    """What every reader of a ledger relies on."""
+    """The fields of an event that every reader of a ledger relies on."""
 
     event: Name
     step: Count
@@ -158,7 +158,7 @@ class Ledger:
         return line
 
     def begin(self, transaction: Transaction) -> None:
-        """Let what is appended from here on wait for `write`; `transaction` undoes it, in memory and in the file."""
+        """Hold back what is appended from here on until `write`; `transaction` undoes it, in memory and in the file."""
         transaction.undo(partial(self._forget, self.events, len(self.events)))
         transaction.attr(self, "_waiting", [])
 
@@ -172,8 +172,8 @@ class Ledger:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """The events of the block are one: where it, or writing them at its end, fails, there were none. Inside another
-        such block it is part of that."""
+        """Write the events of the block together at its end; where the block or the writing fails, none of them. Inside
+        another such block it is part of that."""
         if self._waiting is not None:
             yield
             return
@@ -256,7 +256,7 @@ class Ledger:
 
 
 def _effective(events: list[Event]) -> list[Event]:
-    """Events that still hold."""
+    """The events that no later `restore` or `attach` has made void."""
     out: list[Event] = []
     for event in events:
         out = _followed(out, event)
@@ -264,7 +264,7 @@ def _effective(events: list[Event]) -> list[Event]:
 
 
 def _cut(path: Path, size: int) -> None:
-    """Let go of what was appended since the file had that size."""
+    """Cut the file back to an earlier size."""
     if path.is_file() and path.stat().st_size > size:
         os.truncate(path, size)
 
@@ -302,7 +302,8 @@ def _append_lines(path: Path, lines: list[Event]) -> None:
 
 
 def _read_lines(path: Path, *, mend: bool = False, times: bool = False) -> list[Event]:
-    """
+    """Read the events of a file; with `mend`, cut a last line off that a crash has left in part.
+
     Raises:
         CheckpointError: a line that is not a ledger's; nothing is mended then.
     """

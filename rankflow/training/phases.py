@@ -1,4 +1,4 @@
-"""What happens from phase to phase: policies are asked, and what they answer is done to the adapter."""
+"""The phases of a run: asking policies for plans, and carrying them out on the adapter."""
 
 from __future__ import annotations
 
@@ -139,13 +139,13 @@ class Phases:
             self._decide(observed)
 
     def _part(self) -> None:
-        """Gates are each module's own: under them no factors are shared any longer."""
+        """Part factors that modules share, since each module gets a gate of its own."""
         if alone := {name: (Share(None),) for name, slot in self.layout.items() if slot.shared}:
             plan = RankPlan(alone, "each module gets a gate of its own")
             self.operations.apply(plan, self.now, time.perf_counter())
 
     def leave(self) -> None:
-        """The phase ends: its policy leaves, and its gates become part of the factors."""
+        """End the phase: let its policy leave, and make its gates part of the factors."""
         self._change(lambda: self.policy.leave(self.state, self.layout))
         if (gate := self.gates.gate) is not None:
             reports = self.gates.fold(self.transaction)
@@ -179,8 +179,8 @@ class Phases:
         return len(self.all) - 1
 
     def looks_at_factors(self) -> bool:
-        """Whether what comes after this step does: the same in all processes, and false on most steps. Of factors that
-        are whole at all times, nobody asks."""
+        """Whether what happens after this step reads or writes factors that are in shards. The answer is the same in
+        all processes, and False on most steps and for factors that are not in shards."""
         if not self.adapter.sharded:
             return False
         step, phase = self.counted, self.index_of(self.counted)
@@ -280,7 +280,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class Now:
-    """When something is done, on whose behalf, and with what it is undone."""
+    """The step at which something is done, the policy it is done for, and the transaction that undoes it."""
 
     step: int
     policy: str
@@ -288,7 +288,7 @@ class Now:
 
 
 class Operations:
-    """What the surgeon is told to do in the course of one run."""
+    """Carries plans out on a live adapter in all processes alike, and appends them to the ledger."""
 
     def __init__(self, surgeon: Surgeon, processes: SingleProcess, ledger: Ledger):
         self.frozen: set[str] = set()  # modules whose training this phase has switched off
@@ -330,7 +330,8 @@ class Operations:
 
     @property
     def _trained(self) -> tuple[int, set[str]]:
-        """Tells which parameters have gradients: a wrapper that reduces them waits for all that it knows of."""
+        """Which parameters have gradients, to be compared; a wrapper that reduces them waits for all that it knows
+        of."""
         return self._surgeon.version, {name for name, slot in self._surgeon.layout.items() if slot.trainable}
 
     def set_capacity(self, capacities: Mapping[str, int], now: Now) -> None:
@@ -341,15 +342,15 @@ class Operations:
                 self._processes.resized(self._surgeon.layout, now.step, replaced=True)
 
     def freeze(self, names: set[str], now: Now) -> None:
-        """Let these modules and no others be frozen as by this phase's plans: `requires_grad` is in no adapter file."""
+        """Freeze exactly these modules, as plans of this phase did before a checkpoint, whose files do not say so."""
         changed = {n: (Train(n not in names),) for n in self._surgeon.layout if n in names ^ self.frozen}
         if changed:
             self.perform(RankPlan(changed, "resume"), now)
         self.frozen = names
 
     def thaw(self, now: Now) -> None:
-        """A phase leaves no module frozen: what its plans switched off trains again before the next one's first step,
-        which would otherwise inherit it, and after the last."""
+        """Let modules train again that plans of this phase have frozen. It is called before the first step of the next
+        phase, which would otherwise inherit them, and after the last one."""
         if self.frozen:
             ops = {name: (Train(True),) for name in self._surgeon.layout if name in self.frozen}
             self.apply(RankPlan(ops, "the phase is over"), now, time.perf_counter())

@@ -26,7 +26,7 @@ FORMAT = 2  # of the training state; goes up whenever an older rankflow could no
 
 
 def state_of(phases: Phases) -> dict[str, Any]:
-    """All that is needed to go on as if never stopped, beside model and optimizer (`Controller.state_dict`)."""
+    """Everything that a run needs to go on, beside model and optimizer (`Controller.state_dict`)."""
     if phases.adapter.sharded and phases.gates:
         raise CheckpointError(
             f"gates of {phases.phase.name} hold on to factors that are in shards, and such a state cannot be saved; "
@@ -119,13 +119,14 @@ def reshape(phases: Phases, layout: Layout) -> None:
 
 
 def seal(state: dict[str, Any]) -> dict[str, Any]:
-    """A snapshot of `state` (JSON values and tensors, which are copied to the CPU), its origin and its checksum."""
+    """A copy of `state` (JSON values and tensors, on the CPU) with the version that wrote it and a checksum."""
     sealed = _copied({"format": FORMAT, "rankflow": __version__, **state})
     return {**sealed, "checksum": _checksum(sealed)}
 
 
 def check_seal(state: Any) -> dict[str, Any]:
-    """`state`, if `seal` made it, in this format, and nothing in it has changed since; on whatever device it is now.
+    """Return `state` if `seal` made it in this format and nothing in it has changed since, on whatever device it is
+    now.
 
     Raises:
         CheckpointError: it is something else, of another format, or damaged.
@@ -149,7 +150,8 @@ def check_seal(state: Any) -> dict[str, Any]:
 
 
 def check_lifecycle(state: dict[str, Any], lifecycle: Lifecycle) -> None:
-    """
+    """Check that `state` was saved under the policy and the settings of `lifecycle`.
+
     Raises:
         CheckpointError: `state` was come to under another policy than `lifecycle`, or under other settings of it.
     """
@@ -167,7 +169,8 @@ def check_lifecycle(state: dict[str, Any], lifecycle: Lifecycle) -> None:
 
 
 def _checksum(state: dict[str, Any]) -> str:
-    """The same whether the state was kept as JSON or as Python objects: lists and tuples are one."""
+    """A hash that is the same whether the state was kept as JSON or as Python objects: lists and tuples count as
+    equal."""
     try:
         text = json.dumps(state, default=_fingerprint)
     except (TypeError, ValueError, RecursionError) as e:

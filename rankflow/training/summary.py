@@ -1,4 +1,4 @@
-"""What a run came to, in a few lines for whoever started it."""
+"""A summary of a run in a few lines."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class RankFlowCallback(TrainerCallback):
         return self.options.adapter_name
 
     def on_resize(self, callback: OnResize) -> RemovableHandle:
-        """As `Controller.on_resize`, for this and every later train(); also before the first."""
+        """Call `callback` as `Controller.on_resize` says, in this and every later train(); also before the first."""
         return self.listeners.add(callback)
 
     # -- before training ------------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ class RankFlowCallback(TrainerCallback):
         self._forget_best(state)  # in the processes that have not saved it
 
     def save_beside(self, state: TrainerState, file: Path) -> None:
-        """The Trainer is about to write `state`, the last `file` of a checkpoint: the rank state goes before it, and so
-        is there before the Trainer removes older checkpoints, which is before `on_save`."""
+        """Save the rank state before the Trainer writes `state` into `file`, the last one of a checkpoint. So it is
+        there before the Trainer removes older checkpoints, which it does before `on_save`."""
         if state is self._state and self.flow is not None and file.parent.name == folder_name(state):
             self._forget_best(state)
             save_state(self.flow, file.parent)
@@ -242,7 +242,8 @@ class RankFlowCallback(TrainerCallback):
     # -- best model -----------------------------------------------------------------------------------------------
 
     def _forget_best(self, state: TrainerState) -> None:
-        """A checkpoint above the final budget is no candidate: the next evaluation starts the comparison anew.
+        """Take back that a checkpoint above the final budget is the best: the next evaluation starts the comparison
+        anew.
 
         The Trainer notes the best metric after `on_evaluate`, where no callback runs, so it is taken back at the next
         chance. Early stopping compares with the same number and starts counting when there is none.
@@ -264,5 +265,6 @@ class RankFlowCallback(TrainerCallback):
 
 
 def _quiet() -> bool:
-    """Whether transformers was told to be (`log_level`), or `logging` shows what we have to say already."""
+    """Whether not to print the summary: transformers was told to be quiet (`log_level`), or `logging` shows it
+    already."""
     return get_verbosity() > logging.WARNING or logging.getLogger("rankflow").isEnabledFor(logging.INFO)

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Managing(Protocol):
-    """A RankFlowCallback, as patches know it."""
+    """What the patches use of a RankFlowCallback."""
 
     flow: Controller | None
 
@@ -203,7 +203,7 @@ def log_first(callback: Any) -> None:
 
 
 def caller(kind: type[T]) -> T | None:
-    """The nearest object of that kind of which a method is calling us."""
+    """The object of that class whose method is calling us, directly or through others; the nearest one."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
