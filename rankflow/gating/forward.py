@@ -30,7 +30,7 @@ class GatedForward:
         self._hook: Any = None
 
     def refit(self) -> None:
-        """Let exactly the modules that have a gate be under it, in deterministic state, and noise come to forwards."""
+        """Put exactly the modules that have a gate under it, without noise, and let forwards draw noise."""
         gate, theta = self._training.gate, self._training.theta
         self.live, self._still, self.drawn = {n: {} for n in theta}, {n: {} for n in theta}, []
         for name, site in self._adapter.sites.items():
@@ -77,7 +77,7 @@ class GatedForward:
         return {**draw, "value": F.pad(draw["value"], (0, site.capacity - site.rank))}
 
     def drop_noise(self) -> None:
-        """Deterministic draws of the parameters as they are now, where there may be others."""
+        """Make deterministic draws of the parameters as they are now, if there may be others."""
         if self._noisy or self._training.trained_on != "nothing":
             self.draw(None)
 
@@ -96,7 +96,7 @@ class GatedForward:
             self.draw(None)
 
     def fall_silent(self) -> None:
-        """Nobody trains them any more: forwards see them as they are, without noise, and are not noted."""
+        """Stop training the gates: forwards see them as they are, without noise, and are not noted."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -104,5 +104,6 @@ class GatedForward:
         self.drawn = []
 
     def _merged(self) -> bool:
-        """Whether the base weights hold the adapter: taking it out again needs the very factors that went in."""
+        """Return whether the adapter is merged into the base weights; taking it out needs the same factors that went
+        in."""
         return any(getattr(site.layer, "merged", False) for site in self._adapter.sites.values() if site.present)

@@ -97,7 +97,8 @@ class Gates:
             self._forward.refit()
 
     def fold(self, transaction: Transaction | None = None) -> dict[str, dict[str, float]]:
-        """Write what the gates make of the factors into them, and take the gates off; what they report, by module.
+        """Write what the gates make of the factors into the factors, take the gates off, and return their reports by
+        module.
 
         The function stays. So does the direction of the optimizer's next step of each entry: with A' = diag(v) A the
         gradient of A' is that of A over v, and moments follow it. What a gate closed has an A of 0 from then on.
@@ -126,7 +127,7 @@ class Gates:
         return {name: form for name, form in forms.items() if form}
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A module's factors without the gate, canonical."""
+        """Return a module's factors without the gate, canonical."""
         site = self._adapter.sites[name]
         return site.a().detach(), site.b().detach()
 
@@ -136,7 +137,7 @@ class Gates:
         self._forward.refit()
 
     def _remember(self, transaction: Transaction, values: Callable[[], None] = lambda: None) -> None:
-        """What follows is undone with `transaction`; of updates of parameters in place that is for `values` to do."""
+        """Let `transaction` undo what follows; `values` do that for updates of parameters in place."""
         self.follow(transaction)
         transaction.undo(values)
         self._training.keep(transaction)
@@ -144,7 +145,7 @@ class Gates:
         transaction.keep(self, "_stored")
 
     def follow(self, transaction: Transaction) -> None:
-        """Put factors under the gates there are then, once what is written to `transaction` from here on is undone."""
+        """Let a rollback of `transaction` put factors under the gates that are there then."""
         transaction.undo(self._forward.refit)
 
     def _fold_site(self, transaction: Transaction, site: Site, value: Tensor) -> None:
@@ -167,7 +168,7 @@ class Gates:
     # -- what forwards see ------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Tensor]:
-        """Deterministic v of every module, ``[r]`` or ``[1]``."""
+        """Return the deterministic v of every module, ``[r]`` or ``[1]``."""
         if self.gate is None:
             return {}
         with torch.no_grad():
@@ -175,14 +176,14 @@ class Gates:
             return {name: self.gate.value(draw).detach().clone() for name, draw in made.items()}
 
     def opened(self) -> dict[str, Tensor]:
-        """Which of them are on, bool."""
+        """Return which of the gates are on, bool."""
         if self.gate is None:
             return {}
         with torch.no_grad():
             return {name: self.gate.open(theta) for name, theta in self._training.theta.items()}
 
     def scores(self) -> dict[str, Tensor]:
-        """What they rank by."""
+        """Return the scores that gates rank by."""
         if self.gate is None:
             return {}
         with torch.no_grad():
@@ -190,7 +191,7 @@ class Gates:
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """dL/d value of the modules that the last collected step reached, loss scale undone."""
+        """Return dL/d value of the modules that the last collected step reached, with the loss scale undone."""
         return self._training.gradients
 
     def signals(self, wanted: frozenset[Signal], names: Iterable[str]) -> dict[str, dict[Signal, Lazy]]:
@@ -210,7 +211,7 @@ class Gates:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def collect(self, loss_scale: float = 1.0) -> None:
-        """Backward is done: make gradients of the parameters from those of the draws, and forget the draws."""
+        """Make gradients of the gates' parameters from those of the draws, after backward, and forget the draws."""
         if self.gate is None:
             return
         drawn, self._forward.drawn = self._forward.drawn, []
@@ -218,11 +219,12 @@ class Gates:
         self._forward.drop_noise()
 
     def fall_silent(self) -> None:
-        """Nobody trains them any more: forwards see them as they are, without noise, and are not noted."""
+        """Stop training the gates: forwards see them as they are, without noise, and are not noted."""
         self._forward.fall_silent()
 
     def step(self) -> None:
-        """The factors' optimizer has stepped: so do gates that are trained with it, then their proximal step."""
+        """Step the gates that are trained with the factors, after the factors' optimizer, then take their proximal
+        step."""
         self._training.steps += 1
         self._forward.micro = 0
         if self.gate is not None:
@@ -231,7 +233,7 @@ class Gates:
             self._forward.drop_noise()
 
     def outer_step(self, loss: Callable[[], Tensor], step: int, transaction: Transaction | None = None) -> Tensor:
-        """One update of gates that are trained on held-out data; of the factors nothing changes, not even `.grad`."""
+        """Update gates that are trained on held-out data. The factors do not change, nor do their `.grad`."""
         assert self.gate is not None
         if transaction is not None:
             before = {name: self._training.learnt(name).copy() for name in self._training.theta}
@@ -267,7 +269,7 @@ class Gates:
                     )
 
     def write(self, transaction: Transaction, plan: RankPlan, slots: Mapping[str, Slot]) -> None:
-        """Let gates follow a plan whose factors are in place; `slots` are those after it."""
+        """Carry the gates through a plan whose factors are in place; `slots` are those after it."""
         if self.gate is None:
             return
         concerned = {*self._training.theta, *plan.ops}
@@ -280,14 +282,14 @@ class Gates:
         self._forward.refit()
 
     def _directions(self, name: str, slot: Slot, n: int) -> dict[str, Tensor]:
-        """Parameters of `n` new ones."""
+        """Return the gate's parameters of `n` new directions."""
         site = self._adapter.sites[name]
         return self._fresh(name, site, replace(slot, rank=n)) if site.present else {}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, Adam's state of them, and the raw factors: what is saved as an adapter is folded."""
+        """Return the parameters, Adam's state of them and the raw factors, as the saved adapter has folded ones."""
         if self.gate is None:
             return {}
         raw = {n: {f: getattr(self._adapter.sites[n], f).detach() for f in _FACTORS} for n in self._training.theta}

@@ -1,4 +1,4 @@
-"""Held-out batches, one after the other, pass after pass; where it stands is two numbers."""
+"""Held-out batches, one after the other, pass after pass; the position is two numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HeldOut:
 
     @property
     def position(self) -> list[int]:
-        """[pass, batch] of the next one."""
+        """[pass, batch] of the next batch."""
         return [self._pass, self._index + self._skipped]
 
     @position.setter
@@ -33,7 +33,7 @@ class HeldOut:
         self._pass, self._index, self._iterator, self._skipped = at[0], 0, None, at[1]
 
     def take(self) -> Any:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
             ConfigError: there are none.

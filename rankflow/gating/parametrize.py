@@ -1,4 +1,4 @@
-"""LoRA factors that answer with what a gate makes of them, everywhere PEFT looks at them.
+"""Show PEFT, wherever it reads a LoRA factor, what a gate makes of it.
 
 The module that holds a factor gets a class of the same name whose `weight` is computed: forward, merging, DoRA's norm
 and every kind of layer then see the gated factor, while the Parameter stays where it was, so that `state_dict`,
@@ -43,17 +43,17 @@ class Fitted:
         return stored_b(self.gate.b(draw, canonical_b(raw, self.experts)), self.experts).reshape(raw.shape)
 
     def drop_noise(self) -> None:
-        """Let forwards read what has no noise."""
+        """Let forwards read the draw without noise."""
         self.draw.clear()
         self.draw.update(self.still)
 
 
 class _Gated:
-    """What has a class of ours for as long as it holds factors under a gate."""
+    """A module whose class is replaced by ours while it holds factors under a gate."""
 
 
 class _GatedWeight(_Gated):
-    """For the Linear or convolution that `lora_A` or `lora_B` is."""
+    """The class for `lora_A` and `lora_B` that are a Linear or a convolution."""
 
     @property
     def weight(self) -> Tensor:
@@ -71,7 +71,7 @@ class _GatedEntries(_Gated):
 
 
 def _through(fitted: Fitted, raw: Tensor) -> Tensor:
-    """While a factor is in shards no forward runs: who asks wants the Parameter."""
+    """Return a factor as its gate makes it, or the Parameter itself while it is in shards, when no forward runs."""
     return raw if hasattr(raw, "device_mesh") else fitted(raw)
 
 
@@ -94,7 +94,7 @@ def fit(site: Site, gate: Gate, draw: dict[str, Tensor], still: dict[str, Tensor
 
 
 def unfit(module: nn.Module, name: str) -> None:
-    """Let a module that holds a factor be what it was."""
+    """Restore a module that holds a factor to what it was."""
     fitted = module.__dict__.get(_FITTED, {})
     fitted.pop(name, None)
     if not fitted and isinstance(module, _Gated):
@@ -129,7 +129,7 @@ def refuse_gates(sites: Iterable[Site]) -> None:
 
 @torch.no_grad()
 def as_used(model: nn.Module) -> Iterator[Tensor]:
-    """`model.parameters()`, factors under a gate as forwards use them without noise."""
+    """Yield `model.parameters()`, with factors under a gate as forwards use them without noise."""
     under = {key: (module, name) for key, module, name in _fitted_parameters(model)}
     for key, p in model.named_parameters():
         yield gated(*under[key], still=True) if key in under else p
@@ -137,7 +137,8 @@ def as_used(model: nn.Module) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def ungate(model: nn.Module) -> None:
-    """Write what gates make of factors into them, and take the gates off; for copies, which no run looks after."""
+    """Write what gates make of factors into the factors, and take the gates off. This is for copies that no run
+    manages."""
     for _, module, name in list(_fitted_parameters(model)):
         raw = module._parameters[name]
         assert raw is not None
@@ -156,7 +157,7 @@ def _fitted_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]
 
 @cache
 def _still_when_written() -> None:
-    """Let adapters be saved as plain LoRA that does what the gated model does, and merged as that."""
+    """Let adapters be saved and merged as plain LoRA that computes what the gated model does."""
     wrap_saving(_without_gates)
     wrap_merging(_without_noise)
 

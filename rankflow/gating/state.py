@@ -1,4 +1,4 @@
-"""What a module's gate has learnt, and Adam's state of it, through a resize."""
+"""The parameters of a module's gate and Adam's state of them, through a resize."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class GateState:
     adam: Mapping[str, Mapping[str, Any]]
 
     def copy(self) -> GateState:
-        """The same in tensors of its own, which updates in place of this one do not reach."""
+        """Return a copy whose tensors updates in place do not reach."""
         return self._map(lambda key, t: t.clone(), lambda key, t: t.clone() if isinstance(t, Tensor) else t)
 
     def through(self, ops: Iterable[Op], fresh: Callable[[int], Mapping[str, Tensor]]) -> GateState:
-        """After `ops`; `fresh` gives the parameters of so many new directions."""
+        """Return the state after `ops`; `fresh(n)` gives the parameters of n new directions."""
         out = self
         for op in ops:
             match op:

@@ -1,4 +1,4 @@
-"""Where PEFT keeps a LoRA adapter in a live model, found and checked; `Site` does the same for one module."""
+"""Find and check what PEFT keeps of a LoRA adapter in a live model; `Site` does the same for one module."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Adapter:
             )
 
     def write_config(self, transaction: Transaction) -> None:
-        """Let the PEFT config say what the layers now are, so that what is saved can be loaded anywhere."""
+        """Write what the layers now are into the PEFT config, so that what is saved can be loaded anywhere."""
         sites = [s for s in self.sites.values() if not s.inner]
         present = {s.name: s for s in sites if s.has_factors}
         absent = [s.name for s in sites if not s.has_factors]
@@ -117,7 +117,7 @@ class Adapter:
             transaction.attr(self.config, "init_lora_weights", init)
 
     def config_problem(self) -> str | None:
-        """What the PEFT config says otherwise than the layers, or None."""
+        """Return where the PEFT config differs from the layers, or None."""
         config = self.config
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         for name, site in self.sites.items():
@@ -149,7 +149,7 @@ class Adapter:
 
 
 def reshape(adapter: Adapter, target: Mapping[str, int] | Layout, transaction: Transaction | None = None) -> Layout:
-    """Bring live modules to the ranks (from a `Layout` also the scalings) of `target`, to have weights loaded.
+    """Give live modules the ranks of `target` (from a `Layout` also the scalings), so that weights can be loaded.
 
     Modules whose rank differs get fresh factors (A as PEFT draws it, B zero) and lose what they held; an optimizer
     made before still holds the old ones. Modules that `target` does not name stay. With a `transaction` it is undone,

@@ -12,7 +12,7 @@ _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
 def check_base_weight(site: Site) -> None:
-    """Raise AdapterError if the base weight's values cannot be had."""
+    """Raise AdapterError if the values of the base weight cannot be read."""
     base = site.layer.get_base_layer()
     weight = getattr(base, "weight", None)
     plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
@@ -26,7 +26,7 @@ def check_base_weight(site: Site) -> None:
 
 
 def base_weight(site: Site) -> Tensor:
-    """W0 as DeltaW is laid out, ``[out, in]``: a view, or what PEFT makes of a quantised weight.
+    """Return W0 in the layout of DeltaW, ``[out, in]``: a view, or what PEFT makes of a quantised weight.
 
     Modules may share it; each has its own DeltaW on top of it, and so its own gradient.
 

@@ -15,7 +15,7 @@ from rankflow.lora.site import dormant_with
 
 
 def root_of(model: nn.Module, adapter_name: str) -> nn.Module:
-    """The module that the adapter is in: the same one from whichever module around it.
+    """Return the module that the adapter is in. It is the same one for every module around it.
 
     Raises:
         AdapterError: no such adapter.

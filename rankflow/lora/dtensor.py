@@ -1,4 +1,4 @@
-"""Factors that FSDP2 has spread over processes: each has a block of rows of each, as a DTensor.
+"""Factors that FSDP2 has spread over processes as DTensors: each process has a block of rows of each factor.
 
 What is stepped entry by entry is stepped where it lies. What looks at whole factors, or writes to them, has them whole
 for that long (`rankflow.distributed.fsdp2`).
@@ -15,7 +15,7 @@ REMEDY = "leave the adapter out of sharding, fully_shard(..., ignored_params=ada
 
 
 def rows(t: Any) -> range:
-    """Which rows of `t` this process has: a block like those of `torch.chunk`, if `t` is in shards."""
+    """Return which rows of `t` this process has: a block like those of `torch.chunk` if `t` is in shards."""
     if not hasattr(t, "device_mesh"):
         return range(len(t))
     block = -(-len(t) // t.device_mesh.size())
@@ -24,13 +24,14 @@ def rows(t: Any) -> range:
 
 
 def part(t: Any) -> Tensor:
-    """Those rows, sharing memory with `t`."""
+    """Return the rows of `t` that this process has; they share memory with `t`."""
     return t.detach().to_local() if hasattr(t, "device_mesh") else t
 
 
 @torch.no_grad()
 def whole(t: Any) -> Any:
-    """All of a tensor that is in shards, in memory of its own; other things as they are. All processes have to call."""
+    """Return all of a tensor that is in shards, in new memory, and other things as they are. All processes have to call
+    it."""
     if not hasattr(t, "device_mesh"):
         return t
     full = t.full_tensor()
@@ -39,7 +40,7 @@ def whole(t: Any) -> Any:
 
 @torch.no_grad()
 def spread(value: Tensor, like: Any) -> Tensor:
-    """`value`, which all processes have whole, in shards as `like` is. No process waits for another."""
+    """Return `value`, which all processes have whole, in shards as `like` is. No process waits for another."""
     from torch.distributed.tensor import DTensor  # takes a while to import, and is there if anything is in shards
 
     mine = rows(like)

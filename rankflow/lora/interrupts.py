@@ -1,4 +1,4 @@
-"""Ctrl-C that waits until what is being changed is whole."""
+"""Let Ctrl-C wait until the change in progress is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _blocks: list[HeldBack] = []  # those the main thread is in, outermost first
 
 
 class HeldBack:
-    """Within the `with` block an interrupt waits for its end; a second one of the same kind is let through at once.
+    """Let an interrupt wait for the end of the `with` block. A second one of the same kind is let through at once.
 
     Interrupts are SIGINT and SIGTERM where Python handles them, and the main thread is the one that gets them.
     """
@@ -38,7 +38,7 @@ class HeldBack:
         self._handlers[number](number, frame)
 
     def deliver(self) -> None:
-        """Let through what waits."""
+        """Raise the interrupt that waits, if there is one."""
         while self._waiting:
             number = self._waiting.pop()
             self._handlers[number](number, None)
@@ -55,7 +55,7 @@ class HeldBack:
 
 
 def give_way() -> None:
-    """Nothing is half done here, whatever block this is in: an interrupt that waits need wait no longer."""
+    """Let through an interrupt that waits, as nothing is half done at this point, whatever block this is in."""
     if threading.current_thread() is threading.main_thread():
         for block in _blocks:
             block.deliver()

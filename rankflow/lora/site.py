@@ -154,7 +154,7 @@ class Site:
         )
 
     def _sizes_agree(self) -> bool:
-        """Whether PEFT's modules say of themselves what their weights are."""
+        """Return whether the sizes that PEFT's modules state are those of their weights."""
         if self.kind == "embedding":
             return True
         down, up = self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
@@ -189,7 +189,7 @@ class Site:
         return t.reshape(t.shape[0], *self._kernel)
 
     def raw_b(self, t: Tensor, size: int | None = None) -> Tensor:
-        """Back from ``[*experts, out, r]``, likewise."""
+        """Return B from ``[*experts, out, r]`` in the shape that PEFT stores, as `raw_a` does for A."""
         size = self.capacity if size is None and self.masked else size
         t = t if size is None else F.pad(t, (0, size - t.shape[-1]))
         if self.experts > 1:

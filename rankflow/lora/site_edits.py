@@ -26,14 +26,15 @@ _ABSENT: Any = object()
 
 
 class Entries(NamedTuple):
-    """What a layer made for an adapter and does not hold yet: the parameters by role, and all of it."""
+    """The entries that a layer made for an adapter and does not hold yet: its parameters by role, and everything
+    else."""
 
     tensors: dict[str, nn.Parameter]
     values: list[Any]
 
 
 def put(site: Site, transaction: Transaction, A: nn.Parameter, B: nn.Parameter, scaling: float | None = None) -> None:
-    """Make `A` and `B`, in stored shape, the factors, and everything PEFT keeps beside them agree.
+    """Make `A` and `B`, in stored shape, the factors, and make everything that PEFT keeps beside them agree.
 
     Scaling stays, and alpha follows the rank, unless another `scaling` is given.
     """
@@ -69,7 +70,7 @@ def mask(site: Site, transaction: Transaction, rank: int | None) -> None:
 
 
 def leave(site: Site, transaction: Transaction) -> None:
-    """Rank 0: this adapter's entries leave the layer, whose wrapper, active adapters and other adapters stay.
+    """Set rank 0: this adapter's entries leave the layer, whose wrapper, active adapters and other adapters stay.
 
     Differs: `LoraLayer.delete_adapter` would make another adapter the active one.
     """
@@ -107,7 +108,8 @@ def recall(site: Site, transaction: Transaction, scaling: float) -> None:
 
 
 def switched(site: Site) -> tuple[str, ...]:
-    """Roles that `train` switches: on, those it has switched off before (all, if it never did)."""
+    """Return the roles that `train` switches; switching on, those that it switched off before (all, if it never
+    did)."""
     if site.paused is not None:
         return site.paused
     flags = _flags(site)

@@ -33,17 +33,17 @@ class Transaction:
         self.write(lambda: setattr(owner, name, value), lambda: setattr(owner, name, old))
 
     def contents(self, owner: dict[Any, Any] | list[Any], value: Mapping[Any, Any] | Iterable[Any]) -> None:
-        """Let a dict or a list hold what `value` holds, in that order, without becoming another object."""
+        """Give a dict or a list the contents of `value`, in that order, and keep it the same object."""
         old, new = owner.copy(), owner.__class__(value) if isinstance(owner, list) else dict(value)
         self.write(lambda: _fill(owner, new), lambda: _fill(owner, old))
 
     def tensor(self, t: Tensor, value: Tensor) -> None:
-        """Let `t` hold `value`, in place."""
+        """Write `value` into `t`, in place."""
         old = t.detach().clone()
         self.write(lambda: _copy(t, value), lambda: _copy(t, old))
 
     def keep(self, owner: Any, *names: str) -> None:
-        """Let these attributes hold what they hold now, in the same objects, whatever is written to them otherwise."""
+        """Restore these attributes on a rollback to the objects and contents that they hold now."""
         for name in names:
             value = getattr(owner, name)
             if isinstance(value, dict | list):
@@ -51,7 +51,7 @@ class Transaction:
             self.attr(owner, name, value)
 
     def undo(self, undo: Callable[[], object]) -> None:
-        """What else is to be done when everything written from here on has been undone."""
+        """Register `undo`, to be called when everything written from here on has been undone."""
         self.write(lambda: None, undo)
 
     def write(self, do: Callable[[], object], undo: Callable[[], object]) -> None:

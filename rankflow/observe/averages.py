@@ -24,13 +24,13 @@ MIX_EPS = 1e-3  # of the largest part of a mixed direction: smaller ones are not
 
 
 def sources(signals: frozenset[Signal]) -> frozenset[Signal]:
-    """What the probes have to take so that `Averages.take` can give `signals`."""
+    """Return the signals that the probes have to take so that `Averages.take` can give `signals`."""
     return signals - AVERAGED | _SUMS if signals & AVERAGED else signals
 
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """Exponential averages over tokens of one module, float64; nothing here waits for a device.
+    """Exponential averages over the tokens of one module, in float64. Nothing here waits for a device.
 
     `mean_zz` and `mean_dd` ``[*e, r, r]`` are positive semidefinite, always. `measured` ``[r]`` is how many tokens each
     direction's averages rest on, older ones counting for less; what is said of a direction at 0 means nothing. The
@@ -48,7 +48,7 @@ class Running:
 
     @classmethod
     def empty(cls, rank: int, experts: Sequence[int] = (), device: torch.device | str | None = None) -> Running:
-        """Nothing measured yet, for factors with leading dimensions `experts`."""
+        """Return averages of nothing, for factors with leading dimensions `experts`."""
         zz, dd = (torch.zeros(*experts, rank, rank, dtype=torch.float64, device=device) for _ in range(2))
         return cls(zz, dd, zz.new_zeros(rank))
 
@@ -56,7 +56,8 @@ class Running:
         return {"mean_zz": self.mean_zz, "mean_dd": self.mean_dd, "measured": self.measured}
 
     def add(self, S_A: Tensor, S_B: Tensor, tokens: Tensor, decay: float = 1.0) -> Running:
-        """After `tokens` ``[]`` more of them, with sums S_A of z z^T and S_B of d d^T ``[*e, r, r]``.
+        """Return the averages after `tokens` ``[]`` more tokens, with sums S_A of z z^T and S_B of d d^T ``[*e, r,
+        r]``.
 
         What was measured before counts `decay` times as much as before, in (0, 1]; 0 forgets it. Sums that are not
         finite, or of no token at all, change nothing. The result is on the sums' device.
@@ -75,7 +76,7 @@ class Running:
     # -- through a resize -------------------------------------------------------------------------------------------
 
     def after(self, ops: Iterable[Op]) -> Running:
-        """What is known of the directions that `ops` leave, in order."""
+        """Return the averages of the directions that `ops` leave, in order."""
         out = self
         for op in ops:
             match op:
@@ -99,7 +100,7 @@ class Running:
         return Running(self.mean_zz[..., at, :][..., at], self.mean_dd[..., at, :][..., at], self.measured[at])
 
     def refactor(self, N: Tensor, M: Tensor) -> Running:
-        """Through A' = N A and B' = B M, N ``[*e, k, r]``, M ``[*e, r, k]``.
+        """Return the averages after A' = N A and B' = B M, N ``[*e, k, r]``, M ``[*e, r, k]``.
 
         A mixed direction is as measured as the least measured one of those that go into it in earnest: whose entry, in
         its row of N or its column of M, is above `MIX_EPS` of the largest there. One of whose two halves nothing is
@@ -113,7 +114,7 @@ class Running:
         return Running(N @ self.mean_zz @ N.mT, M.mT @ self.mean_dd @ M, torch.where(whole, least, 0.0))
 
     def grow(self, n: int) -> Running:
-        """With `n` more directions, unmeasured."""
+        """Return the averages with `n` more directions, which are not measured."""
         zz, dd = (torch.nn.functional.pad(t, (0, n, 0, n)) for t in (self.mean_zz, self.mean_dd))
         return Running(zz, dd, torch.nn.functional.pad(self.measured, (0, n)))
 
@@ -137,7 +138,7 @@ class Averages:
         self._running: dict[str, Running] = {}
 
     def remember(self, transaction: Transaction) -> None:
-        """What is taken from here on is undone with `transaction`."""
+        """Let `transaction` undo what is taken from here on."""
         transaction.keep(self, "_running")
 
     def take(self, observed: Observation, wanted: frozenset[Signal], decay: float) -> Observation:

@@ -1,4 +1,4 @@
-"""What the backward pass of one layer says about its DeltaW, in matrix products that never form an [out, in] matrix.
+"""What the backward pass of one layer says about its DeltaW, computed without any [out, in] matrix.
 
 Throughout, g is the gradient at lora_B's output with channels first, ``[out, *positions]``. It is scaling * dL/dy, so
 dL/dDeltaW is its contraction with lora_A's input x, divided by scaling; against DeltaW = scaling * B A the two cancel.
@@ -49,13 +49,14 @@ def gram(t: Tensor) -> Tensor:
 
 
 def linear_contraction(x: Tensor) -> Contract:
-    """For x ``[*positions, in]``."""
+    """Return the contraction of a linear layer, for x ``[*positions, in]``."""
     flat = x.reshape(-1, x.shape[-1])
     return lambda g: g.flatten(1) @ flat
 
 
 def conv_contraction(conv: nn.Module, x: Tensor) -> Contract:
-    """For x ``[batch, channels, *space]`` that went into `conv`; ``n = channels * kernel``."""
+    """Return the contraction of a convolution, for its input x ``[batch, channels, *space]``; ``n = channels *
+    kernel``."""
     at: Any = conv
     padding = at.padding
     if isinstance(padding, str):
@@ -72,7 +73,7 @@ def conv_contraction(conv: nn.Module, x: Tensor) -> Contract:
 
 
 def embedding_contraction(ids: Tensor, vocab: int) -> Contract:
-    """For token numbers of any shape; ``n = vocab``."""
+    """Return the contraction of an embedding, for token numbers of any shape; ``n = vocab``."""
     return partial(_scatter, ids.flatten(), vocab)
 
 

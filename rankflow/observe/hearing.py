@@ -1,4 +1,5 @@
-"""Which modules of an adapter a gradient reaches: one that none reaches has no importance, a frozen one is let be.
+"""Note which modules of an adapter a gradient reaches. One that none reaches has no importance; frozen ones are left
+alone.
 
 A vision tower on batches of text, experts to whom nobody is routed, an encoder that is not called: they train, and have
 no gradient, or one of zeros where others (`zero_grad(set_to_none=False)`, processes that add up) have written that.
@@ -43,7 +44,7 @@ class Hearing:
 
     @torch.no_grad()
     def listen(self, closely: bool) -> None:
-        """Gradients are ready; `closely`, which waits for the device, where what is in them counts."""
+        """Note which gradients are there. `closely` also reads whether they are zero, which waits for the device."""
         found: dict[str, list[Tensor]] = {}
         for name, site in self._adapter.sites.items():
             if name in self.reached or (name in self._had and not closely) or not (site.present and site.trainable):
@@ -70,7 +71,8 @@ class Hearing:
         self.reached, self._had = frozenset(state.get("reached", ())), frozenset(state.get("had", ()))
 
     def unheard(self, layout: Layout) -> frozenset[str]:
-        """Modules that are there and train, and that no gradient has reached; none while none has reached any."""
+        """Return the modules in the adapter that train and that no gradient has reached; none until one has reached any
+        module."""
         training = {name for name, slot in layout.items() if slot.rank > 0 and slot.trainable}
         return frozenset(training - self.reached) if self.reached else frozenset()
 

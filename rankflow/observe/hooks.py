@@ -101,7 +101,7 @@ class Recorder:
         self.sums[signal] = self.sums[signal] + value if signal in self.sums else value
 
     def heard(self) -> dict[Signal, Tensor]:
-        """All signals that there was anything of."""
+        """Return all signals that were heard."""
         found = dict(self.sums)
         if Signal.WEIGHT_SCORE in found:
             gradient = found[Signal.WEIGHT_SCORE]
@@ -186,7 +186,7 @@ class Recorder:
                 self._add(Signal.DELTA_SCORE_SAMPLED, delta_score(A, B, g, contract, rows) * scale)
 
     def end_batch(self) -> None:
-        """Score what the passes of a batch left, integrated, and let go of it."""
+        """Score the integrated passes of a batch, and drop what they left."""
         passes, self._passes = self._passes, []
         if not passes:
             return
@@ -270,12 +270,12 @@ class Mask:
 
 
 def _working(t: Tensor) -> Tensor:
-    """Half precision would lose sums over many tokens."""
+    """Return `t` in float32 or wider, as half precision would lose sums over many tokens."""
     return t if t.dtype == torch.float64 else t.float()
 
 
 @contextmanager
 def _aside(like: Tensor) -> Iterator[None]:
-    """No gradient and no autocast: sums are kept in the precision they are given in."""
+    """Turn off gradients and autocast, so that sums keep the precision that they are given in."""
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         yield

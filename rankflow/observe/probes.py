@@ -123,12 +123,13 @@ class Probes:
                     recorder.add_gradient(factor, gradient)
 
     def end_batch(self) -> None:
-        """The passes since the last call, or since `arm`, were one batch: what looks at a batch as a whole does so."""
+        """End a batch: the passes since the last call, or since `arm`, were one, and signals of whole batches are
+        taken."""
         for recorder in self._recorders.values():
             recorder.end_batch()
 
     def collect(self, loss_scale: float = 1.0) -> Observation:
-        """What was heard since `arm`; takes the hooks off.
+        """Return what was heard since `arm`, and take the hooks off.
 
         Call it when gradients are ready and before the optimizer steps. `loss_scale` is what the loss was multiplied by
         in backward; whether `.grad` has been unscaled since does not matter.

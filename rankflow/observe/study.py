@@ -1,4 +1,4 @@
-"""Passes over data that a policy asked for, from which model, optimizer and random state come back untouched."""
+"""Run passes over data that a policy asked for, and leave model, optimizer and random state as they were."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def check_batches(batches: Any, argument: str, loss_fn: LossFn | None) -> None:
 
 
 def _not_a_batch(first: Any) -> str | None:
-    """Why `model(**first)` would not do, or None as far as one can tell."""
+    """Return why `model(**first)` would fail, or None if nothing speaks against it."""
     if not isinstance(first, Mapping):
         return f"its first batch is {type(first).__name__}, no dictionary for model(**batch); pass loss_fn as well"
     ids = first.get("input_ids")
@@ -120,7 +120,7 @@ def _not_a_batch(first: Any) -> str | None:
 
 
 def with_a_batch(batches: Iterable[Any], argument: str) -> Iterable[Any]:
-    """The same batches. Of an iterator the first one is taken, and put back: nothing else tells that there is one.
+    """Return the same batches, after a check that there is one. Of an iterator the first is taken and put back.
 
     Raises:
         ConfigError: an iterator that has nothing left.
@@ -192,7 +192,7 @@ def surroundings(model: nn.Module, adapter: Adapter) -> Callable[[], None]:
 
 @contextmanager
 def _scaled(adapter: Adapter, point: float) -> Iterator[None]:
-    """The adapter's scaling times `point`, then exactly what it was."""
+    """Multiply the adapter's scaling by `point` in the block, then restore it exactly."""
     before = {name: dict(site.layer.scaling) for name, site in adapter.sites.items() if site.present}
     try:
         for name in before:
@@ -205,7 +205,7 @@ def _scaled(adapter: Adapter, point: float) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then every module back in its own."""
+    """Put the model into eval mode in the block, then every module back into its own mode."""
     before = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -60,7 +60,7 @@ class Handler:
         return Moments(factor, first, second, peak, self.first, bias, points, strides)
 
     def store(self, moments: Moments, state: State, group: State, raw: View) -> dict[str, Any]:
-        """`state` with these moments in it, the rest as it is."""
+        """Return `state` with these moments in it and the rest as it is."""
         held = {**moments.first, **moments.points, **moments.strides}
         squares = ((self.second, moments.second), (self.peak, moments.peak))
         held |= {key: t for key, t in squares if key is not None and t is not None}
@@ -68,7 +68,8 @@ class Handler:
         return {**state, **{key: raw(t).contiguous() for key, t in held.items()}}
 
     def refusal(self, p: Tensor) -> str | None:
-        """What the optimizer knows of `p` outside of groups and state, which a resize would lose."""
+        """Return what the optimizer knows of `p` outside of its groups and state, which a resize would lose, or
+        None."""
         return None
 
     def shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
@@ -76,7 +77,7 @@ class Handler:
         return dict.fromkeys(self.keys, tuple(shape))
 
     def fresh(self, p: Tensor, group: State, optimizer: Optimizer) -> dict[str, Any]:
-        """State of a parameter that never took a step; empty where the optimizer makes it by itself."""
+        """Return the state of a parameter that has not taken a step; empty if the optimizer makes it by itself."""
         if not self.eager:
             return {}
         start = group.get("initial_accumulator_value", optimizer.defaults.get("initial_accumulator_value", 0.0))
@@ -93,7 +94,7 @@ class Handler:
 
 
 def _squared(t: Tensor) -> Tensor:
-    """In float64, of which the root is the number it was."""
+    """Return the square in float64, whose root is the same number again."""
     return t.double().square().clamp(max=torch.finfo(torch.float64).max)
 
 
@@ -102,7 +103,7 @@ def _root(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class InGradientUnits(Handler):
-    """Carries a buffer of past *updates*, g / sqrt(v), as sqrt(v) times itself, which maps as gradients do.
+    """Carry a buffer of past *updates*, g / sqrt(v), multiplied by sqrt(v), which maps as gradients do.
 
     No entry of the buffer grows beyond the largest there was, as with |m| / sqrt(v) elsewhere.
     """

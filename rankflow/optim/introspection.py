@@ -19,7 +19,7 @@ from rankflow.optim.handlers import find_handler, registered
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer that really steps, inside wrappers such as accelerate's, which show its state as theirs.
+    """Return the optimizer that really steps, inside wrappers such as accelerate's, which show its state as theirs.
 
     Raises:
         OptimizerError: a wrapper that keeps state of its own, or something that torch's class has not made: nobody
@@ -46,7 +46,7 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 def unknown_state(optimizer: Optimizer, handler: Handler | None, like: nn.Parameter) -> str | None:
-    """What `optimizer` will keep for a parameter such as `like` and `handler` does not carry, or None.
+    """Return what `optimizer` will keep for a parameter such as `like` and `handler` does not carry, or None.
 
     Classes that are known to the letter are believed; of others a copy takes some steps, on a small matrix of its own.
 
@@ -75,7 +75,7 @@ def unknown_state(optimizer: Optimizer, handler: Handler | None, like: nn.Parame
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether a resize leaves this entry of an optimizer's state as it is."""
+    """Return whether a resize leaves this entry of an optimizer's state as it is."""
     return value is None or isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
@@ -93,7 +93,7 @@ def _known_to_the_letter(optimizer: Optimizer) -> bool:
 
 
 def _holders(optimizer: Optimizer) -> Iterator[str]:
-    """Attributes, beside groups and state, through which the optimizer reaches parameters."""
+    """Yield the attributes, beside groups and state, through which the optimizer reaches parameters."""
     for name, value in _own(optimizer).items():
         if any(isinstance(v, nn.Parameter | nn.Module | Optimizer) for v in _leaves(value)):
             yield name
@@ -131,7 +131,7 @@ _STEPS = 12  # some keep more only from their fifth or tenth step on, such as we
 
 
 def _copied(value: Any) -> Any:
-    """`value` with containers and tensors of its own, and all else as it is."""
+    """Return `value` with its containers and tensors copied, and all else as it is."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if not isinstance(value, dict | list):
@@ -147,7 +147,7 @@ def _tensors(value: Any) -> int:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What nested containers hold, keys included."""
+    """Yield what nested containers hold, keys included."""
     if isinstance(value, dict):
         value = (*value.keys(), *value.values())
     if isinstance(value, list | tuple | set):

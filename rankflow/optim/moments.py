@@ -33,7 +33,7 @@ class Partner:
 
 @dataclass(frozen=True)
 class Level:
-    """What second moments of modules of the same shape are like, for directions that have no siblings."""
+    """The typical second moments of modules of the same shape, for directions that have no siblings."""
 
     second: float  # median over modules of the mean entry
     partner: float  # median over modules of the mean squared norm of the partner's directions
@@ -64,7 +64,7 @@ class Moments:
         return self._map(take, take, take, take)
 
     def refactor(self, N: Tensor, M: Tensor) -> Moments:
-        """Through A' = N A, B' = B M.
+        """Return the moments after A' = N A, B' = B M.
 
         A revived direction's column of B is 0, and so is the gradient its row of A has had, by this map; its second
         moment starts at the least that growth would give it, not at 0.
@@ -85,7 +85,8 @@ class Moments:
         return replace(self, first=first, points=points, strides=strides, second=second, peak=peak)
 
     def over(self, value: Tensor) -> Moments:
-        """Of A' = diag(value) A, from those of A: the gradient of A' is that of A over `value` ``[r]`` or ``[1]``.
+        """Return the moments of A' = diag(value) A from those of A. The gradient of A' is that of A over `value`
+        ``[r]`` or ``[1]``.
 
         Rows whose value is 0 had no gradient; they start at 0, under the second moment they had.
         """
@@ -113,7 +114,7 @@ class Moments:
     def grow(
         self, new: Tensor, seed: SeedV, partner: Partner, level: Callable[[], Level | None], gate: float = 1.0
     ) -> Moments:
-        """Append directions that are `new` in the factor, with first moments of 0 and a guessed second moment.
+        """Append the directions that are `new` in the factor, with first moments of 0 and an estimated second moment.
 
         The gradient of a column of B scales with its row of A, so a sibling's mean is scaled by their squared norms:
         an all-zero second moment under an old step count would overshoot, a plain mean would put a short direction to

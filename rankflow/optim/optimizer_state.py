@@ -1,4 +1,4 @@
-"""The optimizer's side of a resize: whose state goes where, in which group and in which place."""
+"""The optimizer's side of a resize: whose state goes to which parameter, in which group and at which place."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OptimizerState:
     # -- checks -----------------------------------------------------------------------------------------------------
 
     def check(self, touched: Iterable[str], trained: Mapping[str, Collection[str]]) -> set[str]:
-        """Modules among `touched` whose state has to be given up.
+        """Return the modules among `touched` whose state has to be given up.
 
         Raises:
             OptimizerError: a trainable parameter, or one of the roles in `trained`, is not in exactly one group; state
@@ -117,7 +117,8 @@ class OptimizerState:
                 return
 
     def verify(self, swaps: Iterable[Swap]) -> str | None:
-        """What is wrong after `write`, or None. A fused optimizer would not notice; it would compute nonsense."""
+        """Return what is wrong after `write`, or None. A fused optimizer would not notice and would compute
+        nonsense."""
         held = self.groups.counts()
         for swap in swaps:
             gone = {id(p) for role, p in swap.old.items() if p is not swap.new.get(role)}
@@ -136,7 +137,8 @@ class OptimizerState:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def moments(self, site: Site, role: Factor) -> Moments | None:
-        """State of a factor as it is; for a module that left, of no directions, if a like module has any."""
+        """Return the state of a factor. For a module that left it has no directions, and it is there if a like module
+        has any."""
         if self.handler is None:
             return None
         owner = self._owner(site, role)
@@ -144,7 +146,7 @@ class OptimizerState:
         return found if owner is site or found is None else found.keep(())
 
     def level(self, site: Site, role: Factor) -> Level | None:
-        """What second moments are like in other modules of this shape."""
+        """Return the typical second moments of other modules of this shape."""
         found = [(like, m) for like in self._like(site) if (m := self._load(like, role)) is not None]
         seconds = [float(m.second.mean(dtype=torch.float64)) for _, m in found if m.second is not None]
         if not seconds:
@@ -167,7 +169,8 @@ class OptimizerState:
         return self.handler.store(moments.to(old.device), state, self.groups.of(old), raw)
 
     def fill(self, transaction: Transaction, swap: Swap) -> None:
-        """State of factors that stay the parameters they are, and hold other directions; afresh where it has none."""
+        """Return the state of factors that stay the same parameters and hold other directions; fresh if there is
+        none."""
         for role in ("A", "B"):
             p = swap.old[role]
             new = swap.state.get(role) or self.fresh(p, swap.site)
@@ -177,7 +180,7 @@ class OptimizerState:
                 transaction.contents(self.optimizer.state, {**self.optimizer.state, p: new})  # type: ignore[arg-type, dict-item]
 
     def rescale(self, transaction: Transaction, site: Site, value: Tensor) -> None:
-        """Let the state of A follow A' = diag(value) A, written in place; state nobody knows starts afresh."""
+        """Let the state of A follow A' = diag(value) A, in place. State that no handler knows starts afresh."""
         p = site.A
         if not self.optimizer.state.get(p):
             return
@@ -186,7 +189,7 @@ class OptimizerState:
         transaction.contents(self.optimizer.state[p], new)
 
     def fresh(self, p: nn.Parameter, near: Site) -> dict[str, Any]:
-        """State of a parameter that starts afresh, where the optimizer does not make it by itself."""
+        """Return the state of a parameter that starts afresh, if the optimizer does not make it by itself."""
         params = [id(q) for q in near.tensors().values()]
         groups = [g for g in self.optimizer.param_groups if any(id(q) in params for q in g["params"])]
         if self.handler is None or (params and not groups):  # not known, or not held: a frozen module
@@ -194,7 +197,7 @@ class OptimizerState:
         return self.handler.fresh(p, (groups or self.optimizer.param_groups)[0], self.optimizer)
 
     def _owner(self, site: Site, role: Factor) -> Site | None:
-        """Whose state a factor of `site` goes on from."""
+        """Return the site whose state a factor of `site` goes on from, or None."""
         if site.present:
             return site
         loaded = ((like, self._load(like, role)) for like in self._like(site))
@@ -214,7 +217,7 @@ class OptimizerState:
         return [o for o, s in others if (s.kind, s.experts, s.in_features, s.out_features) == shape]
 
     def write(self, transaction: Transaction, swaps: Sequence[Swap]) -> None:
-        """Put new parameters in the places of old ones, and their state with them. Modules are live already."""
+        """Put new parameters in the places of old ones, with their state. The modules hold them already."""
         replaced: dict[int, nn.Parameter | None] = {}
         back: list[tuple[Token, nn.Parameter]] = []
         state: dict[int, dict[str, Any]] = {}

@@ -74,7 +74,8 @@ class ParamGroups:
                     transaction.contents(group["param_names"], now.names)
 
     def _home(self, token: Token, groups: list[_Group], tokens: Mapping[int, Token]) -> int | None:
-        """The group a returning parameter belongs to: its own, or else that of the nearest one of its role."""
+        """Return the group that a returning parameter belongs to: its own, or else that of the nearest one of its
+        role."""
         for i, order in enumerate(self._order):
             if token in order:
                 return i
@@ -107,7 +108,8 @@ class ParamGroups:
             group.names.insert(place, self._names.get(token) or self._name_of(p))
 
     def _guess(self, p: nn.Parameter, held: list[nn.Parameter], tokens: Mapping[int, Token]) -> int:
-        """Where a parameter that this optimizer never held belongs: in the model's order, the adapter's above all."""
+        """Return the place of a parameter that this optimizer never held, by the order of the model and of the
+        adapter."""
         rank = {id(q): i for i, q in enumerate(self._adapter.model.parameters())}
         ranks = [rank.get(id(q), -1) for q in held]
         mine = [(i, r) for i, (q, r) in enumerate(zip(held, ranks, strict=True)) if id(q) in tokens]
@@ -120,7 +122,7 @@ class ParamGroups:
 
 
 class _Group:
-    """A param group as it is to become."""
+    """A param group as it will be."""
 
     def __init__(self, group: Mapping[str, Any]):
         self.params: list[nn.Parameter] = list(group["params"])

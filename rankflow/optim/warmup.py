@@ -31,7 +31,7 @@ class Youth(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What its next update is multiplied by."""
+        """The factor of the direction's next update."""
         return min(1.0, (self.age + 1) / self.span) if self.span > 0 else 1.0
 
 
@@ -80,7 +80,7 @@ class Ramps:
                     self._note(name, site, p, dim)
 
     def after_step(self) -> None:
-        """Must follow a step that was really taken."""
+        """Scale what the step did to young directions. It must follow a step that was really taken."""
         with torch.no_grad():
             for note in self._notes:
                 moved = [(note.parameter, note.old)]
@@ -126,7 +126,7 @@ class Ramps:
         self._notes.append(_Note(p, dim, at, scale, part(p.detach()).index_select(dim, at).to(dtype) * decay, points))
 
     def _points(self, p: nn.Parameter) -> dict[str, Tensor]:
-        """What moves beside `p` in a step; where it is not there yet, the step makes it, as a copy of `p`."""
+        """Return what moves beside `p` in a step. What is not there yet, the step makes as a copy of `p`."""
         if self._optimizer_state is None or self._optimizer_state.handler is None:
             return {}
         state = self._optimizer_state.optimizer.state.get(p, {})
@@ -146,7 +146,7 @@ class Ramps:
     # -- resizes ----------------------------------------------------------------------------------------------------
 
     def after(self, name: str, ops: Sequence[Op], rank: int, warmup: int, rewarm: int | None) -> tuple[Youth, ...]:
-        """Youth of the directions that `ops` leave of a module of `rank`; with `rewarm`, all of them are new."""
+        """Return the youth of each direction of a module of `rank` after `ops`; with `rewarm`, all of them are new."""
         youths = self._young.get(name, (_GROWN,) * rank)
         for op in ops:
             match op:
@@ -166,7 +166,7 @@ class Ramps:
     def write(
         self, transaction: Transaction, youths: Mapping[str, tuple[Youth, ...]], before: Mapping[str, int]
     ) -> None:
-        """Take over what `after` said of modules that had the ranks `before`."""
+        """Write what `after` returned for modules that had the ranks `before`."""
         handler = self._optimizer_state.handler if self._optimizer_state is not None else None
         young = {n: y for n, y in {**self._young, **youths}.items() if any(i.scale < 1 for i in y)}
         if self._optimizer_state is not None and handler is None and young:

@@ -89,7 +89,7 @@ class Holders:
 
 
 def ours(hook: Any) -> bool:
-    """Whether a hook is one of a run."""
+    """Return whether a hook belongs to a run."""
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("rankflow.")
 
 

@@ -204,7 +204,7 @@ class _Factors:
         self.moments = {role: m.keep(idx) for role, m in self.moments.items()}
 
     def opened(self, idx: Sequence[int], to: float) -> tuple[Tensor, Tensor]:
-        """The rows of A and, for gates of `to`, the columns of B of some directions."""
+        """Return the rows of A and the columns of B of some directions, those of B for gates of `to`."""
         at = torch.tensor(idx, dtype=torch.long, device=self.A.device)
         scale = self.gate[at].double() / self.gate.new_tensor(to).double()  # as forwards see it, in float32
         return self.A.index_select(-2, at), (self.B.index_select(-1, at) * scale).to(self.B.dtype)

@@ -27,7 +27,7 @@ from rankflow.surgery.staging import Added, Stage, Staged, check_finite
 
 
 class Surgeon:
-    """Resizes one adapter.
+    """Resize one adapter.
 
     Args:
         adapter: what to resize.
@@ -203,7 +203,7 @@ class Surgeon:
     # -- before anything is written ---------------------------------------------------------------------------------
 
     def _agree(self, layout: Layout) -> Layout:
-        """`layout` with what its owner may have changed by other means (training, precision, scaling) as it is live."""
+        """Return `layout` with training, precision and scaling, which the owner may have changed, as they are live."""
         live = self.adapter.layout()
         for name in {**layout, **live}:
             if name not in layout or name not in live or layout[name].rank != live[name].rank:
@@ -265,7 +265,7 @@ class Surgeon:
             site_edits.train(site, transaction, staged.train)
 
     def _verify(self, staged: Sequence[Staged], target: Layout) -> None:
-        """Raise, within the transaction, if model, config, optimizer and `target` do not all say the same."""
+        """Raise, within the transaction, if model, config, optimizer and `target` do not agree."""
         problem = None
         live = self.adapter.layout()
         for name, slot in target.items():

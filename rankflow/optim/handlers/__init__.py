@@ -43,7 +43,7 @@ class Registered(NamedTuple):
 
 
 def find_handler(optimizer: Optimizer) -> Handler | None:
-    """The handler of the optimizer's class or of its nearest known ancestor.
+    """Return the handler of the optimizer's class, or of its nearest known ancestor.
 
     Raises:
         OptimizerError: an optimizer that a resize would break.

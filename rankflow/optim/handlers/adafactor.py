@@ -48,7 +48,8 @@ class AdafactorHandler(InGradientUnits):
 
 
 class TransformersAdafactorHandler(AdafactorHandler):
-    """The same without the kept dimension of size 1, and with `beta1` an average of past updates."""
+    """transformers' Adafactor, without the dimension of size 1 that torch's keeps; with `beta1` it has an average of
+    past updates."""
 
     row_key, col_key = "exp_avg_sq_row", "exp_avg_sq_col"
 

@@ -1,5 +1,5 @@
-"""Moments as bitsandbytes keeps them: 8-bit codes in blocks of 256 entries, each under its largest magnitude, or in 32
-bits where a parameter is small."""
+"""Moments as bitsandbytes stores them: 8-bit codes in blocks of 256 entries with the largest magnitude of each block,
+or 32 bits for small parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FORMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class BlockwiseHandler(Handler):
-    """Reads codes as numbers and writes numbers as codes, in the form that bitsandbytes would choose for the new size.
+    """Read codes as numbers and write numbers as codes, in the form that bitsandbytes would choose for the new size.
 
     Rounding lets no |m| / sqrt(v) that was below 1 rise above it: the smallest code of a second moment is 0, and a
     first one over nothing would be a step of any size.
@@ -73,14 +73,14 @@ class BlockwiseHandler(Handler):
         return new
 
     def _least(self, m: Tensor, coded: Tensor, v: Tensor, bias: tuple[float, float]) -> Tensor:
-        """What `v` may not fall below as a code, when `m` is `coded`."""
+        """Return the least value that `v` may have as a code, when `m` is `coded`."""
         before, after = (bias[1] * (t / bias[0]).square() for t in (m, coded))
         return torch.where(before <= v, after, torch.minimum(after, v))
 
 
 def blockwise_handler(optimizer: Optimizer) -> Handler | None:
-    """The handler of an optimizer of bitsandbytes; None for one whose steps look at whole parameters (LAMB, LARS) or
-    that keeps more than moments (AdEMAMix)."""
+    """Return the handler of an optimizer of bitsandbytes, or None if its steps depend on whole parameters (LAMB, LARS)
+    or it keeps more than moments (AdEMAMix)."""
     form = _FORMS.get(getattr(optimizer, "optimizer_name", ""))
     if form is None:
         return None
@@ -117,7 +117,7 @@ def _quantised(t: Tensor, key: str, codes: Tensor) -> dict[str, Tensor]:
 
 
 def _raise(state: dict[str, Any], key: str, least: Tensor) -> None:
-    """Where the number at `key` is below `least`, make it the next one that is not; blocks stay as they are."""
+    """Raise every number at `key` that is below `least` to the next code that is not; blocks stay as they are."""
     codes, largest = (state[k] for k in _beside(key))
     scale = largest.repeat_interleave(_BLOCK)[: least.numel()].view_as(least)
     up = torch.bucketize(least / scale.clamp(min=torch.finfo(scale.dtype).tiny), codes).clamp(max=255)

@@ -12,7 +12,8 @@ from rankflow.optim.moments import Moments, View
 
 
 class RMSpropHandler(InGradientUnits):
-    """Centred, it divides by the root of v - m^2: the variance is mapped and m'^2 added, so it stays >= 0."""
+    """RMSprop. The centred form divides by the root of v - m^2: the variance is mapped and m'^2 added, so it stays >=
+    0."""
 
     @property
     def keys(self) -> set[str]:

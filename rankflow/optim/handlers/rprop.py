@@ -12,8 +12,8 @@ from rankflow.optim.moments import Moments, View
 
 
 class RpropHandler(Handler):
-    """Rprop, whose steps are as long as it has found to be good for each entry, within limits; a direction that has not
-    stepped yet starts at the learning rate, as the optimizer has it."""
+    """Rprop, which keeps the length of the step of each entry, within limits. A direction that has not stepped yet
+    starts with the learning rate, as in the optimizer."""
 
     def store(self, moments: Moments, state: State, group: State, raw: View) -> dict[str, Any]:
         start = float(group["lr"]) ** 2
