@@ -1,4 +1,4 @@
-"""A saved adapter beside its base model's weights, which are read one at a time."""
+"""Compare a saved adapter with its base model's weights, which are read one at a time."""
 
 from __future__ import annotations
 

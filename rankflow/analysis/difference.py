@@ -1,4 +1,4 @@
-"""How far apart two saved adapters are, whatever their ranks: norms of DeltaW - DeltaW' from factors alone."""
+"""Measure how far apart two saved adapters of any ranks are: norms of DeltaW - DeltaW', from the factors alone."""
 
 from __future__ import annotations
 

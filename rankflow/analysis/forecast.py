@@ -103,7 +103,8 @@ def _bytes(layout: Layout, heard: Iterable[tuple[Collection[Signal], int]], amon
 
 
 def blank_layout(folder: Path, target_modules: Sequence[str] | None, rank: int) -> Layout:
-    """The layout that a new adapter would have on a model, from the model's config alone: no weight is read or made.
+    """Return the layout that a new adapter would have on a model, from the model's config alone. No weight is read or
+    made.
 
     `target_modules` are PEFT's, all linears if None; every module starts at `rank`.
 

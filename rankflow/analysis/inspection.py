@@ -1,4 +1,4 @@
-"""What a saved adapter is made of: the spectrum of every module, and how much of the rank it uses."""
+"""Inspect a saved adapter: the spectrum of every module, and how much of its rank it uses."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Inspection:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Of data, those that any module has a spectrum in."""
+        """The metrics of data that any module has a spectrum in."""
         return tuple(dict.fromkeys(metric for m in self.modules for metric in m.metrics))
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Two runs of one policy: whether they decided the same, and where, how and how narrowly they first did not.
+"""Compare two runs of one policy: whether they decided the same, and if not where, how and how narrowly they differ
+first.
 
 A decision is what became of the directions of every module. Numbers beside it, such as energies and the SHA-256 of
 matrices, may differ in their last digits between machines, or between one process and several that see the same data.
@@ -54,7 +55,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether all decisions are."""
+        """Whether all decisions are the same."""
         return self.step is None
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _partings(
 
 
 def _ranks(history: Sequence[tuple[int, dict[str, int]]], step: int) -> dict[str, int]:
-    """After all that happened up to `step`; at the start, if nothing has."""
+    """Return the ranks after everything up to `step`; those at the start if nothing happened."""
     so_far = [ranks for at, ranks in history if at <= step]
     return so_far[-1] if so_far else history[0][1]
 

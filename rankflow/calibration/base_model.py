@@ -1,4 +1,4 @@
-"""A saved adapter on its base model, and what data make of it there."""
+"""Load a saved adapter on its base model and collect statistics of data there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collect what data make of an adapter's modules, on a live model.
+"""Collect statistics of data on an adapter's modules, on a live model.
 
 ::
 
@@ -39,7 +39,8 @@ def calibrate(
     data: str = "",
     progress: Progress | None = None,
 ) -> Statistics:
-    """What data make of the adapter of a live model: the averages that policy `squeeze` keeps while training.
+    """Return statistics of data on the adapter of a live model: the averages that policy `squeeze` keeps while
+    training.
 
     The model runs in eval mode and is afterwards what it was. Every token that no attention mask hides counts alike.
     A run that is attached to the model would hear these batches too: calibrate when it is over, or a copy.
@@ -105,7 +106,7 @@ def save_statistics(flow: Controller, path: str | Path, *, force: bool = False) 
 def _statistics(
     adapter: Adapter, averages: Mapping[str, Mapping[str, Tensor]], metric: str, **about: Any
 ) -> Statistics:
-    """For every module there is; one that was never heard is there as measured over no token."""
+    """Return statistics of every module. One that was never heard counts as measured over no token."""
     sites = {name: site for name, site in adapter.sites.items() if site.present}
     signals = averages_of(metric) | {Signal.MEASURED}
     measured: dict[str, Measured] = {}

@@ -1,4 +1,4 @@
-"""What data make of an adapter's modules: r x r averages of each, in memory or in a small file."""
+"""Statistics of data on an adapter's modules: r x r averages of each, in memory or in a small file."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def digest(A: Tensor, B: Tensor) -> str:
 
 
 def _problem(averages: Measured) -> str | None:
-    """What keeps the averages of one module from being averages, if anything."""
+    """Return why the averages of one module cannot be averages, or None."""
     measured = averages[Signal.MEASURED]
     rank = measured.numel()
     if measured.dim() != 1 or not rank or measured.dtype != torch.float64:

@@ -1,4 +1,4 @@
-"""A data file, as batches that a model takes."""
+"""Read a data file into batches that a model takes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ Labels = Callable[[Sequence[Row], Mapping[str, Tensor]], Tensor]
 
 
 def next_tokens(rows: Sequence[Row], batch: Mapping[str, Tensor]) -> Tensor:
-    """Every token is a label, but for padding."""
+    """Return batches in which every token but padding is a label."""
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 

@@ -1,4 +1,4 @@
-"""The smallest rank that a user's own command accepts, by bisection."""
+"""Find the smallest rank that a user's own command accepts, by bisection."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def search(ranks: Sequence[int], passes: Callable[[int], bool]) -> list[Trial]:
 
 
 def accepted(trials: Sequence[Trial]) -> int:
-    """The smallest rank that passed.
+    """Return the smallest rank that passed.
 
     Raises:
         ConfigError: none did.

@@ -1,4 +1,4 @@
-"""Every module of a saved adapter decomposed, and written at other ranks."""
+"""Decompose every module of a saved adapter, and write the adapter at other ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which metric each module of an adapter is cut, and by what averages."""
+"""Choose the metric that each module of an adapter is cut in, and its averages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Metric:
         return cls(known, metrics, tuple(lacking), found)
 
     def spectrum(self, name: str, A: Tensor, B: Tensor, scaling: float, backend: Backend) -> Spectrum:
-        """Of one module, in its metric.
+        """Return the spectrum of one module in its metric.
 
         Raises:
             ConfigError: the statistics are those of other factors.

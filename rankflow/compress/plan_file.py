@@ -51,7 +51,7 @@ def _key(name: str) -> str:
 
 
 def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Module -> rank, as a plan file has it.
+    """Return module -> rank, as a plan file has it.
 
     Raises:
         ConfigError: no plan, or everything that is wrong in it.

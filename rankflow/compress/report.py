@@ -1,4 +1,4 @@
-"""What came of a squeeze."""
+"""The report of a squeeze."""
 
 from __future__ import annotations
 

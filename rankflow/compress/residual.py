@@ -1,4 +1,4 @@
-"""What a squeeze cut off, kept in a file of its own, and put back.
+"""Keep what a squeeze cut off in a file, and put it back.
 
 A residual holds, under the names the adapter's own file has for them, the rows of A and columns of B that were left
 out, and the config of the adapter before. Directions are sorted, so what `expand` puts together is what `canonicalize`

@@ -1,4 +1,4 @@
-"""Policy files: YAML in, a `Lifecycle` out. Whatever is wrong is said at once, each thing with its place."""
+"""Read policy files: YAML becomes a `Lifecycle`. All mistakes are reported at once, each with its place."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _beside_unknown_policies(model: TypeAdapter[Any], meant: Any, data: dict[str
 
 
 def _meant(phase: dict[Any, Any]) -> dict[Any, Any]:
-    """`phase`, if its policy is one; else as if one had been named."""
+    """Return `phase`, with a policy put in place of one that does not exist, so that its other mistakes show."""
     name, known = phase.get("policy"), registry.policy_names()
     if isinstance(name, str) and name in known:
         return phase

@@ -13,7 +13,7 @@ from rankflow.config import registry, schema
 
 
 def explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
-    """Where, and what to do about it."""
+    """Return the place of a mistake and what to do about it."""
     loc = list(error["loc"])
     tag = 2 if loc[:1] == ["phases"] else 0
     # pydantic names the member of the union, which is not in the file
@@ -78,7 +78,7 @@ def _keys(loc: list[Any], policy: str | None, several: bool) -> list[str]:
 
 
 def nearest(wrong: str, valid: Iterable[str], *, known: bool = True) -> str:
-    """How a message about `wrong` goes on: the name that was probably meant, and those there are."""
+    """Return the end of a message about `wrong`: the name that was probably meant, and the valid ones."""
     valid = list(valid)
     close = difflib.get_close_matches(wrong, valid, 1)
     meant = f"; did you mean {close[0]!r}?" if close else ""

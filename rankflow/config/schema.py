@@ -1,4 +1,4 @@
-"""What may stand in a policy file: one pydantic model for each kind of mapping, all strict.
+"""The schema of policy files: one strict pydantic model for each kind of mapping.
 
 Models of `params` are made from the fields of the policies themselves, so that a setting, its default, its bounds and
 its meaning are written once. The published JSON schema comes from the same models.

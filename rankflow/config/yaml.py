@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says; a key that stands twice is an error.
+    """Return the content of a YAML file. A key that stands twice is an error.
 
     Raises:
         ConfigError: the file cannot be read, or is not YAML.

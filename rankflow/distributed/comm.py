@@ -102,7 +102,7 @@ class Wire:
             dist.broadcast(t, src=0)
 
     def meet(self, what: str) -> None:
-        """Wait for all to come to `what`, which is about to be done by other means."""
+        """Wait until all processes come to `what`, which is then done by other means."""
         self._meet(what, 0)
 
     def _meet_for(self, what: str, t: Tensor) -> None:

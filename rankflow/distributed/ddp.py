@@ -42,7 +42,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the model's parameters, or some of them, over processes."""
+    """Return whether FSDP2 has spread some of the model's parameters over processes."""
     return any(isinstance(m, FSDPModule) for m in model.modules())
 
 

@@ -270,7 +270,8 @@ class Shards:
 
 
 def _put(transaction: Transaction, held: Any, value: Any, like: Any) -> Any:
-    """`value` in shards as `like` is, in those that are `held` if there are any; what is not of its shape stays."""
+    """Return `value` in shards as `like` is, written into those that are `held` if any. Values of another shape
+    stay."""
     if not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     if not isinstance(held, DTensor) or held.shape != value.shape:

@@ -161,7 +161,8 @@ class Replicas(SingleProcess):
             self._wire.give("parameters to start with", p.data)
 
     def reduce(self, model: nn.Module, *, unscaled: bool) -> None:
-        """A parameter without a gradient here counts as having a zero one; no process waits for the device."""
+        """Average gradients over processes. A parameter without one counts as zero, and no process waits for the
+        device."""
         if self._ddp is not None and self._ddp._join_config.enable:
             raise ConfigError(
                 "under torch's Join, a process that has no batches left takes no part in decisions, and all others "

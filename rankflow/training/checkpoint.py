@@ -79,7 +79,7 @@ def _sums(files: Mapping[str, bytes]) -> str:
 
 
 def restore(model: nn.Module, checkpoint: str | os.PathLike[str], adapter_name: str = "default") -> Layout:
-    """Give a live adapter the ranks of a saved one and load its weights, for people who load by hand.
+    """Give a live adapter the ranks of a saved one and load its weights.
 
     Make the optimizer afterwards: parameters whose rank differs are new tensors. Modules the checkpoint does not have
     leave the adapter and may come back later. Where it raises, nothing has changed.
@@ -159,8 +159,8 @@ def _misfit(saved: Tensor | None, live: Tensor | None) -> str | None:
 
 
 def saved_layout(checkpoint: str | os.PathLike[str], live: Layout, init: Any = True) -> Layout:
-    """The layout of a saved adapter in terms of a live one that started with `init`: modules it does not have are at
-    rank 0."""
+    """Return the layout of a saved adapter for a live one that started with `init`. Modules that it lacks have rank
+    0."""
     try:
         adapter = PeftAdapter(Path(checkpoint), any_init=True)
     except AdapterError as e:
@@ -215,7 +215,8 @@ def incomplete(checkpoint: Path, adapter_name: str) -> str | None:
 
 
 def checkpoint_of(path: str | os.PathLike[str]) -> Path | None:
-    """The training checkpoint of ours that an adapter folder is, or is in (as adapters not named `default` are)."""
+    """Return the training checkpoint that an adapter folder is, or is in (as for adapters not named `default`), or
+    None."""
     folder = Path(path)
     return next((f for f in (folder, folder.parent) if (f / FOLDER).is_dir()), None)
 

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class Controller:
-    """Runs a lifecycle on one adapter of a live model. Use it through `rankflow.attach` or `RankFlowCallback`.
+    """Run a lifecycle on one adapter of a live model. Use it through `rankflow.attach` or `RankFlowCallback`.
 
     Call `before_step` when gradients are ready and `after_step` once the optimizer has stepped. Steps are counted on
     the innermost optimizer itself, so gradient accumulation and steps skipped by a loss scaler never age anything.
@@ -154,7 +154,7 @@ class Controller:
     # -- what a training loop calls ---------------------------------------------------------------------------------
 
     def before_step(self, scaler: Any = None) -> None:
-        """Gradients are ready (all micro-batches done): read signals, add the penalty's gradient.
+        """Read signals and add the penalty's gradient. Call it when gradients are ready, after all micro-batches.
 
         Pass the GradScaler of an own fp16 loop, before or after `unscale_`; accelerate's is found by itself. Where the
         base model is sharded over processes, this reduces the adapter's gradients: call it before `unscale_` and before
@@ -196,7 +196,7 @@ class Controller:
         return self._hearing.with_silence(heard)
 
     def after_step(self) -> None:
-        """The optimizer has stepped and gradients are done with: decide and resize when due.
+        """Decide and resize when due. Call it when the optimizer has stepped and gradients are no longer needed.
 
         A call after which no optimizer step was counted (accumulation, a scaler's skipped step) changes nothing. Nor
         does one that raises: with its cause gone (memory, room on the disk) call it again, before the next step.

@@ -189,7 +189,7 @@ class Ledger:
             _append_lines(self.path, lines)
 
     def _forget(self, events: list[Event], known: int) -> None:
-        """Go back to the first so many of what the events were then."""
+        """Go back to the first events of the list that there was then."""
         del events[known:]
         self.events = events
 

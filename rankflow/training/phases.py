@@ -237,7 +237,7 @@ class Phases:
         return plan
 
     def _sparing(self, plan: RankPlan) -> RankPlan:
-        """`plan`, but never one that takes everything that trains out of the adapter."""
+        """Return `plan`, changed if it would take everything that trains out of the adapter."""
 
         def sizes(name: str) -> Tensor:
             site = self.adapter.sites[name]
@@ -321,7 +321,7 @@ class Operations:
         )
 
     def perform(self, plan: RankPlan, now: Now) -> None:
-        """Carry out a plan that the ledger need not know."""
+        """Carry out a plan without a line in the ledger."""
         before = self._trained
         with Transaction(now.transaction) as transaction:
             transaction.undo(self._processes.undone)

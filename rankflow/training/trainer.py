@@ -45,7 +45,7 @@ from rankflow.training.trainer_patches import (
 
 
 class RankFlowCallback(TrainerCallback):
-    """Manages the ranks of a PEFT LoRA adapter while the Trainer trains it.
+    """Manage the ranks of a PEFT LoRA adapter while the Trainer trains it.
 
         Trainer(model=peft_model, ..., callbacks=[RankFlowCallback("increlora")])
 
