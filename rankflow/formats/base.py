@@ -1,4 +1,4 @@
-"""What every saved adapter offers, whatever its format."""
+"""The interface of a saved adapter of any format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Put = Callable[[str, Tensor, Tensor], None]  # module, A [*e, r, in], B [*e, out
 
 @dataclass(frozen=True)
 class SavedModule:
-    """Where a file keeps one module's factors; shapes are as the file has them (of convolutions with their kernel)."""
+    """Where a file keeps one module's factors. Shapes are those of the file (for convolutions with the kernel)."""
 
     slot: Slot
     a_key: str
@@ -33,7 +33,7 @@ class SavedModule:
 
 @dataclass(frozen=True)
 class Sketch:
-    """How far an update that comes as a full matrix is looked at: its `rank` leading directions, by which SVD."""
+    """How many leading directions of a full matrix to take (`rank`), and by which SVD."""
 
     rank: int = 64
     backend: Backend = "torch"
@@ -48,7 +48,7 @@ WIDE = 1024  # a rank that may be above what a module's shape can hold
 
 
 def is_scale(value: object, limits: tuple[float, float] = _NUMBERS) -> bool:
-    """Whether it is a positive number of a size with which can be computed."""
+    """Return whether it is a positive number of a size that can be computed with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and limits[0] <= value <= limits[1]
 
 
@@ -69,7 +69,7 @@ def checked_slot(slot: Slot, name: str, path: Path) -> Slot:
 
 
 def at_unit_scale(entries: Mapping[str, Saved]) -> dict[str, Saved]:
-    """The same modules with scale 1, for factors that `fold` has been over."""
+    """Return the same modules with scale 1, for factors that went through `fold`."""
     return {name: replace(entry, slot=replace(entry.slot, scaling=1.0)) for name, entry in entries.items()}
 
 
@@ -107,7 +107,7 @@ class SavedAdapter(Protocol):
     def overhead(self) -> int: ...
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Canonical A ``[*e, r, in]`` and B ``[*e, out, r]`` of one module, read-only, in its own dtype.
+        """Return canonical A ``[*e, r, in]`` and B ``[*e, out, r]`` of one module, read-only, in its own dtype.
 
         Raises:
             AdapterError: a value is NaN or infinite.
@@ -118,12 +118,12 @@ class SavedAdapter(Protocol):
     def sketch(self) -> Sketch | None: ...  # how far full matrices were looked at, if it was made of such
 
     def outside(self, name: str) -> float:
-        """Energy of the module's update that the factors leave out, which were asked for before; 0 but of full
+        """Return the energy of the module's update that its factors, read before, leave out. It is 0 but for full
         matrices (`rankflow.formats.as_lora.dense`)."""
         ...
 
     def beside(self, suffix: str) -> Path:
-        """The default name of an output: `<source>-<suffix>` beside the source."""
+        """Return the default path of an output: `<source>-<suffix>` beside the source."""
         ...
 
     def check_out(self, out: Path, *, force: bool) -> None:
@@ -134,7 +134,7 @@ class SavedAdapter(Protocol):
         ...
 
     def weights_in(self, out: Path) -> Path:
-        """The file of tensors that `rewrite` makes of `out`."""
+        """Return the file of tensors that `rewrite` writes for `out`."""
         ...
 
     def rewrite(

@@ -1,4 +1,4 @@
-"""An adapter of one format, written as another: the same DeltaW under other names and another way to say the scale."""
+"""Write an adapter of one format as another: the same DeltaW with other names and another way to state the scale."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Converted:
         self._modules = {name: self._module(name, stem) for name, stem in self.names.items()}
 
     def at_unit_scale(self) -> Converted:
-        """The same with every module's scaling in its B."""
+        """Return the same adapter with every module's scaling in its B."""
         found = copy.copy(self)
         found._gains = {name: slot.scaling for name, slot in self.layout.items()}
         found.entries = at_unit_scale(self.entries)
@@ -198,13 +198,13 @@ def configs_of(source: Source) -> list[Mapping[str, Any]]:
 
 
 def lost_fields(source: Source) -> list[str]:
-    """What is said of fields that nobody knows."""
+    """Return the note about fields that are not known."""
     fields = sorted({field for config in configs_of(source) for field in unknown(config)})
     return [f"set in the source and not known here, so it is lost: {', '.join(fields)}"] if fields else []
 
 
 def _about(source: Source) -> Mapping[str, Any]:
-    """What PEFT's config says of an adapter."""
+    """Return what PEFT's config says about an adapter."""
     if isinstance(source, Converted):
         return _about(source.source)
     return (
@@ -213,7 +213,7 @@ def _about(source: Source) -> Mapping[str, Any]:
 
 
 def _names(source: Source, kind: str) -> dict[str, str]:
-    """Module -> what the other format calls it."""
+    """Return module -> its name in the other format."""
     names = list(source.layout)
     if part := next((name for name in names if name.endswith(".linear1_qkv")), None):
         raise ConfigError(

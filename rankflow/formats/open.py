@@ -1,4 +1,4 @@
-"""Open a saved adapter of whatever format."""
+"""Open a saved adapter of any format."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def open_adapter(
 
 
 def uses_base(path: Path) -> bool:
-    """Whether `open_adapter` looks at the base model of what is there."""
+    """Return whether `open_adapter` needs the base model of the adapter."""
     config = (path if path.is_dir() else path.parent) / CONFIG
     return is_model(path) or (config.is_file() and load_config(config).get("peft_type") in NEEDS_BASE)
 
@@ -90,7 +90,7 @@ def looks_like_adapter(path: Path) -> bool:
 
 
 def converted(found: SavedAdapter, to: str, base: Path | None = None) -> SavedAdapter:
-    """The same adapter, written in another format.
+    """Return the same adapter, to be written in another format.
 
     Args:
         to: one of `rankflow.formats.convert.FORMATS`, or gguf.

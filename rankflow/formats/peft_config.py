@@ -50,7 +50,7 @@ _WHOLE = ("r", "init_r", "target_r", "topk", "hybrid_r", "mini_r", "num_vectors"
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """The config with its type and its whole numbers as PEFT writes them.
+    """Return the config with its type and its whole numbers as PEFT writes them.
 
     Raises:
         AdapterError: it is not a JSON object, or that of another program's adapter.
@@ -74,7 +74,7 @@ def _whole(value: object) -> object:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config as the file has it.
+    """Return the config as the file has it.
 
     Raises:
         AdapterError: it is not a JSON object, or that of another program's adapter.
@@ -153,7 +153,7 @@ def _check_expressions(expressions: Collection[str], field: str, path: Path | st
 
 
 def _check_layers(config: Mapping[str, Any], path: Path | str) -> None:
-    """Layers are numbers, and as many as a model may have."""
+    """Check that layers are numbers, and no more than a model may have."""
     chosen, copied = config.get("layers_to_transform"), config.get("layer_replication") or []
     whole = [chosen] if isinstance(chosen, int) else chosen or []
     if not isinstance(whole, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in whole):
@@ -169,7 +169,7 @@ def _check_layers(config: Mapping[str, Any], path: Path | str) -> None:
 
 
 def patterns_of(config: Mapping[str, Any], field: str, path: Path | str) -> dict[str, Any]:
-    """`rank_pattern` or `alpha_pattern`, empty where there is none.
+    """Return `rank_pattern` or `alpha_pattern`, empty if there is none.
 
     Raises:
         AdapterError: no mapping of expressions that can be compiled.
@@ -206,7 +206,7 @@ def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
 def resized_config(
     config: Mapping[str, Any], modules: Mapping[str, tuple[Sequence[str], float]], ranks: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The adapter's config at other ranks, every module's scaling as it was.
+    """Return the adapter's config at other ranks, with every module's scaling as it was.
 
     `modules` maps a name to (the names PEFT matches patterns against, scaling).
     """

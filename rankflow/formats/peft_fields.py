@@ -64,7 +64,7 @@ ACTS: Mapping[str, bool] = {
 
 
 def is_set(value: object) -> bool:
-    """Whether a field asks for anything."""
+    """Return whether a field has a value that asks for something."""
     return bool(value) and value != "none"
 
 

@@ -1,4 +1,4 @@
-"""What wrappers of training leave in the names of tensors, and how PEFT would have named them.
+"""Remove what wrappers of training leave in the names of tensors, so that they are as PEFT names them.
 
 `torch.compile`, FSDP, activation checkpointing, DDP and DeepSpeed put a module of their own around others, whose name
 is then part of every name inside. Under such names nothing that loads the adapter finds a module.
@@ -93,7 +93,7 @@ def renamed(tensors: Mapping[str, T], names: Mapping[str, str], path: Path) -> d
 
 
 def unwrapped_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's config, likewise without wrappers in whatever names modules."""
+    """Return PEFT's config without the words of wrappers in the fields that name modules."""
     new = dict(config)
     for field in _NAMING:
         value = new.get(field)
@@ -107,7 +107,7 @@ def unwrapped_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renaming_note(names: Mapping[str, str]) -> list[str]:
-    """What is to be said of names that change, if any do."""
+    """Return a note about names that change, if any do."""
     changed = [name for name, new in names.items() if name != new]
     if not changed:
         return []

@@ -1,4 +1,4 @@
-"""What all pictures are drawn on: matplotlib's objects alone, no global state, no window; on light paper or on dark."""
+"""The canvas of all pictures: matplotlib's objects without global state or a window, on a light or dark ground."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_picture(path: Path, reads: Reads | None = None, *, force: bool = False
 
 
 def save(fig: Figure, path: str | Path, reads: Reads | None = None, *, force: bool = False) -> Path:
-    """Write it, whole or not at all; PNG where a device's name tells nothing.
+    """Write the picture, whole or not at all; as PNG if the name of a device says nothing.
 
     Raises:
         ConfigError: see `check_picture`.

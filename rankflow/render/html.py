@@ -72,7 +72,7 @@ def check_page_file(path: Path, reads: Reads | None = None, *, force: bool = Fal
 
 
 def write_page(page: Page, path: Path, *, force: bool = False) -> Path:
-    """Write it, whole or not at all.
+    """Write the page, whole or not at all.
 
     Raises:
         ConfigError: see `check_page_file`.

@@ -106,7 +106,7 @@ def module(short: str, name: str) -> Cell:
 
 
 def number(value: float | None, form: str = "{:,}", *, marked: bool = False) -> Cell:
-    """Nothing for None, which sorts last."""
+    """Return a cell with a number; empty for None, which sorts last."""
     return Cell("", value="") if value is None else Cell(form.format(value), value=value, marked=marked)
 
 

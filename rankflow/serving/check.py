@@ -1,4 +1,4 @@
-"""What an engine would get wrong with an adapter file as it is, and what no rewriting of the file can mend.
+"""Find what an engine would get wrong with an adapter file, and what rewriting the file cannot mend.
 
 `rankflow.serving.verdicts` and `rankflow.serving.export` both go by this, so that what one says is what the other does.
 """
@@ -54,7 +54,8 @@ def lasting(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
 
 
 def _mended(feature: str, engine: Engine) -> bool:
-    """Whether it is gone once the file is written anew; names that an engine may have too are kept for it."""
+    """Return whether the problem is gone once the file is rewritten. Names that an engine may have too are kept for
+    it."""
     return feature in OF_THE_FILE and (feature != OTHER_NAMES or not engine.library_names)
 
 

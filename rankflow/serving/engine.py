@@ -124,7 +124,7 @@ class Engine:
         return bool(self.stacks)
 
     def scale_of(self, config: Mapping[str, Any], rank: int, *, expert: bool = False) -> float:
-        """By what it multiplies B A of a module whose tensors have `rank`, with this PEFT config.
+        """Return the number by which the engine multiplies B A of a module of this `rank`, with this PEFT config.
 
         Raises:
             ValueError: it takes each module's own.
@@ -136,7 +136,7 @@ class Engine:
         return config["lora_alpha"] / (math.sqrt(over) if heeds and config.get("use_rslora") else over)
 
     def unheeded(self, config: Mapping[str, Any], *, expert: bool = False) -> list[str]:
-        """The settings of a PEFT config that would change scales and are not looked at."""
+        """Return the settings of a PEFT config that would change scales and that the engine ignores."""
         dropped = {"config": ("rank_pattern", "alpha_pattern"), "tensor": ("alpha_pattern",), "module": ()}[self.scale]
         heeded = self.rslora and (self.rslora_experts or not expert)
         return [name for name in (*dropped, *([] if heeded else ["use_rslora"])) if config.get(name)]
@@ -146,7 +146,7 @@ class Engine:
         return next((rank for rank in self.ranks if rank >= most), None) if self.ranks else most
 
     def rank_for(self, most: int) -> int:
-        """The rank that modules of at most `most` are padded to.
+        """Return the rank that modules of at most `most` are padded to.
 
         Raises:
             ConfigError: no setting of the engine serves so many.
@@ -160,7 +160,7 @@ class Engine:
         return room
 
     def hint(self, most: int) -> str:
-        """How to start the engine for modules of at most that rank; empty where nothing is to be set."""
+        """Return how to start the engine for modules of at most that rank; empty if nothing has to be set."""
         if not self.setting:
             return ""
         hint = f"start {self.name} with {self.setting} {self.rank_for(most)} or more"

@@ -1,4 +1,4 @@
-"""How an adapter is written so that a certain engine loads it rightly: format, one padded rank, scales in the factors.
+"""Write an adapter so that an engine loads it rightly: its format, one padded rank, scales in the factors.
 
 Zero rows of A and zero columns of B add nothing to DeltaW. With alpha = r and no patterns every engine's rule for the
 scale gives 1, and so does PEFT's.
@@ -71,7 +71,7 @@ class Fitting:
         )
 
     def open(self, src: str | Path, kind: str | None, sketch: Sketch | None = None) -> SavedAdapter:
-        """The adapter, read as it is and written as it has to be.
+        """Return the adapter, read as it is and written as the engine needs it.
 
         Raises:
             AdapterError: as `open_adapter`.
@@ -90,7 +90,7 @@ class Fitting:
         return next((problem for problem in found if problem.fate is not Fate.UNKNOWN), None)
 
     def written(self, source: SavedAdapter) -> SavedAdapter:
-        """The same adapter, as it would be written.
+        """Return the same adapter as it would be written.
 
         Raises:
             ConfigError: a format that cannot hold it.
@@ -115,7 +115,8 @@ class Fitting:
         )
 
     def _converted(self, source: SavedAdapter, to: str) -> SavedAdapter:
-        """In another format; as it is, where it cannot be and the engine reads it all the same."""
+        """Return the adapter in another format, or as it is if it cannot be converted and the engine reads it
+        anyway."""
         try:
             return converted(source, to, self.base)
         except ConfigError:
@@ -162,6 +163,6 @@ def fitting_for(
 
 
 def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A ``[*e, r, in]`` and B ``[*e, out, r]`` with zeros up to `rank`."""
+    """Return A ``[*e, r, in]`` and B ``[*e, out, r]`` padded with zeros to `rank`."""
     more = rank - a.shape[-2]
     return torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))

@@ -1,4 +1,4 @@
-"""Whether an engine loads an adapter rightly, and if not what it gets wrong and what to do."""
+"""Check whether an engine loads an adapter rightly, and say what it gets wrong and what to do."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _IGNORED = {"use_rslora": False, "use_dora": False, "lora_bias": False, "init_lo
 
 
 def fold_adalora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """The LoRA that an AdaLoRA adapter equals.
+    """Return the LoRA that an AdaLoRA adapter equals.
 
     The scale of every module is lora_alpha / (ranknum + 1e-5) in float32. ranknum is `init_r` for ever: loading
     restores it, "exactly as the previous", whatever rank a module came down to (PEFT, `adalora/layer.py` `SVDLinear`
@@ -87,12 +87,12 @@ def _number(value: Any, field: str, path: Path) -> float:
 
 
 def _module(key: str) -> str:
-    """The module that a key of `rank_pattern` is about, which names its E."""
+    """Return the module of a key of `rank_pattern`, which names the module's E."""
     return key.partition(".lora_E")[0].removeprefix(PREFIX)
 
 
 def _kept(name: str, parts: Mapping[str, str], tensors: Mapping[str, Tensor], mask: Any, path: Path) -> Tensor:
-    """Indices of the directions that are not masked ``[k]``."""
+    """Return the indices of the directions that are not masked ``[k]``."""
     if lacking := [part for part in "AEB" if part not in parts]:
         raise AdapterError(f"{path}: {name} has no lora_{lacking[0]}; the file is incomplete, save the adapter again")
     a, e, b = (tensors[parts[part]] for part in "AEB")

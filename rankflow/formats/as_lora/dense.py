@@ -1,4 +1,4 @@
-"""Updates that come as a full matrix, looked at through their leading directions; what these leave out is measured.
+"""Updates that come as full matrices, reduced to their leading directions; what these leave out is measured.
 
 One matrix at a time is made, decomposed (`rankflow.linalg.svd`) and dropped. With D ~ U S Vh the factors are A =
 root(S) Vh and B = U root(S). What is left, D - B A, is orthogonal to B A and to every cut of it, of a randomised SVD
@@ -30,7 +30,7 @@ _ROWS = 1024  # of a residual that are formed at once
 
 @dataclass(frozen=True)
 class Delta:
-    """One module's update, made when asked for: ``[out, in * kernel]``."""
+    """One module's update ``[out, in * kernel]``, computed on demand."""
 
     out: int
     shape: tuple[int, ...]  # in, and the kernel of a convolution
@@ -84,7 +84,8 @@ class DenseAdapter:
         return SavedModule(slot, "", "", (rank, *delta.shape), (delta.out, rank, *ones), delta.dtype)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A ``[r, in]`` and B ``[out, r]`` of the leading directions, in float32; computed anew each time.
+        """Return A ``[r, in]`` and B ``[out, r]`` of the leading directions, in float32. They are computed at each
+        call.
 
         Raises:
             AdapterError: a value is NaN or infinite.
@@ -103,7 +104,7 @@ class DenseAdapter:
         return right, left
 
     def outside(self, name: str) -> float:
-        """|D - B A|_F^2 of the factors that were computed last."""
+        """Return |D - B A|_F^2 of the factors that were computed last."""
         return self._outside[name]
 
     def beside(self, suffix: str) -> Path:

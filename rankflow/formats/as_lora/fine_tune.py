@@ -1,4 +1,4 @@
-"""A full fine-tune minus its base, as updates of its linear layers and convolutions."""
+"""Subtract a base model from its full fine-tune, as updates of linear layers and convolutions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_NAMES = 4
 
 
 def full_minus_base(full: Path, base: Path | None, sketch: Sketch) -> DenseAdapter:
-    """The updates that turn the base into the fine-tune, one for every linear weight that differs.
+    """Return the updates that turn the base into the fine-tune, one for every linear weight that differs.
 
     Names are the fine-tune's, which is the class of model that the LoRA is for. What differs and no LoRA holds (norms,
     biases, embeddings, heads that only one of them has) is named in a note. The two may have been saved with and
@@ -95,8 +95,8 @@ def _delta(ours: Tensor, theirs: Tensor, flip: bool) -> Delta:
 
 
 def _adaptable(key: str, t: Tensor) -> bool:
-    """Whether a tensor is the weight of a linear layer or of a convolution that is not of groups, by all that its name
-    and shape tell."""
+    """Return whether a tensor is the weight of a linear layer or of a convolution without groups, by its name and
+    shape."""
     if not key.endswith(".weight") or not 2 <= t.ndim <= 5 or _EMBEDDING.search(key.removesuffix(".weight")):
         return bool(re.search(r"patch_embed\w*\.proj\w*\.weight$", key)) and t.ndim > 2
     return min(t.shape[:2]) > 1
@@ -110,7 +110,8 @@ def _model_type(folder: Path) -> str:
 
 
 def _renaming(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[str, str]:
-    """What to take off and put before names of ours so that most of them are names of theirs.
+    """Return the prefix to take off our names and the one to put before them, so that most become names of the other
+    side.
 
     Raises:
         AdapterError: none of them is.

@@ -47,12 +47,12 @@ def fold_gralora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path:
 
 
 def _block_rows(a: Tensor, more: list[Tensor]) -> Tensor:
-    """A ``[k * r, in]``: the rows of input block i, r of them, see that block alone."""
+    """Return A ``[k * r, in]``, in which the r rows of input block i see that block alone."""
     return torch.cat([torch.block_diag(*wide(a).mT), *map(wide, more)])
 
 
 def _block_columns(b: Tensor, more: list[Tensor]) -> Tensor:
-    """B ``[out, k * r]``: of the r directions of input block i, the j-th of k parts goes to output block j."""
+    """Return B ``[out, k * r]``. Of the r directions of input block i, the j-th of k parts goes to output block j."""
     k, r, out = b.shape
     columns = wide(b).new_zeros(k, out, k, k, r // k)  # output block, output, input block, part, direction
     for j in range(k):

@@ -1,4 +1,4 @@
-"""LoRA with an r x r matrix between its factors, DeltaW = s B R A, read as the plain LoRA with R A for A.
+"""Read LoRA with an r x r matrix between its factors, DeltaW = s B R A, as the plain LoRA with R A in place of A.
 
 LoRA-XS (arXiv 2405.17604) and LoRA-SB (arXiv 2411.19557) train R alone and call it ``default_lora_latent_mapping``; the
 PEFT of their time cut ``.default`` out of keys as it saved. NLoRA and SLoRA (arXiv 2502.14482) call it ``lora_N``. All
@@ -29,7 +29,7 @@ def has_middles(keys: Iterable[str]) -> bool:
 
 
 def fold_middles(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """R goes into A: in float32 or wider, and left there, so that half precision is rounded once at most.
+    """Multiply R into A, in float32 or wider, and leave it in that, so that half precision is rounded once at most.
 
     Raises:
         AdapterError: an R without A, or of another rank; a convolution's, which is not defined.
@@ -70,7 +70,7 @@ def _cast(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> Tensor
 
 
 def _factor(tensors: Mapping[str, Tensor], module: str, part: str, path: Path) -> str:
-    """The key of a module's A or B, with or without an adapter's name."""
+    """Return the key of a module's A or B, with or without an adapter's name."""
     pattern = re.compile(rf"^{re.escape(module)}\.lora_{part}(?:\.[^.]+)?(?:\.weight)?$")
     found = next((key for key in tensors if pattern.match(key)), None)
     if found is None:

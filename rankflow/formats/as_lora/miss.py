@@ -49,7 +49,7 @@ def fold_miss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
 
 
 def _summing(block: Tensor, inside: int) -> Tensor:
-    """``[r, in]``: row i sums the inputs that are i modulo r."""
+    """Return the ``[r, in]`` matrix whose row i sums the inputs that are i modulo r."""
     r = len(block)
     return torch.eye(r, dtype=wide(block).dtype).repeat(1, -(-inside // r))[:, :inside]
 

@@ -38,7 +38,7 @@ _KEPT = (
 
 
 class Folded(NamedTuple):
-    """The plain LoRA that an adapter equals, as its config and file would have it, and what is to be said of that."""
+    """The plain LoRA that an adapter equals, as its config and file would have it, with notes about the conversion."""
 
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
@@ -46,7 +46,7 @@ class Folded(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """One module's A ``[rank, in, *kernel]`` and B ``[out, rank, *1]``, made when asked for: DeltaW = scaling B A.
+    """One module's A ``[rank, in, *kernel]`` and B ``[out, rank, *1]``, computed on demand: DeltaW = scaling B A.
 
     `size` are the numbers of the larger, or of what has to be made on the way to it.
     """
@@ -59,7 +59,7 @@ class Factors(NamedTuple):
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Tensors made anew whenever they are asked for."""
+    """Tensors that are computed anew at each access."""
 
     def __init__(self, makers: Mapping[str, Make]):
         self._makers = dict(makers)
@@ -118,7 +118,7 @@ class Parts(Mapping[str, Mapping[str, Tensor]]):
 
     @property
     def modules(self) -> list[str]:
-        """All but what modules share.
+        """Return the modules, without what they share.
 
         Raises:
             AdapterError: there are none.
@@ -177,7 +177,7 @@ def positive(value: Any, what: str, path: Path) -> float:
 
 
 def whole(config: Mapping[str, Any], field: str, path: Path) -> int:
-    """A whole number, 0 where there is none.
+    """Return the field as a whole number, or 0 if it holds none.
 
     Raises:
         AdapterError: the field holds something else.
@@ -195,7 +195,7 @@ def are_indices(t: Tensor, count: int) -> bool:
 
 
 def common(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of any of PEFT's configs that are LoRA's too."""
+    """Return the fields of one of PEFT's configs that LoRA's config has too."""
     bias = str(config.get("bias") or "none")
     kept = {field: config[field] for field in _KEPT if field in config}
     return {**kept, "bias": "lora_only" if bias.endswith("_only") else bias}
@@ -204,7 +204,7 @@ def common(config: Mapping[str, Any]) -> dict[str, Any]:
 def folded(
     config: Mapping[str, Any], modules: Mapping[str, Factors], rest: Mapping[str, Make], notes: list[str], path: Path
 ) -> Folded:
-    """The plain LoRA of these modules, named as keys are; `rest` are tensors that stay as they are.
+    """Return the plain LoRA of these modules, named as keys are. `rest` are tensors that stay as they are.
 
     Raises:
         AdapterError: it would be larger than any model, `check_size`.

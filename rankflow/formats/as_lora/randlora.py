@@ -23,7 +23,7 @@ from rankflow.formats.peft_config import CONFIG, load_config
 
 
 def dense_form(path: Path, base: Path | None, sketch: Sketch) -> DenseAdapter | None:
-    """The adapter of a folder, or of its file of tensors, if PEFT's config beside it says RandLoRA.
+    """Return the adapter of a folder, or of its file of tensors, if PEFT's config beside it is RandLoRA's, else None.
 
     Raises:
         AdapterError: tensors and config that make no RandLoRA adapter, or one without its random bases.

@@ -79,7 +79,7 @@ _REFUSED = {
 
 
 def plain(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> Folded | None:
-    """The plain LoRA that an adapter of another kind equals; None if it is LoRA as it is.
+    """Return the plain LoRA that an adapter of another kind equals, or None if it is LoRA already.
 
     Args:
         path: for messages.

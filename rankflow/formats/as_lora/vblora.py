@@ -61,7 +61,7 @@ def _any(parts: Parts, module: str, stem: str) -> Tensor:
 
 
 def _in_bank(found: Mapping[str, Tensor], bank: Tensor, topk: int) -> bool:
-    """Whether indices are those of vectors there are, and as many as are mixed."""
+    """Return whether indices are valid for the bank, and as many as are mixed."""
     for part, t in found.items():
         if part.endswith("_topk_indices"):
             if t.shape[-1] != topk or not are_indices(t, len(bank)):

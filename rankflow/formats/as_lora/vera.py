@@ -87,7 +87,7 @@ def _fold(
 
 
 def base_of(config: Mapping[str, Any], path: Path, kind: str) -> Path:
-    """The base model's folder, as the adapter names it.
+    """Return the folder of the base model that the adapter names.
 
     Raises:
         ConfigError: it names none that is here.
@@ -102,7 +102,7 @@ def base_of(config: Mapping[str, Any], path: Path, kind: str) -> Path:
 
 
 def shapes_of(modules: Iterable[str], base: Path, path: Path) -> dict[str, tuple[int, int]]:
-    """Module -> shape of the base model's weight, which is [in, out] in transformers' Conv1D.
+    """Return module -> shape of the base model's weight, which is [in, out] in transformers' Conv1D.
 
     Raises:
         AdapterError: the base has no such module.
@@ -124,7 +124,7 @@ def no_module(module: str, path: Path) -> AdapterError:
 
 
 def _drawn(stem: str, seed: int, rank: int, ins: int, outs: int) -> tuple[Tensor, Tensor]:
-    """The shared matrices as PEFT draws them where they were not saved."""
+    """Return the shared matrices as PEFT draws them, if they were not saved."""
     generator = torch.Generator().manual_seed(seed)
     halves = 1 + (stem == "pvera")
     bounds = (math.sqrt(6 / ins), math.sqrt(6 / rank))  # He's uniform distribution, by the number of columns

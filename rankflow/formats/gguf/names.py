@@ -1,4 +1,4 @@
-"""What llama.cpp calls the modules of a transformers model, and in what order it keeps their rows.
+"""llama.cpp's names for the modules of a transformers model, and the order in which it keeps their rows.
 
 Names are those of the `gguf` package's own map. Rows are another matter: the converter reorders those of q and k in
 models of the llama family (`LlamaModel.permute` in llama.cpp's `conversion/llama.py`: rotary pairs side by side instead
@@ -97,7 +97,7 @@ class Names:
         )
 
     def tensor(self, module: str) -> str:
-        """The base model's tensor that `module` is the weight of.
+        """Return the name of the base model's tensor that is the weight of `module`.
 
         Raises:
             ConfigError: there is none, or none that an adapter can be for.
@@ -116,7 +116,7 @@ class Names:
         return f"{found}.weight"
 
     def rows(self, module: str, b: Tensor) -> Tensor:
-        """B ``[out, r]`` with its rows in llama.cpp's order."""
+        """Return B ``[out, r]`` with its rows in llama.cpp's order."""
         heads = {"q_proj": self._heads, "k_proj": self._key_heads}.get(module.rpartition(".")[2])
         if not self._reorders or heads is None:
             return b

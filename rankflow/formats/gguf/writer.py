@@ -135,7 +135,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _tokens(source: PeftAdapter) -> list[int]:
-    """The tokens from which on an aLoRA acts; none for an adapter that always does.
+    """Return the tokens that an aLoRA starts to act at; none for an adapter that always acts.
 
     Raises:
         ConfigError: they are no tokens.
@@ -148,7 +148,7 @@ def _tokens(source: PeftAdapter) -> list[int]:
 
 
 def _named(source: PeftAdapter) -> Path:
-    """The base model's folder, where the adapter's config names one that is here."""
+    """Return the base model's folder, if the adapter's config names one that is on this machine."""
     named = source.config.get("base_model_name_or_path")
     if isinstance(named, str) and (Path(named) / "config.json").is_file():
         return Path(named)

@@ -1,4 +1,4 @@
-"""Files and folders that are never half there: written beside their place, and put into it once they are on disk.
+"""Write files and folders beside their place, and move them into it once they are whole and on disk.
 
 Whatever happens, a full disk or a killed process, at the place itself there is what was there before, or the new one
 whole. What a killed process leaves is a hidden `.<name>.<8 hex digits>.part` beside it, which the next one that writes
@@ -31,7 +31,7 @@ _LONGEST_STEM = 50  # characters, so that the name of a part is none too long wh
 
 
 class Together:
-    """Outputs that take their names one right after the other; made by `together`."""
+    """Outputs that appear all at once or not at all; made by `together`."""
 
     def __init__(self, held: ExitStack):
         self._held = held
@@ -39,13 +39,13 @@ class Together:
         self._plain: list[tuple[Path, Path]] = []
 
     def begin(self, partial: Path, out: Path) -> None:
-        """`partial`, which is there, is to become `out`; if it does not, it is removed."""
+        """Begin an output: `partial`, which exists, will become `out`, or is removed."""
         self._held.callback(_remove, partial)
         self._held.enter_context(locked(partial))
         self._outputs.append((partial, out, os.path.lexists(out)))
 
     def begin_plain(self, out: Path) -> Path:
-        """A file of which the content is to be written to `out`, a device or a pipe."""
+        """Begin an output whose content will be written to `out`, a device or a pipe."""
         partial = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="rankflow-"))) / f"out{out.suffix}"
         self._plain.append((partial, out))
         return partial
@@ -66,7 +66,8 @@ class Together:
 
 @contextmanager
 def together() -> Iterator[Together]:
-    """Outputs of which all appear, or none: they take their names when the block ends, in the order they were begun.
+    """Make all outputs of a block appear, or none. They take their names when the block ends, in the order they were
+    begun.
 
     All of them are whole and on disk by then. If one cannot take its name, those before it give theirs back to what was
     there. What remains possible: a process that is killed between two of these renames, or a disk that fails the second
@@ -80,7 +81,8 @@ def together() -> Iterator[Together]:
 
 @contextmanager
 def atomic_folder(out: Path, group: Together | None = None) -> Iterator[Path]:
-    """A new folder beside `out` to write into; it takes `out`'s name when the block ends well, else it is removed.
+    """Yield a new folder beside `out` to write into. It takes `out`'s name when the block ends well, else it is
+    removed.
 
     An earlier `out` is there until the moment the new one is whole and on disk. Where the system cannot exchange two
     folders in one step (Linux can, on its own file systems), there is a moment between two renames without either.
@@ -103,7 +105,7 @@ def atomic_folder(out: Path, group: Together | None = None) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(out: Path, group: Together | None = None) -> Iterator[Path]:
-    """A new file beside `out` to write; it takes `out`'s name, whole and on disk, when the block ends well.
+    """Yield a new file beside `out` to write. It takes `out`'s name, whole and on disk, when the block ends well.
 
     Args:
         group: as for `atomic_folder`.
@@ -123,17 +125,18 @@ def atomic_file(out: Path, group: Together | None = None) -> Iterator[Path]:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a path is written to as it is: `-`, which is stdout, a device, or a pipe."""
+    """Return whether a path is written to directly: `-` (stdout), a device or a pipe."""
     return str(path) == "-" or _standard(path) or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def _standard(path: Path) -> bool:
-    """A name for what this process has open, which may be a file as well."""
+    """Return whether a path names a stream that this process has open, which may be a file."""
     return str(path) in ("/dev/stdout", "/dev/stderr") or str(path).startswith(("/dev/fd/", "/proc/self/fd/"))
 
 
 def _beside(out: Path, suffix: str) -> Path:
-    """The name of a new file or folder that is to become `out`; what killed processes left of such ones is removed."""
+    """Return the name of a new file or folder that will become `out`, and remove what killed processes left of such
+    ones."""
     stem = (out.name.removesuffix(suffix) if suffix else out.name)[:_LONGEST_STEM]
     ours = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{8}}\.part{re.escape(suffix)}")
     for left in [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]:
@@ -144,7 +147,7 @@ def _beside(out: Path, suffix: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Whatever it is, if it is there."""
+    """Remove a file, folder or link, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -152,7 +155,7 @@ def _remove(path: Path) -> None:
 
 
 def _keep_owners(new: Path, old: Path) -> None:
-    """Modes and owners of what gives way, and of the files in it that are there again, go to what takes its place."""
+    """Copy modes and owners from what is replaced, and from files in it that exist again, to what takes its place."""
     for there, here in [(old, new), *((old / file.name, file) for file in (new.iterdir() if new.is_dir() else ()))]:
         if there.is_symlink() or there.is_dir() != here.is_dir() or not there.exists():
             continue
@@ -165,7 +168,7 @@ def _keep_owners(new: Path, old: Path) -> None:
 
 
 def _pour(content: Path, out: Path) -> None:
-    """Write to what is no file of its own, from where it stands."""
+    """Write to a stream or device, from its present position."""
     with content.open("rb") as file:
         if str(out) in ("-", "/dev/stdout", "/dev/fd/1"):
             sys.stdout.flush()
@@ -213,7 +216,7 @@ def _put_new(new: Path, place: Path) -> None:
 
 
 def _rename_new(new: Path, place: Path) -> None:
-    """The same by calls that every system has."""
+    """Do what `_put_new` does, with calls that every system has."""
     if os.name == "nt":
         new.rename(place)  # which replaces nothing there
     elif new.is_dir():
@@ -237,12 +240,12 @@ def _rename_new(new: Path, place: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where that cannot be had."""
+    """Exchange two names in one step. Return False if the system cannot."""
     return _renamed(one, other, _RENAME_EXCHANGE)
 
 
 def _renamed(one: Path, other: Path, how: int) -> bool:
-    """Linux's renameat2; False where it cannot be had.
+    """Call Linux's renameat2. Return False if the system does not have it.
 
     Raises:
         OSError: it failed for a reason of its own.

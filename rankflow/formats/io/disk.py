@@ -21,7 +21,7 @@ Identity = tuple[int, int]
 
 
 def sync(path: Path) -> None:
-    """Return once a file's content is on disk, or the names in a folder are.
+    """Wait until a file's content, or the names in a folder, are on disk.
 
     Windows syncs no folder, and a file only where it is open for writing.
     """
@@ -37,8 +37,8 @@ def sync(path: Path) -> None:
 
 
 def sync_open(fd: int, path: Path, *, folder: bool = False) -> None:
-    """The same for what is open: of a file system that cannot, a warning says once that a power cut may undo what is
-    in its files; that it may undo names is usual."""
+    """Do what `sync` does for an open file or folder. If the file system cannot sync files, warn once that a power cut
+    may undo their content."""
     try:
         os.fsync(fd)
     except OSError as e:
@@ -50,7 +50,7 @@ def sync_open(fd: int, path: Path, *, folder: bool = False) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """A folder, and those above it that are not there, each on disk in the one above."""
+    """Make a folder and those above it that do not exist, and wait until each is on disk."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -65,7 +65,8 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """A lock that ends with the process, whatever ends that; False where there are no locks.
+    """Hold a lock in the block. It ends with the process, however that ends. Yield False if the file system has no
+    locks.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -91,7 +92,7 @@ def _lock(fd: int) -> bool:
 
 
 def identity(path: Path) -> Identity | None:
-    """What is the same for all names of one file: links, hard links, mounts; None where there is none."""
+    """Return an identity that all names of one file share (links, hard links, mounts), or None if it has none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):

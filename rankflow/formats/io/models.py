@@ -1,4 +1,4 @@
-"""Whole saved models: their tensors, over however many files they are spread."""
+"""Read whole saved models, whose tensors may be spread over many files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_model(path: Path) -> bool:
 
 
 def open_model(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model's folder, mapped and not read (`open_tensors`).
+    """Return all tensors of a model's folder, mapped and not read (`open_tensors`).
 
     Raises:
         ConfigError: no model there.
@@ -51,7 +51,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def indexed(index: Path) -> dict[str, Path]:
-    """Tensor -> its file, by an index of shards, which are all beside it.
+    """Return tensor -> its file, from an index of shards that all lie beside the index.
 
     Raises:
         AdapterError: it is no index, or names or links to what is elsewhere.
@@ -69,7 +69,7 @@ def indexed(index: Path) -> dict[str, Path]:
 
 
 def _is_name(name: object) -> bool:
-    """Whether it can be a file's name, and of one in the same folder."""
+    """Return whether it can be the name of a file in the same folder."""
     return isinstance(name, str) and name.isprintable() and Path(name).name == name and len(name.encode()) <= _LONGEST
 
 

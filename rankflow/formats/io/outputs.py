@@ -70,7 +70,7 @@ def check_destination(out: Path, src: Path, *, force: bool) -> None:
 
 
 def check_file(out: Path, src: Path, *, force: bool) -> None:
-    """The same for an adapter that is one file.
+    """Do what `check_destination` does, for an adapter in one file.
 
     Raises:
         ConfigError: also if the name does not end as such a file's.
@@ -132,7 +132,7 @@ def check_apart(outs: Iterable[Path]) -> None:
 
 
 def _target(out: Path) -> Path:
-    """What is replaced: links are followed, also those that lead nowhere yet.
+    """Return the path that would be replaced. Links are followed, also those that lead nowhere yet.
 
     Raises:
         ConfigError: no name that this file system takes.
@@ -207,7 +207,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _beside(source: Path) -> Iterator[Path]:
-    """What is read along with an adapter's file."""
+    """Return the files that are read along with an adapter's file."""
     from rankflow.formats.peft_config import CONFIG
 
     if source.is_file() and (source.parent / CONFIG).is_file():
@@ -215,7 +215,7 @@ def _beside(source: Path) -> Iterator[Path]:
 
 
 def _becomes_part(target: Path, source: Path) -> bool:
-    """Whether a new name in an input's folder would be read as one of its files."""
+    """Return whether a new name in an input's folder would be read as one of its files."""
     from rankflow.formats.peft_config import CONFIG
 
     folder = source if source.is_dir() else source.parent

@@ -1,4 +1,4 @@
-"""What transformers makes of a folder that may be a stranger's: config, tokenizer and model, and never code of its own.
+"""Load config, tokenizer and model with transformers from a folder that may be a stranger's. Its code is never run.
 
 `trust_remote_code` left out makes transformers ask on the terminal and, told yes, run what the folder holds; it asks
 for nested parts of a model too, to which no argument of ours gets. So nothing here can ask, whatever is nested.
@@ -39,7 +39,7 @@ def load(cls: Any, source: str | Path, *, what: str = "", **options: Any) -> Any
 
 
 def load_config(source: str | Path, **options: Any) -> Any:
-    """A model's config, of a size that can be built.
+    """Return a model's config, after a check that a model of its size can be built.
 
     Raises:
         ConfigError: as `load`; or a config of more layers or experts than any model has.
@@ -50,7 +50,7 @@ def load_config(source: str | Path, **options: Any) -> Any:
 
 
 def build(config: Any, source: str | Path) -> PreTrainedModel:
-    """The model that a config describes, without the weights it was saved with; on the device that is the default.
+    """Return the model that a config describes, without the saved weights, on the default device.
 
     Raises:
         ConfigError: its architecture is none of transformers', or cannot be built.
@@ -68,7 +68,7 @@ def build(config: Any, source: str | Path) -> PreTrainedModel:
 
 
 def architecture(config: Any, source: str | Path) -> type[PreTrainedModel] | None:
-    """The class of the model that a config names; None if it names none.
+    """Return the class of the model that a config names, or None.
 
     Raises:
         ConfigError: it names something else than a model of transformers.
@@ -99,7 +99,7 @@ def _check_counts(value: Any, source: str | Path, name: str = "") -> None:
 
 @contextmanager
 def _no_code() -> Iterator[None]:
-    """Where transformers would ask whether to run code, it raises."""
+    """Make transformers raise an error where it would ask whether to run code."""
     seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # its own switch, for tests that nobody watches
     try:
@@ -110,7 +110,7 @@ def _no_code() -> Iterator[None]:
 
 @contextmanager
 def _tame_logs() -> Iterator[None]:
-    """What transformers logs of a model is shown as every string of a file is."""
+    """Escape what transformers logs about a model, as every string from a file is escaped."""
 
     def tame(record: logging.LogRecord) -> bool:
         record.msg, record.args = shown(record.getMessage(), lines=True), ()
@@ -128,7 +128,7 @@ def _tame_logs() -> Iterator[None]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """The caller has a progress bar of its own."""
+    """Turn transformers' progress bars off, as the caller has its own."""
     had = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:

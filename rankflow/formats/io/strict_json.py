@@ -1,4 +1,4 @@
-"""JSON from strangers: nothing in it twice, nothing deeper than anyone writes, no numbers that are none."""
+"""Read JSON from strangers: refuse keys that stand twice, deep nesting, NaN and infinities."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def strict_loads(text: str | bytes) -> Any:
 
 
 def strict_object(text: str | bytes) -> dict[str, Any]:
-    """The same for what has to be an object.
+    """Do what `strict_loads` does, for JSON that has to be an object.
 
     Raises:
         ValueError: as `strict_loads`, or it is something else.

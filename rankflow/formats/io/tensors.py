@@ -62,7 +62,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse what no adapter has and nothing after this expects."""
+    """Refuse tensors that no adapter has and that no later code expects."""
     for key, t in tensors.items():
         if not isinstance(key, str) or len(key) > _LONGEST_NAME or not key.isprintable():
             raise AdapterError(f"{path}: {ascii(key)[:80]} is no name of a tensor; the file is damaged")
@@ -145,7 +145,7 @@ def _check_parts(parts: Sequence[zipfile.ZipInfo], size: int) -> None:
 
 
 def _named(pickled: io.BytesIO | mmap.mmap) -> Iterable[str]:
-    """What one pickle asks to have imported.
+    """Return the names that one pickle asks to import.
 
     Raises:
         ValueError: a tuple in it is used twice. None of tensors is, and to look one up whose halves are one tuple, of
@@ -167,5 +167,5 @@ def _named(pickled: io.BytesIO | mmap.mmap) -> Iterable[str]:
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether a tensor holds no NaN or infinity, in one pass and no mask of its size."""
+    """Return whether a tensor holds no NaN or infinity, in one pass and without a mask of its size."""
     return all(map(math.isfinite, torch.aminmax(t)))

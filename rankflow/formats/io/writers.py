@@ -16,8 +16,8 @@ _ORDER = {dtype: -i for i, dtype in enumerate(SAFETENSORS_DTYPES)}
 
 
 def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """What a safetensors file begins with, byte for byte as long as the reference writer's; where each tensor starts
-    in the data after it; and the size of that data."""
+    """Return the beginning of a safetensors file, as many bytes as the reference writer's, where each tensor starts in
+    the data after it, and the size of that data."""
     # Sorted, since the reader gives them in another order every time
     fields: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     starts: dict[str, int] = {}
@@ -62,7 +62,7 @@ class SafetensorsWriter:
         self._missing.discard(key)
 
     def relabel(self, metadata: Mapping[str, str]) -> None:
-        """Other metadata of the same length, for what is known only once the tensors are written."""
+        """Replace the metadata by other of the same length, for what is known only once the tensors are written."""
         raw, _, _ = header(self.specs, metadata)
         assert len(raw) == self.base
         with self._path.open("r+b") as file:
@@ -73,7 +73,8 @@ class SafetensorsWriter:
 
 
 class TorchWriter:
-    """The same for a `.bin`: torch's format has no streaming form, so tensors are held until `close`."""
+    """Write a `.bin` as `SafetensorsWriter` writes its file. torch's format cannot be streamed, so tensors are held
+    until `close`."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]):
         self._path = path

@@ -85,7 +85,7 @@ def companions_of(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def write_adapter_files(folder: Path, config: Mapping[str, Any], companions: Sequence[Path]) -> None:
-    """All of an adapter but its tensors."""
+    """Write all files of an adapter but its tensors."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in companions:
         check_own(file, file.parent)
