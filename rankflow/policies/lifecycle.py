@@ -15,7 +15,7 @@ from rankflow.policies.base import Policy
 
 Mode = Literal[
     "resize", "mask"
-]  # new tensors with every decision, or room for all of them (see `rankflow.lora.capacity`)
+]  # new tensors with every decision, or a capacity for all of them (see `rankflow.lora.capacity`)
 
 
 def _flat(place: str, value: Any) -> dict[str, str]:

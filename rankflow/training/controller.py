@@ -43,7 +43,7 @@ from rankflow.training.ledger import Ledger
 from rankflow.training.options import RunOptions
 from rankflow.training.phases import Phases
 from rankflow.training.state import check_seal, go_on, reshape, state_of
-from rankflow.training.summary import Summary, ranks_by_type
+from rankflow.training.summary import Summary, metrics_of, summarise
 
 T = TypeVar("T")
 
@@ -286,20 +286,7 @@ class Controller:
 
     def summary(self) -> Summary:
         """A summary of the run so far."""
-        due = {(p.name, step) for p in self._phases.all for step in (*_openings(p), *p.policy.when.events)}
-        taken = {(e["policy"], e["step"]) for e in self.ledger.events if e["event"] in ("skip", "resize")}
-        return Summary(
-            policy=" -> ".join(phase.name for phase in self._phases.all),
-            steps=self.step,
-            total_steps=self.total_steps,
-            decisions=len(due & taken),
-            resizes=sum(bool(e["event"] == "resize" and e["ranks"]) for e in self.ledger.events),
-            before=self._phases.first_layout.total_rank,
-            after=self.layout.total_rank,
-            modules=len(self.layout),
-            ranks={kind: (min(ranks), max(ranks)) for kind, ranks in ranks_by_type(self.layout).items()},
-            ledger=None if self.ledger.path is None else str(self.ledger.path),
-        )
+        return summarise(self._phases)
 
     def detach(self) -> None:
         """Take all hooks off the model and make its gates part of the factors; ranks stay as they are.
@@ -387,15 +374,7 @@ class Controller:
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: total and mean rank, parameters, resizes, and the mean rank of each kind of module."""
-        layout = self.layout
-        kinds = ranks_by_type(layout)
-        return {
-            "rankflow/total_rank": layout.total_rank,
-            "rankflow/mean_rank": layout.total_rank / len(layout),
-            "rankflow/params": layout.params,
-            "rankflow/resizes": self.version,
-            **{f"rankflow/rank/{kind}": sum(ranks) / len(ranks) for kind, ranks in kinds.items()},
-        }
+        return metrics_of(self.layout, self.version)
 
     @property
     def within_budget(self) -> bool:
@@ -480,8 +459,3 @@ def _while_there(method: Callable[[], None]) -> Callable[..., None]:
             bound()
 
     return hook
-
-
-def _openings(phase: Phase) -> list[int]:
-    """The first step of a phase in a list, if the phase decides there from a study of the data; else an empty list."""
-    return [phase.begin] if any(study.when == "start" for study in phase.policy.studies) else []

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rankflow.plans.layout import Layout
 from rankflow.plans.names import arrange
+from rankflow.policies.lifecycle import Phase
+from rankflow.training.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,41 @@ class Summary:
             f"next: {report}rankflow inspect ADAPTER, once it is saved; rankflow squeeze ADAPTER for a smaller one",
         ]
         return "\n  ".join(lines)
+
+
+def summarise(phases: Phases) -> Summary:
+    """The summary of a run as it is now."""
+    due = {(p.name, step) for p in phases.all for step in (*_at_the_start(p), *p.policy.when.events)}
+    events = phases.ledger.events
+    taken = {(e["policy"], e["step"]) for e in events if e["event"] in ("skip", "resize")}
+    return Summary(
+        policy=" -> ".join(phase.name for phase in phases.all),
+        steps=phases.step,
+        total_steps=phases.total_steps,
+        decisions=len(due & taken),
+        resizes=sum(bool(e["event"] == "resize" and e["ranks"]) for e in events),
+        before=phases.first_layout.total_rank,
+        after=phases.layout.total_rank,
+        modules=len(phases.layout),
+        ranks={kind: (min(ranks), max(ranks)) for kind, ranks in ranks_by_type(phases.layout).items()},
+        ledger=None if phases.ledger.path is None else str(phases.ledger.path),
+    )
+
+
+def metrics_of(layout: Layout, resizes: int) -> dict[str, float]:
+    """Numbers for a logger (`Controller.metrics`)."""
+    return {
+        "rankflow/total_rank": layout.total_rank,
+        "rankflow/mean_rank": layout.total_rank / len(layout),
+        "rankflow/params": layout.params,
+        "rankflow/resizes": resizes,
+        **{f"rankflow/rank/{kind}": sum(ranks) / len(ranks) for kind, ranks in ranks_by_type(layout).items()},
+    }
+
+
+def _at_the_start(phase: Phase) -> list[int]:
+    """The first step of a phase in a list, if the phase decides there from a study of the data; else an empty list."""
+    return [phase.begin] if any(study.when == "start" for study in phase.policy.studies) else []
 
 
 def ranks_by_type(layout: Layout) -> dict[str, list[int]]:
