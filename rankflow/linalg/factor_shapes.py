@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def canonical_a(t: Tensor, experts: int) -> Tensor:
-    """A as stored, expert-major, to ``[*experts, r, in]``."""
+    """Return a stored A, which is expert-major, as ``[*experts, r, in]``."""
     return t.reshape(experts, -1, t.shape[-1]) if experts > 1 else t.flatten(1)
 
 
 def canonical_b(t: Tensor, experts: int) -> Tensor:
-    """B as stored, its columns rank-major and expert-minor, to ``[*experts, out, r]``."""
+    """Return a stored B, whose columns are rank-major and expert-minor, as ``[*experts, out, r]``."""
     return t.reshape(t.shape[0], -1, experts).permute(2, 0, 1) if experts > 1 else t.flatten(1)
 
 
 def stored_b(t: Tensor, experts: int) -> Tensor:
-    """The way back of `canonical_b`, but for the kernel dimensions of a convolution."""
+    """Return B from `canonical_b` in its stored shape, without the kernel dimensions of a convolution."""
     return t.permute(1, 2, 0).reshape(t.shape[1], -1) if experts > 1 else t

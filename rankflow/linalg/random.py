@@ -19,7 +19,7 @@ def keyed_generator(*key: object) -> torch.Generator:
 
 @contextmanager
 def own_random_numbers(*key: object) -> Iterator[None]:
-    """Global random state of torch, CUDA, Python and numpy as keyed by `key` inside, and as it was outside."""
+    """Seed the global random state of torch, CUDA, Python and numpy by `key` in the block, then restore it."""
     # Data collators draw from numpy's global state, so that is the one to keep.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
