@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
+from rankflow.formats.io.outputs import suffixed
 from rankflow.linalg.svd import Backend
 from rankflow.plans.layout import Layout, Slot
 
@@ -80,66 +83,82 @@ def fold(b: Tensor, scaling: float) -> Tensor:
     return b if scaling == 1 else b.double() * scaling
 
 
-class SavedAdapter(Protocol):
-    """A saved adapter, open for reading; tensors stay on disk until asked for.
+class Source(ABC):
+    """An adapter that can be read; tensors stay on disk until asked for.
 
-    `layout` and `entries` name the same modules in the same order. `overhead` are the bytes of a rewritten file that
-    are no LoRA factors, at most, in whatever dtype and ranks it is written; `companions` are copied along.
+    `layout` and `entries` name the same modules in the same order.
     """
 
+    kind: str
     path: Path
     layout: Layout
+    entries: Mapping[str, SavedModule]
     notes: list[str]
+    companions: Sequence[Path] = ()  # files beside it that are copied along
+    extra_tensors: Mapping[str, int] = MappingProxyType({})  # neither factor nor alpha, and copied: key -> bytes
+    metadata: Mapping[str, str] = MappingProxyType({})  # of the file's header
+    sketch: Sketch | None = None  # how far full matrices were looked at, if it was made of such
 
     @property
-    def kind(self) -> str: ...
-    @property
-    def entries(self) -> Mapping[str, SavedModule]: ...
-    @property
-    def companions(self) -> Sequence[Path]: ...
-    @property
-    def extra_tensors(self) -> Mapping[str, int]: ...  # what is neither factor nor alpha, and copied: key -> bytes
-    @property
-    def metadata(self) -> Mapping[str, str]: ...  # of the file's header
-    @property
-    def file_bytes(self) -> int: ...
-    @property
-    def overhead(self) -> int: ...
+    def source(self) -> Source:
+        """What is read: the adapter itself, but for one that is written in another format than it has."""
+        return self
 
+    @property
+    def peft_configs(self) -> Sequence[Mapping[str, Any]]:
+        """The PEFT configs that come with it: of its folder, or of each component in a header of diffusers'."""
+        return ()
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What PEFT's config says of it, or should say once it has one."""
+        return {}
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its files of tensors."""
+        return self.path.stat().st_size
+
+    @abstractmethod
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return canonical A ``[*e, r, in]`` and B ``[*e, out, r]`` of one module, read-only, in its own dtype.
 
         Raises:
             AdapterError: a value is NaN or infinite.
         """
-        ...
-
-    @property
-    def sketch(self) -> Sketch | None: ...  # how far full matrices were looked at, if it was made of such
 
     def outside(self, name: str) -> float:
         """Return the energy of the module's update that its factors, read before, leave out. It is 0 but for full
         matrices (`rankflow.formats.as_lora.dense`)."""
-        ...
+        return 0.0
 
     def beside(self, suffix: str) -> Path:
         """Return the default path of an output: `<source>-<suffix>` beside the source."""
-        ...
+        return suffixed(self.path.resolve() if self.path.name in ("", "..") else self.path, suffix)
 
+
+class SavedAdapter(Source):
+    """An adapter that can be read, and written anew."""
+
+    @property
+    @abstractmethod
+    def overhead(self) -> int:
+        """Bytes of a rewritten file that are no LoRA factors, at most, in whatever dtype and ranks it is written."""
+
+    @abstractmethod
     def check_out(self, out: Path, *, force: bool) -> None:
         """
         Raises:
             ConfigError: `rewrite` could not write there without loss.
         """
-        ...
 
     def weights_in(self, out: Path) -> Path:
         """Return the file of tensors that `rewrite` writes for `out`."""
-        ...
+        return out
 
+    @abstractmethod
     def rewrite(
         self, out: Path, ranks: Mapping[str, int], *, dtype: torch.dtype | None = None, force: bool = False
     ) -> AbstractContextManager[Put]:
         """Write the adapter anew at other ranks: yields ``put(name, A, B)``, to be called once for every module with
         a rank, from any thread. `out` appears, whole and on disk, when the block ends well."""
-        ...

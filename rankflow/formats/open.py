@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from rankflow.errors import AdapterError, ConfigError, naming
 from rankflow.formats.as_lora.fine_tune import KIND as FULL
 from rankflow.formats.as_lora.fine_tune import full_minus_base
 from rankflow.formats.as_lora.randlora import dense_form
-from rankflow.formats.as_lora.registry import NEEDS_BASE
+from rankflow.formats.as_lora.registry import needs_base
 from rankflow.formats.base import SavedAdapter, Sketch
-from rankflow.formats.convert import FORMATS, Converted
+from rankflow.formats.convert import AsPeft, AsSingleFile
 from rankflow.formats.gguf.writer import GgufAdapter
 from rankflow.formats.io.links import check_own
 from rankflow.formats.io.models import is_model
 from rankflow.formats.io.tensors import TENSOR_FILES, open_tensors
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.formats.peft_config import CONFIG, load_config
-from rankflow.formats.single_file.base import SingleFile
-from rankflow.formats.single_file.comfyui import ComfyAdapter
-from rankflow.formats.single_file.diffusers import COMPONENTS, FILES, DiffusersAdapter
-from rankflow.formats.single_file.keys import factor_of, foreign_factors, without_name
-from rankflow.formats.single_file.kohya import KohyaAdapter
+from rankflow.formats.single_file.diffusers import FILES
+from rankflow.formats.single_file.keys import Fit, Names, factor_of, foreign_factors, without_name
 from rankflow.formats.single_file.lycoris import fold_products, refuse_variants
-from rankflow.formats.single_file.names import renamed_key
+from rankflow.formats.single_file.names import IMAGE, LANGUAGE, renamed_key
+from rankflow.formats.single_file.registry import best_fit, single_file_formats
 from rankflow.formats.wrappers import PEFT_PREFIX, renamed, renaming_note, unwrapped_names
 
-_SINGLE: Mapping[str, type[SingleFile]] = {c.kind: c for c in (KohyaAdapter, ComfyAdapter, DiffusersAdapter)}
-KINDS = (PeftAdapter.kind, *_SINGLE, FULL)
 
-# Names of sd-scripts and LyCORIS; WanVideoWrapper has dots in the rest of them
-_KOHYA = re.compile(r"(?:lora|lycoris)_[^.]+$|lora_(?:unet|te\d?|transformer|prior_unet|prior_te)_\w")
-# What names begin with: of ComfyUI, and of OneTrainer, which has them of the Open Model Initiative
-_COMFYUI = {"diffusion_model", "diffusion_model_2", "text_encoders", "clip_l", "clip_g", "t5", "t5xxl", "llama"}
-# Blocks of diffusers' models, before which no component is named: Qwen-Image-Lightning, `save_lora_adapter`
-_BLOCKS = ("transformer_blocks", "single_transformer_blocks", "down_blocks", "mid_block", "up_blocks")
-# Modules of image and video models under any names: BFL's, XLabs', fal's, DiffSynth's, Wan's, Z-Image's and others
-_IMAGE = re.compile(
-    rf"(?:{'|'.join(_BLOCKS)})\.|(?:model\.)?diffusion_model\.|(?:unet|transformer)\.base_model\.model\."
-    r"|(?:double|single|joint|input|output|double_stream|single_stream)_blocks\.\d|middle_block\.\d"
-    r"|(?:visual|text)_transformer_blocks\.\d|(?:noise|context)_refiner\.\d"
-    r"|blocks\.\d+\.(?:self_attn|cross_attn)\.(?:[qkvo]|[kv]_img)$|blocks\.\d+\.ffn\.\d"
-    r"|blocks\.\d+\.(?:attn\d?|processor)\.\w*(?:to_\w+|qkv\w*|proj\w*)|blocks\.\d+\.a_to_\w+"
-    r"|layers\.\d+\.(?:attention\.(?:qkv|out|to_\w+)|adaLN_modulation)\b"
-)
-# Those of language models that call themselves a transformer: GPT-2, Falcon, DistilBERT, ChatGLM, MPT
-_LANGUAGE = re.compile(r"transformer\.(?:h|layer|encoder|wte|word_embeddings)\.|transformer\.blocks\.\d+\.attn\.Wqkv")
+def readable_formats() -> list[str]:
+    """The formats that `open_adapter` reads."""
+    return [PeftAdapter.kind, *single_file_formats(), FULL]
+
+
+def writable_formats() -> list[str]:
+    """The formats that `converted` writes."""
+    return [
+        PeftAdapter.kind,
+        *(kind for kind, found in single_file_formats().items() if found.writes),
+        GgufAdapter.kind,
+    ]
 
 
 def open_adapter(
@@ -57,7 +48,7 @@ def open_adapter(
 
     Args:
         path: a PEFT folder, a folder of diffusers', a file of tensors, or the folder of a whole model.
-        kind: one of `KINDS`; told from the file if left out.
+        kind: one of `readable_formats`; told from the file if left out.
         base: the base model's folder, for a whole model and for adapters that say less than all in their file; these
             name it themselves, if it is left out.
         sketch: how far updates that come as full matrices are looked at.
@@ -67,20 +58,20 @@ def open_adapter(
         ConfigError: an unknown kind, or the base model is needed and not at hand.
     """
     path, base, sketch = Path(path), None if base is None else Path(base), sketch or Sketch()
-    if kind is not None and kind not in KINDS:
-        raise ConfigError(f"there is no adapter format {kind!r}; there are {', '.join(KINDS)}")
+    if kind is not None and kind not in readable_formats():
+        raise ConfigError(f"there is no adapter format {kind!r}; there are {', '.join(readable_formats())}")
     with naming(path):
         if kind == FULL or (kind is None and is_model(path)):
-            return Converted(full_minus_base(path, base, sketch), PeftAdapter.kind)
+            return AsPeft(full_minus_base(path, base, sketch))
         if kind in (None, PeftAdapter.kind) and (found := dense_form(path, base, sketch)) is not None:
-            return Converted(found, PeftAdapter.kind)
+            return AsPeft(found)
         return _open(path, kind, base)
 
 
 def uses_base(path: Path) -> bool:
     """Return whether `open_adapter` needs the base model of the adapter."""
     config = (path if path.is_dir() else path.parent) / CONFIG
-    return is_model(path) or (config.is_file() and load_config(config).get("peft_type") in NEEDS_BASE)
+    return is_model(path) or (config.is_file() and needs_base(load_config(config).get("peft_type")))
 
 
 def looks_like_adapter(path: Path) -> bool:
@@ -93,7 +84,7 @@ def converted(found: SavedAdapter, to: str, base: Path | None = None) -> SavedAd
     """Return the same adapter, to be written in another format.
 
     Args:
-        to: one of `rankflow.formats.convert.FORMATS`, or gguf.
+        to: one of `writable_formats`.
         base: for gguf, the folder of the base model.
 
     Raises:
@@ -101,9 +92,11 @@ def converted(found: SavedAdapter, to: str, base: Path | None = None) -> SavedAd
     """
     if to == GgufAdapter.kind:
         return GgufAdapter(found, base)
-    if to not in FORMATS:
-        raise ConfigError(f"format {to!r} cannot be written; these can: {', '.join(FORMATS)}, {GgufAdapter.kind}")
-    return Converted(found, to)
+    if to == AsPeft.kind:
+        return AsPeft(found)
+    if to not in writable_formats():
+        raise ConfigError(f"format {to!r} cannot be written; these can: {', '.join(writable_formats())}")
+    return AsSingleFile(found, single_file_formats()[to])
 
 
 def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
@@ -129,7 +122,7 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
     kind = kind or _kind_of(tensors, path)
     if kind == PeftAdapter.kind:
         return PeftAdapter(path, base)
-    found = _SINGLE[kind](path, tensors, metadata)
+    found = single_file_formats()[kind](path, tensors, metadata)
     found.names_in_file = names
     found.notes += [*notes, *renaming_note(names)]
     return found
@@ -138,36 +131,31 @@ def _open(path: Path, kind: str | None, base: Path | None) -> SavedAdapter:
 def _kind_of(keys: Iterable[str], path: Path) -> str:
     """The format that names tell, as diffusers and ComfyUI tell it."""
     keys = set(keys)
-    stems = [factor.stem for key in sorted(keys) if (factor := factor_of(key)) is not None]
-    if stems and all(_KOHYA.match(stem) for stem in stems):
-        return KohyaAdapter.kind
-    if not stems and (whose := foreign_factors(keys)):
+    names = Names(keys, [factor.stem for key in sorted(keys) if (factor := factor_of(key)) is not None])
+    kind, fit = best_fit(names)
+    if fit is Fit.UNMISTAKABLE:
+        return kind
+    if not names.stems and (whose := foreign_factors(keys)):
         raise AdapterError(f"{path}: is {whose}")
     if (path.parent / CONFIG).is_file():
         return PeftAdapter.kind
-    modules = [stem.removeprefix(PEFT_PREFIX) for stem in stems]
-    if any(key.startswith(PEFT_PREFIX) for key in keys) and not any(map(_IMAGE.match, modules)):
+    if any(key.startswith(PEFT_PREFIX) for key in keys) and not any(map(IMAGE.match, names.modules)):
         return PeftAdapter.kind
     refuse_variants(keys, path)
-    if not stems:
+    if not names.stems:
         raise AdapterError(f"{path}: {_why_no_factors(keys)}")
-    roots = {module.partition(".")[0] for module in modules}
-    if roots & _COMFYUI or any(module.startswith("model.diffusion_model.") for module in modules):
-        return ComfyAdapter.kind
-    if any(map(_LANGUAGE.match, modules)):
+    if fit < Fit.CERTAIN and any(map(LANGUAGE.match, names.modules)):
         raise AdapterError(
-            f"{path}: {stems[0]} is a name in a language model; a PEFT adapter needs its {CONFIG} beside it, from "
-            "which alone its scaling is known"
+            f"{path}: {names.stems[0]} is a name in a language model; a PEFT adapter needs its {CONFIG} beside it, "
+            "from which alone its scaling is known"
         )
-    if roots <= {*COMPONENTS, *_BLOCKS} or all(".processor." in stem for stem in stems):
-        return DiffusersAdapter.kind
-    # Where every module has an alpha, its scale is known whatever its name
-    if any(map(_IMAGE.match, modules)) or all(f"{stem}.alpha" in keys for stem in stems):
-        return ComfyAdapter.kind
-    raise AdapterError(
-        f"{path}: {stems[0]} is a name of no known format; if it is one of {', '.join(KINDS)}, say so with "
-        f"--from-format. A PEFT adapter needs its {CONFIG} beside it, from which alone its scaling is known"
-    )
+    if fit is Fit.NONE:
+        raise AdapterError(
+            f"{path}: {names.stems[0]} is a name of no known format; if it is one of {', '.join(readable_formats())}, "
+            f"say so with --from-format. A PEFT adapter needs its {CONFIG} beside it, from which alone its scaling is "
+            "known"
+        )
+    return kind
 
 
 def _why_no_factors(keys: Collection[str]) -> str:

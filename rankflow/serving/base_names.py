@@ -17,13 +17,13 @@ import torch
 
 from rankflow.errors import ConfigError
 from rankflow.formats.base import SavedAdapter
-from rankflow.formats.convert import configs_of
 from rankflow.formats.io.models import is_model, open_model
 from rankflow.formats.io.pretrained import build, load_config
 from rankflow.formats.io.tensors import TENSOR_FILES, open_tensors
 from rankflow.formats.peft_fields import is_set
 from rankflow.formats.single_file import names as naming
-from rankflow.formats.single_file.diffusers import COMPONENTS, split
+from rankflow.formats.single_file.base import SingleFile
+from rankflow.formats.single_file.names import COMPONENTS
 
 # What checkpoints of one file have in front of the names of a component
 _IN_CHECKPOINTS = {
@@ -31,16 +31,6 @@ _IN_CHECKPOINTS = {
     "diffusion_model.": "diffusion_model",
     "cond_stage_model.transformer.": "text_encoder",
     "conditioner.embedders.0.transformer.": "text_encoder",
-}
-# A kohya name's prefix -> the components it may be of
-_OF_KOHYA = {
-    "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
-    "lora_te_": ("text_encoder",),
-    "lora_transformer_": ("transformer",),
-    "lora_unet_": ("unet", "transformer", "transformer_2", "diffusion_model"),
-    "lora_prior_unet_": ("prior",),
 }
 _ALONE = ""  # what a base that is one model is called here; it may be any component
 _TIED = ("lm_head", "embed_out")  # left out of files where they are one with the embeddings
@@ -93,11 +83,12 @@ def absent_from(adapter: SavedAdapter, base: str | Path) -> Absent:
     """
     parts = _parts(base)
     names = tuple(adapter.layout)
-    if any(is_set(config.get("layer_replication")) for config in configs_of(adapter)):
+    if any(is_set(config.get("layer_replication")) for config in adapter.peft_configs):
         return Absent((), names)  # for a model whose layers are others than the base's
-    if adapter.kind not in ("kohya", "diffusers", "comfyui"):
+    source = adapter.source
+    if not isinstance(source, SingleFile):
         return Absent(tuple(name for name in names if not any(part.has(name) for part in parts.values())), ())
-    places = {name: _places(adapter.kind, name) for name in names}
+    places = {name: source.places(name) for name in names}
     found = {name for name in names if any(_is_in(parts, component, module) for component, module in places[name])}
     heard = {places[name][0][0] for name in found}
     gone, unseen = [], []
@@ -111,19 +102,6 @@ def absent_from(adapter: SavedAdapter, base: str | Path) -> Absent:
 def _is_in(parts: Mapping[str, _Part], component: str, module: str) -> bool:
     part = parts.get(component) or parts.get(_ALONE)
     return part is not None and module in part.spelt(component)
-
-
-def _places(kind: str, name: str) -> list[tuple[str, str]]:
-    """(component, module) that a name of an image model's format may stand for."""
-    if kind == "kohya":
-        prefix = next((prefix for prefix in _OF_KOHYA if name.startswith(prefix)), "")
-        return [(component, name.removeprefix(prefix)) for component in _OF_KOHYA.get(prefix, (_ALONE,))]
-    component, module = split(naming.renamed(name))
-    if component:
-        return [(component.removesuffix("."), module)]
-    if kind == "comfyui" and name.startswith("diffusion_model."):
-        return [(part, name.removeprefix("diffusion_model.")) for part in _OF_KOHYA["lora_unet_"]]
-    return [(part, name) for part in COMPONENTS]
 
 
 def _told(

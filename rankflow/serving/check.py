@@ -9,7 +9,6 @@ from collections.abc import Collection
 
 from rankflow.formats.as_lora.fine_tune import KIND as FULL
 from rankflow.formats.base import SavedAdapter
-from rankflow.formats.convert import configs_of
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.formats.peft_fields import unknown
 from rankflow.serving.engine import Engine, Fate, Problem
@@ -22,7 +21,6 @@ from rankflow.serving.features import (
     OTHER_NAMES,
     REPLICATED,
     no_plain_lora,
-    source_of,
 )
 
 ELSEWHERE = "serve it with another engine, or merge the adapter into its base model"
@@ -31,7 +29,7 @@ _FIELDS = "see what these settings do, and whether the engine heeds them; withou
 
 def problems(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     """Everything that an engine would get wrong with the file as it is."""
-    kind = source_of(adapter).kind
+    kind = adapter.source.kind
     if kind == FULL or adapter.kind not in engine.reads:
         what = "whole model and no adapter" if kind == FULL else f"{adapter.kind} file"
         where = f"is a {what}; {engine.name} loads {', '.join(engine.reads)}"
@@ -48,7 +46,7 @@ def lasting(adapter: SavedAdapter, engine: Engine) -> list[Problem]:
     """The problems that no other way of writing the file takes away."""
     kept = [feature for feature in FEATURES if not _mended(feature, engine)]
     found = [*_features(adapter, engine, kept), *engine.layer_problems(adapter)]
-    if fields := sorted({field for config in configs_of(source_of(adapter)) for field in unknown(config)}):
+    if fields := sorted({field for config in adapter.peft_configs for field in unknown(config)}):
         found.append(Problem("", f"may or may not heed {', '.join(fields)}", Fate.UNKNOWN, _FIELDS, tuple(fields)))
     return found
 

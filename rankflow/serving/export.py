@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rankflow.errors import ConfigError, naming
 from rankflow.formats.base import SavedAdapter, Sketch
-from rankflow.formats.convert import Converted
+from rankflow.formats.convert import AsPeft, AsSingleFile
 from rankflow.formats.open import converted, open_adapter
 from rankflow.formats.peft.adapter import PeftAdapter
-from rankflow.formats.single_file.diffusers import METADATA
+from rankflow.formats.single_file.diffusers import METADATA, DiffusersAdapter
 from rankflow.serving.check import lasting
 from rankflow.serving.engine import Engine, Fate, Problem
 from rankflow.serving.engines import engine_named
@@ -106,11 +106,11 @@ class Fitting:
             respelt = not self.engine.library_names and other_names(source)
             if respelt or METADATA in source.metadata:
                 # Scales in the factors, since not everything reads the header
-                return Converted(source, to, keep_names=self.engine.library_names)
+                return AsSingleFile(source, DiffusersAdapter, keep_names=self.engine.library_names)
         adapter = source if to == source.kind else self._converted(source, to)
         return (
             adapter.at_unit_scale()
-            if self.pads and isinstance(adapter, PeftAdapter | Converted) and to == "peft"
+            if self.pads and isinstance(adapter, PeftAdapter | AsPeft) and to == "peft"
             else adapter
         )
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from rankflow.formats.as_lora.dense import DenseAdapter
 from rankflow.formats.base import BASE_COPY, SavedAdapter
-from rankflow.formats.convert import Converted, Source, configs_of
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.formats.peft_fields import is_set
 from rankflow.formats.single_file.base import SingleFile
@@ -67,14 +66,10 @@ def _tensors(adapter: SavedAdapter, matches: Callable[[str], bool]) -> list[str]
     return [key for key in adapter.extra_tensors if not config_of(adapter) and matches(key)]
 
 
-def source_of(adapter: SavedAdapter) -> Source:
-    return adapter.source if isinstance(adapter, Converted) else adapter
-
-
 def no_plain_lora(adapter: SavedAdapter, *origins: str, other: bool = False) -> list[str]:
     """What an adapter of PEFT's is that is read as a LoRA without being one, if it is of one of these types; of any, if
     none are given, or with `other` of any but these."""
-    source = source_of(adapter)
+    source = adapter.source
     if isinstance(source, DenseAdapter):
         found, origin = source.kind, source.kind.upper()
     elif isinstance(source, PeftAdapter) and source.folded:
@@ -94,7 +89,7 @@ def _is_flux(key: str) -> bool:
 
 def _keys(adapter: SavedAdapter) -> Mapping[str, str]:
     """Key in the file -> the one that it is read as, and written as, of factors."""
-    source = source_of(adapter)
+    source = adapter.source
     if not isinstance(source, PeftAdapter | SingleFile):
         return {}
     return {name: new for name, new in source.names_in_file.items() if _FACTOR.search(name)}
@@ -129,8 +124,7 @@ def _of_kind(kind: str) -> Callable[[SavedAdapter], list[str]]:
 
 def _setting(*names: str) -> Callable[[SavedAdapter], list[str]]:
     def given(adapter: SavedAdapter) -> list[str]:
-        configs = configs_of(source_of(adapter))
-        return [name for name in names if any(is_set(config.get(name)) for config in configs)]
+        return [name for name in names if any(is_set(config.get(name)) for config in adapter.peft_configs)]
 
     return given
 

@@ -16,7 +16,6 @@ from rankflow.serving.check import ELSEWHERE, problems
 from rankflow.serving.engine import SQUEEZE, Fate, Problem
 from rankflow.serving.engines import engine_named
 from rankflow.serving.export import Fitting
-from rankflow.serving.features import source_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def _beside(
     adapter: SavedAdapter, base: str | Path | None, *, needed: bool
 ) -> tuple[list[Problem], tuple[str, ...], list[str]]:
     """(what is wrong beside the base, the modules it lacks, what is to be said)."""
-    if base is None or source_of(adapter).kind == FULL:  # which was made of the two
+    if base is None or adapter.source.kind == FULL:  # which was made of the two
         return [], (), []
     try:
         found = absent_from(adapter, base)

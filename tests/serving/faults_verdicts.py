@@ -5,7 +5,7 @@ from fault import Fault
 FAULTS = [
     Fault(
         "keep the level that transformers took out of CLIP",
-        "formats/single_file/names.py",
+        "formats/single_file/kohya.py",
         'component, _, module = renamed(name).partition(".")',
         'component, _, module = name.partition(".")',
         "-k names",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
-from rankflow.formats.as_lora.parts import PREFIX, Folded, Lazy
+from rankflow.formats.as_lora.parts import PREFIX, Folded, Form, Lazy
 from rankflow.formats.base import is_scale
 from rankflow.plans.peft_patterns import alpha_for, exclude_modules, rank_config
 
@@ -118,3 +118,6 @@ def _pair(
         f"{module}.lora_A.weight": lambda: tensors[a][kept].to(dtype) * tensors[e][kept].to(dtype),
         f"{module}.lora_B.weight": lambda: tensors[b][:, kept].to(dtype),
     }
+
+
+FORMS = (Form("ADALORA", fold_adalora),)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rankflow.formats.as_lora.loha_lokr import wide
-from rankflow.formats.as_lora.parts import Factors, Folded, Parts, folded
+from rankflow.formats.as_lora.parts import Factors, Folded, Form, Parts, folded
 
 
 def fold_delora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
@@ -36,3 +36,6 @@ def fold_delora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
         made = lambda a=a, n=norms: wide(a) * wide(n)  # noqa: E731
         modules[m] = Factors(len(a), made, partial(columns, a, b, bound), max(a.numel(), b.numel()))
     return folded(config, modules, parts.rest, ["DeLoRA, read as the plain LoRA that it equals"], path)
+
+
+FORMS = (Form("DELORA", fold_delora),)

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
-from rankflow.formats.base import SavedModule, Sketch
-from rankflow.formats.io.outputs import suffixed
+from rankflow.formats.base import SavedModule, Sketch, Source
 from rankflow.formats.io.tensors import all_finite
-from rankflow.linalg.svd import low_rank
+from rankflow.linalg.svd import Backend, low_rank
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.names import natural
 
@@ -38,7 +37,7 @@ class Delta:
     make: Callable[[], Tensor]
 
 
-class DenseAdapter:
+class DenseAdapter(Source):
     """Full updates as an adapter of at most the sketch's rank, to be read; `rankflow.formats.convert` writes it.
 
     `about` is what PEFT's config should say of it beside ranks and modules.
@@ -55,24 +54,31 @@ class DenseAdapter:
         about: Mapping[str, Any],
         notes: Sequence[str] = (),
     ):
-        self.kind, self.path, self.sketch, self.about = kind, path, sketch, about
+        self.kind, self.path, self.sketch = kind, path, sketch
+        self._about, self._file_bytes = about, file_bytes
+        self._rank = sketch.rank
+        self._backend: Backend = sketch.backend
         self._deltas = {name: deltas[name] for name in sorted(deltas, key=natural)}
         self.entries = {name: self._entry(delta) for name, delta in self._deltas.items()}
         self.layout = Layout({name: entry.slot for name, entry in self.entries.items()})
         self._outside: dict[str, float] = {}
-        self.file_bytes = file_bytes
-        self.companions: list[Path] = []
-        self.extra_tensors: dict[str, int] = {}
-        self.metadata: dict[str, str] = {}
         self.notes = [
             *notes,
             f"of every update the {sketch.rank} leading directions at most, by SVD ({sketch.backend}); what lies "
             "outside of them counts as lost",
         ]
 
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return self._about
+
+    @property
+    def file_bytes(self) -> int:
+        return self._file_bytes
+
     def _entry(self, delta: Delta) -> SavedModule:
         inside, ones = math.prod(delta.shape), (1,) * (len(delta.shape) - 1)
-        rank = min(self.sketch.rank, delta.out, inside)
+        rank = min(self._rank, delta.out, inside)
         slot = Slot(
             rank=rank,
             in_features=inside,
@@ -94,7 +100,7 @@ class DenseAdapter:
         delta = delta if delta.dtype == torch.float64 else delta.float()
         if not all_finite(delta):
             raise AdapterError(f"{self.path}: the update of {name} has NaN or infinite values; the file is damaged")
-        U, S, Vh = low_rank(delta, self.layout[name].rank, self.sketch.backend)
+        U, S, Vh = low_rank(delta, self.layout[name].rank, self._backend)
         left, right = U * S.sqrt(), S.sqrt()[:, None] * Vh
         residual = (
             torch.linalg.vector_norm(rows - some @ right, dtype=torch.float64).square()
@@ -106,6 +112,3 @@ class DenseAdapter:
     def outside(self, name: str) -> float:
         """Return |D - B A|_F^2 of the factors that were computed last."""
         return self._outside[name]
-
-    def beside(self, suffix: str) -> Path:
-        return suffixed(self.path.resolve() if self.path.name in ("", "..") else self.path, suffix)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankflow.formats.as_lora.loha_lokr import wide
-from rankflow.formats.as_lora.parts import Factors, Folded, Parts, folded, number, whole
+from rankflow.formats.as_lora.parts import Factors, Folded, Form, Parts, folded, number, whole
 
 
 def fold_gralora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
@@ -58,3 +58,6 @@ def _block_columns(b: Tensor, more: list[Tensor]) -> Tensor:
     for j in range(k):
         columns[j, :, :, j] = wide(b)[j].unflatten(0, (k, r // k)).permute(2, 0, 1)
     return torch.cat([columns.reshape(k * out, k * r), *map(wide, more)], -1)
+
+
+FORMS = (Form("GRALORA", fold_gralora),)

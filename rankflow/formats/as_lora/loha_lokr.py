@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rankflow.formats.as_lora.parts import PREFIX, Factors, Folded, Make, Parts, folded, number, positive
+from rankflow.formats.as_lora.parts import PREFIX, Factors, Folded, Form, Make, Parts, folded, number, positive
 from rankflow.formats.peft_config import pattern_value, patterns_of
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -204,3 +204,6 @@ def dense(whole, out: int, inside: int, shape: tuple[int, ...], scaling: float) 
     one = lambda: torch.eye(rank, dtype=whole().dtype)  # noqa: E731
     a, b = (whole, one) if out <= inside else (one, whole)
     return shaped(rank, a, b, shape, out, scaling)
+
+
+FORMS = (Form("LOHA", fold_loha), Form("LOKR", fold_lokr))

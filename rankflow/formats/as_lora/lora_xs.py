@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError
-from rankflow.formats.as_lora.parts import PREFIX, Folded, Lazy, Make
+from rankflow.formats.as_lora.parts import PREFIX, Folded, Form, Lazy, Make
 
 _LATENT = re.compile(r"^(?P<module>.+?)(?:\.default_|_|\.)lora_latent_mapping(?:\.default)?\.weight$")
 _MIDDLE = re.compile(r"^(?P<module>.+)\.lora_N(?:\.[^.]+)?(?:\.weight)?$")
@@ -81,3 +81,6 @@ def _factor(tensors: Mapping[str, Tensor], module: str, part: str, path: Path) -
 
 def _owner(key: str) -> str:
     return key.partition(".lora_A")[0]
+
+
+FORMS = (Form("LORA", fold_middles, applies=has_middles),)

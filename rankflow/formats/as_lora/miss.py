@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.as_lora.loha_lokr import dense, wide
-from rankflow.formats.as_lora.parts import Factors, Folded, Parts, folded
+from rankflow.formats.as_lora.parts import Factors, Folded, Form, Parts, folded
 from rankflow.formats.as_lora.vera import base_of, no_module, shapes_of
 
 
@@ -62,3 +62,6 @@ def _columns(block: Tensor, times: int) -> Tensor:
 def _miss_delta(block: Tensor, times: int, inside: int) -> Tensor:
     """``[out, in]``, the product of the two, which is a column of the latter for every input."""
     return _columns(block, times)[:, torch.arange(inside) % len(block)]
+
+
+FORMS = (Form("MISS", fold_miss, needs_base=True),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,19 @@ class Folded(NamedTuple):
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
     notes: list[str]
+
+
+class Form(NamedTuple):
+    """A kind of adapter that equals a plain LoRA. A file of this folder lists those it reads as `FORMS`.
+
+    peft_type: as PEFT's config has it. fold: gives the LoRA, of (config, tensors, path for messages), and of the base
+    model's folder or None as well where `needs_base`. applies: whether it is one, by the keys of its tensors.
+    """
+
+    peft_type: str
+    fold: Callable[..., Folded]
+    needs_base: bool = False
+    applies: Callable[[Iterable[str]], bool] = lambda keys: True
 
 
 class Factors(NamedTuple):

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rankflow.errors import AdapterError
-from rankflow.formats.as_lora.adalora import fold_adalora
-from rankflow.formats.as_lora.delora import fold_delora
-from rankflow.formats.as_lora.gralora import fold_gralora
-from rankflow.formats.as_lora.loha_lokr import fold_loha, fold_lokr
-from rankflow.formats.as_lora.lora_xs import fold_middles, has_middles
-from rankflow.formats.as_lora.miss import fold_miss
-from rankflow.formats.as_lora.parts import Folded
-from rankflow.formats.as_lora.unilora import fold_unilora
-from rankflow.formats.as_lora.vblora import fold_vblora
-from rankflow.formats.as_lora.vera import fold_pvera, fold_vera
+from rankflow.formats import as_lora
+from rankflow.formats.added import ADDED
+from rankflow.formats.as_lora.parts import Folded, Form
+from rankflow.plugins import files_of
 
-Fold = Callable[[Mapping[str, Any], Mapping[str, Tensor], Path], Folded]
-BasedFold = Callable[[Mapping[str, Any], Mapping[str, Tensor], Path, Path | None], Folded]
-
-_FOLDS: Mapping[str, Fold] = {
-    "ADALORA": fold_adalora,
-    "LOHA": fold_loha,
-    "LOKR": fold_lokr,
-    "VBLORA": fold_vblora,
-    "UNILORA": fold_unilora,
-    "DELORA": fold_delora,
-    "GRALORA": fold_gralora,
-}
-_WITH_BASE: Mapping[str, BasedFold] = {"VERA": fold_vera, "PVERA": fold_pvera, "MISS": fold_miss}
 DENSE = ("RANDLORA",)  # read by `rankflow.formats.as_lora.dense`
-NEEDS_BASE = (*_WITH_BASE, *DENSE)
 
 _PROMPT = "which puts vectors before the input instead of changing weights"
 _TURNS = "which multiplies the base weight instead of adding to it"
@@ -78,6 +59,28 @@ _REFUSED = {
 }
 
 
+@cache
+def forms() -> tuple[Form, ...]:
+    """Every form that a file of this folder reads."""
+    return tuple(form for file in files_of(as_lora) for form in getattr(file, "FORMS", ()))
+
+
+def known_types() -> list[str]:
+    """PEFT types that are read, or refused with a reason."""
+    return [*(form.peft_type for form in forms()), *DENSE, *_REFUSED]
+
+
+def needs_base(peft_type: str | None) -> bool:
+    """Whether an adapter of this type says less than all in its file."""
+    return peft_type in DENSE or any(form.needs_base for form in _forms_of(str(peft_type)))
+
+
+def _forms_of(peft_type: str) -> list[Form]:
+    if (name := peft_type.lower()) in ADDED.names() and isinstance(added := ADDED.load(name), Form):
+        return [added]
+    return [form for form in forms() if form.peft_type == peft_type]
+
+
 def plain(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> Folded | None:
     """Return the plain LoRA that an adapter of another kind equals, or None if it is LoRA already.
 
@@ -90,12 +93,9 @@ def plain(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, 
         ConfigError: the base model is needed and not at hand.
     """
     kind = str(config.get("peft_type"))
-    if kind == "LORA":
-        return fold_middles(config, tensors, path) if has_middles(tensors) else None
-    if kind in _FOLDS:
-        return _FOLDS[kind](config, tensors, path)
-    if kind in _WITH_BASE:
-        return _WITH_BASE[kind](config, tensors, path, base)
+    form = next((form for form in _forms_of(kind) if form.applies(tensors)), None)
+    if form is not None:
+        return form.fold(config, tensors, path, *([base] if form.needs_base else []))
     if kind in _REFUSED:
         raise AdapterError(f"{path}: is {kind}, {_REFUSED[kind]}; it cannot be read as a LoRA")
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.as_lora.loha_lokr import wide
-from rankflow.formats.as_lora.parts import SHARED, Factors, Folded, Parts, are_indices, folded
+from rankflow.formats.as_lora.parts import SHARED, Factors, Folded, Form, Parts, are_indices, folded
 
 
 def fold_unilora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
@@ -39,3 +39,6 @@ def fold_unilora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path:
         parts.check(m, len(ia) == ib.shape[1])
         modules[m] = Factors(len(ia), partial(picked, ia, sa), partial(picked, ib, sb), max(ia.numel(), ib.numel()))
     return folded(config, modules, parts.rest, ["Uni-LoRA, read as the plain LoRA that it equals"], path)
+
+
+FORMS = (Form("UNILORA", fold_unilora),)

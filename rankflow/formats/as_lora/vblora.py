@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankflow.formats.as_lora.loha_lokr import wide
-from rankflow.formats.as_lora.parts import SHARED, Factors, Folded, Parts, are_indices, folded, number
+from rankflow.formats.as_lora.parts import SHARED, Factors, Folded, Form, Parts, are_indices, folded, number
 
 
 def fold_vblora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
@@ -72,3 +72,6 @@ def _in_bank(found: Mapping[str, Tensor], bank: Tensor, topk: int) -> bool:
         elif t.shape[-1] != len(bank) or topk > len(bank):
             return False
     return True
+
+
+FORMS = (Form("VBLORA", fold_vblora),)

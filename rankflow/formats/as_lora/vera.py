@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.as_lora.loha_lokr import wide
-from rankflow.formats.as_lora.parts import PREFIX, SHARED, Factors, Folded, Parts, folded, number, whole
+from rankflow.formats.as_lora.parts import PREFIX, SHARED, Factors, Folded, Form, Parts, folded, number, whole
 from rankflow.formats.base import WIDE
 from rankflow.formats.io.models import is_model, open_model, weight_of
 
@@ -132,3 +132,6 @@ def _drawn(stem: str, seed: int, rank: int, ins: int, outs: int) -> tuple[Tensor
         torch.empty(halves * rank, ins).uniform_(-bounds[0], bounds[0], generator=generator),
         torch.empty(outs, rank).uniform_(-bounds[1], bounds[1], generator=generator),
     )
+
+
+FORMS = (Form("VERA", fold_vera, needs_base=True), Form("PVERA", fold_pvera, needs_base=True))

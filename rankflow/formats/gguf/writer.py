@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from rankflow.errors import BaseNeeded, ConfigError
-from rankflow.formats.base import BASE_COPY, Put, SavedAdapter, Sketch, at_unit_scale, fold
-from rankflow.formats.convert import check_sayable, lost_fields
+from rankflow.formats.base import BASE_COPY, Put, SavedAdapter
 from rankflow.formats.gguf.names import Names
 from rankflow.formats.io.atomic import atomic_file, is_plain
 from rankflow.formats.io.outputs import check_output
 from rankflow.formats.peft.adapter import PeftAdapter
-from rankflow.plans.layout import Layout
+from rankflow.formats.rewritten import Rewritten, check_sayable
 
 _SUFFIX = ".gguf"
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -33,7 +32,7 @@ _MOST_TOKENS = 4096
 _HEADER = 512  # bytes of what is said once, at most; a tensor's entry takes its name and 64 more, and its padding
 
 
-class GgufAdapter:
+class GgufAdapter(Rewritten):
     """A PEFT adapter that is read as it is and written as GGUF."""
 
     kind = "gguf"
@@ -57,38 +56,18 @@ class GgufAdapter:
         for name, slot in source.layout.items():
             if slot.kind not in ("linear", "embedding"):
                 raise ConfigError(f"{source.path}: {name} is of kind {slot.kind}, which GGUF adapters do not have")
-        self.source, self.path = source, source.path
-        self.entries = at_unit_scale(source.entries)
-        self.layout = Layout({name: entry.slot for name, entry in self.entries.items()})
-        self.companions: list[Path] = []
-        self.extra_tensors: dict[str, int] = {}
-        self.metadata: dict[str, str] = {}
-        self.notes = [*source.notes, f"read as {source.kind}, written as gguf", *lost_fields(source)]
+        super().__init__(source)
+        self.fold_scales()
         self._invocation = _tokens(source)
         self._names = Names.of(base or _named(source))
         self._tensors = {name: self._names.tensor(name) for name in self.layout}
 
     @property
-    def file_bytes(self) -> int:
-        return self.source.file_bytes
-
-    @property
     def overhead(self) -> int:
         return _HEADER + 4 * len(self._invocation) + sum(2 * (len(tensor) + 128) for tensor in self._tensors.values())
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        a, b = self.source.factors(name)
-        return a, fold(b, self.source.layout[name].scaling)
-
-    @property
-    def sketch(self) -> Sketch | None:
-        return self.source.sketch
-
-    def outside(self, name: str) -> float:
-        return self.source.outside(name)
-
     def beside(self, suffix: str) -> Path:
-        found = self.source.beside(suffix)
+        found = super().beside(suffix)
         return found.with_name(f"{found.name}{_SUFFIX}")
 
     def check_out(self, out: Path, *, force: bool) -> None:
@@ -99,9 +78,6 @@ class GgufAdapter:
         check_output(out, {"its own source": self.path}, force=force)
         if out.is_file() and not is_plain(out) and not _is_gguf(out):
             raise ConfigError(f"{out}: is not GGUF, so --force does not replace it; choose another name")
-
-    def weights_in(self, out: Path) -> Path:
-        return out
 
     @contextmanager
     def rewrite(

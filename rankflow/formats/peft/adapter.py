@@ -7,16 +7,17 @@ canonical factors (A ``[*e, r, in]``, B ``[*e, out, r]``, scaling), whatever lay
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankflow.errors import AdapterError, naming
 from rankflow.formats.as_lora.registry import plain
-from rankflow.formats.base import Put, at_unit_scale, fold
+from rankflow.formats.base import Put, SavedAdapter, at_unit_scale, fold
 from rankflow.formats.io.atomic import Together, atomic_folder
 from rankflow.formats.io.links import check_own
 from rankflow.formats.io.models import indexed
@@ -24,7 +25,7 @@ from rankflow.formats.io.outputs import check_destination
 from rankflow.formats.io.tensors import Spec, all_finite, open_tensors
 from rankflow.formats.io.writers import header, tensor_writer
 from rankflow.formats.peft.files import INDEX, companions_of, locate, write_adapter_files
-from rankflow.formats.peft.modules import read_entries
+from rankflow.formats.peft.modules import Entry, read_entries
 from rankflow.formats.peft_config import (
     CONFIG,
     as_peft_writes,
@@ -38,7 +39,7 @@ from rankflow.formats.wrappers import peft_names, renamed, renaming_note, unwrap
 from rankflow.plans.layout import Layout
 
 
-class PeftAdapter:
+class PeftAdapter(SavedAdapter):
     """A saved LoRA adapter, open for reading; tensors stay on disk until asked for.
 
     So is one of another kind that equals a plain LoRA, `folded`: what is read, and written, is that LoRA
@@ -51,6 +52,7 @@ class PeftAdapter:
     """
 
     kind = "peft"
+    entries: Mapping[str, Entry]
 
     def __init__(self, src: str | Path, base: str | Path | None = None, *, any_init: bool = False):
         """
@@ -95,7 +97,7 @@ class PeftAdapter:
             refuse_empty(self._tensors, self.weights)
         self.config = check_config(config, self.folder / CONFIG, any_init=any_init)
         with naming(self.folder):
-            self.entries = read_entries(self._tensors, self.config, self.weights)
+            self.entries = read_entries(self._tensors, self.config, self.weights)  # type: ignore[reportIncompatibleVariableOverride]
         self.layout = Layout({name: entry.slot for name, entry in self.entries.items()})
         self._gains: dict[str, float] = {}  # what is multiplied into B as it is read
         factor_keys = {key for e in self.entries.values() for key in (e.a_key, e.b_key)}
@@ -120,6 +122,14 @@ class PeftAdapter:
             whole = (entry for entry in self.entries.values() if entry.slot.kind != "experts")
             found.config["target_modules"] = target_modules({name for e in whole for name in e.pattern_names})
         return found
+
+    @property
+    def peft_configs(self) -> Sequence[Mapping[str, Any]]:
+        return [self.config]
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return self.config
 
     @property
     def unheard(self) -> list[str]:
@@ -160,13 +170,6 @@ class PeftAdapter:
         }
         rest = {key: (t.dtype, tuple(t.shape)) for key in self.extra_tensors for t in [self._tensors[key]]}
         return len(header(factors | rest, self.metadata)[0])
-
-    @property
-    def sketch(self) -> None:
-        return None
-
-    def outside(self, name: str) -> float:
-        return 0.0
 
     def beside(self, suffix: str) -> Path:
         """`<src>-r8` and the like: beside the folder, or beside the file where it has a name of its own."""

@@ -7,8 +7,9 @@ is none (ComfyUI's `weight_adapter/lora.py`, sd-scripts' `lora.py` and `resize_l
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,18 +18,20 @@ from torch import Tensor
 
 from rankflow.errors import AdapterError
 from rankflow.formats.as_lora.parts import MOST
-from rankflow.formats.base import Put, checked_slot, is_scale
-from rankflow.formats.io.outputs import suffixed
+from rankflow.formats.base import Put, SavedAdapter, SavedModule, checked_slot, is_scale
 from rankflow.formats.io.tensors import SAFETENSORS_DTYPES, Spec, all_finite
 from rankflow.formats.io.writers import SafetensorsWriter
 from rankflow.formats.single_file.keys import (
     Factor,
+    Fit,
+    Names,
     factor_of,
     refuse_empty,
     refuse_unknown_factors,
     refuse_unused_alphas,
 )
 from rankflow.formats.single_file.lycoris import fold_tucker, refuse_variants
+from rankflow.formats.single_file.names import COMPONENTS, renamed, split
 from rankflow.formats.single_file.writer import Module, check_single, outline, overhead, write_single
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.names import natural
@@ -36,15 +39,21 @@ from rankflow.plans.names import natural
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class SingleFile:
+class SingleFile(SavedAdapter):
     """An adapter in one file, open for reading; tensors stay on disk until asked for.
+
+    A format is a subclass in a file of its own: `recognises` tells its files, `to_common` and `from_common` translate
+    names of modules, `place` and `describe` say what is written of an adapter of another format. By a common name a
+    module is called by a component and its name in it: `unet.` and so on as diffusers has them, `diffusion_model.` for
+    what goes by the names of the model's own checkpoint.
 
     Tensors other than factors and alphas are kept as they are, and so is the header's metadata but for what says
     ranks. Modules with such tensors of their own stay in the file (`min_rank` 1). `names_in_file` says which key of the
     file is read, and written, as which.
     """
 
-    kind: str = ""
+    entries: Mapping[str, Module]
+    writes = True  # whether adapters of other formats are written in this one
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
         """
@@ -57,14 +66,13 @@ class SingleFile:
         self._tensors = tensors
         refuse_variants(tensors, path)
         refuse_empty(tensors, path)
-        self.entries = self._read()
+        self.entries = self._read()  # type: ignore[reportIncompatibleVariableOverride]
         self.layout = Layout({name: module.slot for name, module in self.entries.items()})
         ours = {k for m in self.entries.values() for k in (m.a_key, m.b_key, m.mid_key, m.alpha_key)}
         self.extra_tensors = {key: tensors[key].nbytes for key in tensors if key not in ours}
         extra = {key: tensors[key] for key in self.extra_tensors}
         refuse_unknown_factors(extra, path)
         refuse_unused_alphas(extra, path)
-        self.companions: list[Path] = []
         self.notes: list[str] = []
         if any("dora_scale" in key or "lora_magnitude" in key for key in tensors):
             self.notes.append("DoRA: magnitudes are kept as they are, so predicted errors are estimates")
@@ -72,6 +80,57 @@ class SingleFile:
             self.notes.append("Tucker factors (lora_mid) were folded into plain ones, which may take more room")
 
     # -- what a format says of itself -------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, names: Names) -> Fit:
+        """How surely a file with these names is of the format."""
+
+    @classmethod
+    @abstractmethod
+    def to_common(cls, names: Collection[str]) -> list[str]:
+        """The common name of each module.
+
+        Raises:
+            ConfigError: there is none.
+        """
+
+    @classmethod
+    def from_common(cls, names: Collection[str]) -> list[str]:
+        """What the format calls each module, given their common names. Needed where `writes`.
+
+        Raises:
+            ConfigError: it has no name for one.
+        """
+        raise NotImplementedError(cls.kind)
+
+    @classmethod
+    def place(cls, entry: SavedModule, stem: str) -> Module:
+        """Where the factors of another format's module are written, with its scale in B, since no alpha says it."""
+        keys = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
+        return Module(entry.slot, *keys, entry.a_shape, entry.b_shape, entry.dtype, gain=entry.slot.scaling)
+
+    @classmethod
+    def describe(
+        cls, metadata: Mapping[str, str], modules: Mapping[str, Module], ranks: Mapping[str, int]
+    ) -> dict[str, str]:
+        """Metadata of the header of what was another format's; `modules` and `ranks` by the names in the file."""
+        return dict(metadata)
+
+    @classmethod
+    def spare(cls, modules: Mapping[str, Module]) -> int:
+        """Bytes by which the header's metadata may grow with the ranks."""
+        return 128
+
+    @classmethod
+    def finish(cls, writer: SafetensorsWriter, partial: Path, metadata: Mapping[str, str]) -> None:
+        """Called with the file once its tensors are written."""
+
+    @classmethod
+    def places(cls, name: str) -> list[tuple[str, str]]:
+        """(component, module) that a name may stand for in a base model; component "" is a base of one model."""
+        component, module = split(renamed(name))
+        return [(component.removesuffix("."), module)] if component else [(part, name) for part in COMPONENTS]
 
     def name_of(self, factor: Factor) -> str:
         """The module's name in the layout."""
@@ -88,22 +147,11 @@ class SingleFile:
         """Metadata of the header at other ranks."""
         return dict(self.metadata)
 
-    def finish(self, writer: SafetensorsWriter, partial: Path, metadata: Mapping[str, str]) -> None:
-        """Called with the file once its tensors are written."""
-
     # -- as every saved adapter -------------------------------------------------------------------------------------
 
     @property
-    def file_bytes(self) -> int:
-        return self.path.stat().st_size
-
-    @property
     def overhead(self) -> int:
-        return overhead(*self._outline(self.layout.ranks, torch.bfloat16), self.entries) + self._spare()
-
-    def _spare(self) -> int:
-        """Bytes by which the header's metadata may grow with the ranks."""
-        return 128
+        return overhead(*self._outline(self.layout.ranks, torch.bfloat16), self.entries) + self.spare(self.entries)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         module = self.entries[name]
@@ -116,21 +164,8 @@ class SingleFile:
             a = fold_tucker(mid, a)
         return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
 
-    @property
-    def sketch(self) -> None:
-        return None
-
-    def outside(self, name: str) -> float:
-        return 0.0
-
-    def beside(self, suffix: str) -> Path:
-        return suffixed(self.path.resolve() if self.path.name in ("", "..") else self.path, suffix)
-
     def check_out(self, out: Path, *, force: bool) -> None:
         check_single(out, self.path, force=force)
-
-    def weights_in(self, out: Path) -> Path:
-        return out
 
     @contextmanager
     def rewrite(

@@ -11,32 +11,22 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rankflow.errors import AdapterError
+from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.io.strict_json import strict_object
 from rankflow.formats.peft_config import check_config, pattern_value, resized_config, target_modules
 from rankflow.formats.single_file.base import SingleFile
-from rankflow.formats.single_file.keys import Factor
+from rankflow.formats.single_file.keys import Factor, Fit, Names
+from rankflow.formats.single_file.names import BLOCKS, COMPONENTS, component_of, renamed, split
 from rankflow.formats.single_file.writer import Module
 
 METADATA = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-COMPONENTS = (
-    "unet",
-    "prior",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-    "transformer",
-    "transformer_2",
-    "connectors",
-)
-
 # What the oldest spelling (`to_q_lora.up`) calls the modules of a text encoder, and of anything else
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _OLD = {"to_out": "to_out.0"}
@@ -68,6 +58,38 @@ class DiffusersAdapter(SingleFile):
         told = METADATA in metadata or any(m.alpha_key for m in self.entries.values())
         if not told and mixed(self.layout.ranks):
             self.notes.append("ranks differ and the file tells no scale: read as 1, as diffusers since 14409 does")
+
+    @classmethod
+    def recognises(cls, names: Names) -> Fit:
+        if not names.stems:
+            return Fit.NONE
+        ours = names.roots <= {*COMPONENTS, *BLOCKS} or all(".processor." in stem for stem in names.stems)
+        return Fit.LIKELY if ours else Fit.NONE
+
+    @classmethod
+    def to_common(cls, names: Collection[str]) -> list[str]:
+        if part := next((name for name in names if name.endswith(".linear1_qkv")), None):
+            raise ConfigError(f"{part} is some rows of a layer, as only XLabs' files have it; keep the format")
+        component = "" if any(split(name)[0] for name in names) else f"{component_of(names)}."
+        return [component + name for name in names]
+
+    @classmethod
+    def from_common(cls, names: Collection[str]) -> list[str]:
+        return [to_diffusers(name) for name in names]
+
+    @classmethod
+    def describe(
+        cls, metadata: Mapping[str, str], modules: Mapping[str, Module], ranks: Mapping[str, int]
+    ) -> dict[str, str]:
+        return with_configs(metadata, unit_scales(ranks))
+
+    @classmethod
+    def spare(cls, modules: Mapping[str, Module]) -> int:
+        return 512 + sum(3 * (len(json.dumps(re.escape(name))) * 2 + 48) for name in modules)
+
+    @property
+    def peft_configs(self) -> Sequence[Mapping[str, Any]]:
+        return list(self.configs.values())
 
     def name_of(self, factor: Factor) -> str:
         head, _, last = factor.stem.replace(".processor.", ".").rpartition(".")
@@ -111,24 +133,10 @@ class DiffusersAdapter(SingleFile):
         """Whether diffusers gives the module a component by which it then looks into the header, in vain."""
         return not split(name)[0] and _FOREIGN.search(self.entries[name].a_key) is not None
 
-    def _spare(self) -> int:
-        return spare(self.entries)
-
-
-def split(name: str) -> tuple[str, str]:
-    """(component with its dot, module), the component empty where the name has none."""
-    head, dot, rest = name.partition(".")
-    return (head + dot, rest) if head in COMPONENTS else ("", name)
-
 
 def mixed(ranks: Mapping[str, int]) -> bool:
     """Whether the modules of one component differ in rank; those that left do not count."""
     return any(len({ranks[c + m] for m in ms} - {0}) > 1 for c, ms in _by_component(ranks).items())
-
-
-def spare(modules: Mapping[str, Module]) -> int:
-    """Bytes that patterns of rank and alpha, and exclusions, of all modules may add to the header."""
-    return 512 + sum(3 * (len(json.dumps(re.escape(name))) * 2 + 48) for name in modules)
 
 
 def unit_scales(ranks: Mapping[str, int], *, always: bool = False) -> dict[str, dict[str, Any]]:
@@ -173,6 +181,19 @@ def read_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str
         component: check_config({"peft_type": "LORA", **config}, f"{path}: {METADATA}")
         for component, config in configs.items()
     }
+
+
+def to_diffusers(name: str) -> str:
+    """
+    Raises:
+        ConfigError: the name is that of the original checkpoint, which diffusers' differ from.
+    """
+    if name.partition(".")[0] not in COMPONENTS:
+        raise ConfigError(
+            f"{name}: goes by the names of the original checkpoint, and which of diffusers' modules that is depends on "
+            "the model; keep the format, which diffusers' load_lora_weights translates itself"
+        )
+    return renamed(name)
 
 
 def _by_component(names: Iterable[str]) -> dict[str, list[str]]:

@@ -1,16 +1,20 @@
-"""Every way that single files spell the factors of a module, and what looks like a factor in a spelling unknown."""
+"""Names in single files: every way to spell the factors of a module, and what looks like a factor in no known one."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from rankflow.errors import AdapterError
+from rankflow.formats.wrappers import PEFT_PREFIX
 
 _ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"
 _FACTORS = (
@@ -41,6 +45,34 @@ FOREIGN = {  # how keys end -> whose they are
     f"adapter_model and adapter_config.json, or merge it into its base model, {_FUSE}",
     ".lora_a": f"an adapter of mlx-lm, whose factors lie transposed; merge it with mlx_lm.fuse, {_FUSE}",
 }
+
+
+class Fit(IntEnum):
+    """How surely the names in a file are of a format."""
+
+    NONE = 0
+    POSSIBLE = 1  # names of an image model, which other formats have too
+    LIKELY = 2  # names that this format has, and language models may have
+    CERTAIN = 3  # a beginning that no other format has
+    UNMISTAKABLE = 4  # a spelling that nothing else has, whatever lies beside the file
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names in a file. keys: of its tensors. stems: of modules, as they are there."""
+
+    keys: Set[str]
+    stems: Sequence[str]
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Names of modules without what PEFT puts before them."""
+        return [stem.removeprefix(PEFT_PREFIX) for stem in self.stems]
+
+    @cached_property
+    def roots(self) -> set[str]:
+        """What comes before the first dot of modules' names."""
+        return {module.partition(".")[0] for module in self.modules}
 
 
 class Factor(NamedTuple):

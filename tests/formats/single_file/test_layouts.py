@@ -235,8 +235,9 @@ def test_what_is_carried_along_is_in_every_report_and_counts_by_size(tmp_path: P
     assert (tmp_path / "y.safetensors").stat().st_size <= size
     assert sum(report.ranks.values()) < sum(m.rank for m in found.modules)
     for page in (inspection_page(found), squeeze_page(report)):
-        section = page.sections[-1]
-        assert [(row[0].text, row[1].value) for row in section.rows] == list(wanted.items())
+        table = page.sections[-1].table
+        assert table is not None
+        assert [(row[0].text, row[1].value) for row in table.rows] == list(wanted.items())
     for table in (inspection_table(found), squeeze_table(report)):
         assert "final_layer.linear.diff (48.0 kB)" in str(table.caption)
         assert "2 tensors" in str(table.caption)
