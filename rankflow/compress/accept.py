@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,8 @@ def search(ranks: Sequence[int], passes: Callable[[int], bool]) -> list[Trial]:
         trials.append(Trial(rank, passed, time.perf_counter() - began))
         return passed
 
-    low, high = 0, len(ranks) - 1
-    attempt(ranks[high])
-    while low < high:
-        middle = (low + high) // 2
-        if attempt(ranks[middle]):
-            high = middle
-        else:
-            low = middle + 1
+    attempt(ranks[-1])
+    bisect_left(ranks, True, hi=len(ranks) - 1, key=attempt)
     return trials
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rankflow.errors import AdapterError
 from rankflow.linalg.decompose import Factor
-from rankflow.linalg.factor_shapes import canonical_a, canonical_b, stored_b
+from rankflow.linalg.factor_shapes import canonical_a, canonical_b, stored_a, stored_b
 from rankflow.plans.layout import Slot
 
 DORMANT = "_rankflow_dormant"  # attribute of a LoraLayer: adapter name -> Dormant
@@ -179,22 +179,23 @@ class Site:
         used = module[name] if self.kind == "embedding" else getattr(module, name)  # type: ignore[index]
         return self.a(used) if factor == "A" else self.b(used)
 
-    def raw_a(self, t: Tensor, size: int | None = None) -> Tensor:
-        """Back from ``[*experts, r, in]`` to the shape that PEFT stores at that rank, or with zeros up to `size`: that
-        of the factors there are, if their capacity may be above r."""
-        size = self.capacity if size is None and self.masked else size
-        t = t if size is None else F.pad(t, (0, 0, 0, size - t.shape[-2]))
-        if self.experts > 1:
-            return t.reshape(-1, t.shape[-1])
-        return t.reshape(t.shape[0], *self._kernel)
+    def raw_a(self, t: Tensor, capacity: int | None = None) -> Tensor:
+        """A as PEFT stores it, from ``[*experts, r, in]``; zeros up to `capacity`, or up to the module's if masked."""
+        t = self._padded(t, -2, capacity)
+        return stored_a(t, self.experts) if self.experts > 1 else t.reshape(t.shape[0], *self._kernel)
 
-    def raw_b(self, t: Tensor, size: int | None = None) -> Tensor:
-        """Return B from ``[*experts, out, r]`` in the shape that PEFT stores, as `raw_a` does for A."""
-        size = self.capacity if size is None and self.masked else size
-        t = t if size is None else F.pad(t, (0, size - t.shape[-1]))
-        if self.experts > 1:
-            return stored_b(t, self.experts)
-        return t.reshape(*t.shape, *[1] * (len(self._kernel) - 1))
+    def raw_b(self, t: Tensor, capacity: int | None = None) -> Tensor:
+        """B as PEFT stores it, from ``[*experts, out, r]``, likewise."""
+        t = self._padded(t, -1, capacity)
+        return stored_b(t, self.experts) if self.experts > 1 else t.reshape(*t.shape, *[1] * (len(self._kernel) - 1))
+
+    def _padded(self, t: Tensor, dim: int, capacity: int | None) -> Tensor:
+        if capacity is None and self.masked:
+            capacity = self.capacity
+        if capacity is None:
+            return t
+        more = capacity - t.shape[dim]
+        return F.pad(t, (0, more) if dim == -1 else (0, 0, 0, more))
 
     @cached_property
     def _kernel(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rankflow.linalg.factor_shapes import canonical_a
 from rankflow.lora.site import DORMANT, Dormant, Site
 from rankflow.lora.transaction import Transaction
-from rankflow.plans.peft_patterns import alpha_for
+from rankflow.plans.peft_patterns import alpha_for, scaling_for
 
 _ABSENT: Any = object()
 
@@ -193,8 +193,7 @@ def _config_scaling(site: Site) -> float:
     """Scaling as rank and alpha give it; `set_scale` and `scale_layer` may have put another one in force."""
     if not site.has_factors:
         return site.dormant.config_scaling
-    size = site.capacity
-    return site.alpha / (math.sqrt(size) if site.layer.use_rslora.get(site.adapter_name) else size)
+    return scaling_for(site.alpha, site.capacity, bool(site.layer.use_rslora.get(site.adapter_name)))
 
 
 def _stores(layer: LoraLayer) -> list[dict[str, Any]]:

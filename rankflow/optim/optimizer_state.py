@@ -155,9 +155,9 @@ class OptimizerState:
         sizes = [float(t.double().square().sum(-2 if role == "A" else -1).mean()) for t in partners]
         return Level(statistics.median(seconds), statistics.median(sizes))
 
-    def stored(self, site: Site, role: Factor, moments: Moments, size: int | None = None) -> dict[str, Any]:
-        """`moments` in the optimizer's own form, as the state of what takes the place of a factor of `site`, with room
-        for `size` directions (`Site.raw_a`)."""
+    def stored(self, site: Site, role: Factor, moments: Moments, capacity: int | None = None) -> dict[str, Any]:
+        """`moments` in the optimizer's own form, as the state of what takes the place of a factor of `site`, of this
+        `capacity` (`Site.raw_a`)."""
         owner = self._owner(site, role)
         assert owner is not None
         assert self.handler is not None
@@ -165,7 +165,7 @@ class OptimizerState:
         state = dict(self.optimizer.state[old])
         if owner is not site:  # a step count of one's own: optimizers add to it in place
             state = {k: v.clone() if isinstance(v, Tensor) and is_scalar(v) else v for k, v in state.items()}
-        raw = partial(site.raw_a if role == "A" else site.raw_b, size=size)
+        raw = partial(site.raw_a if role == "A" else site.raw_b, capacity=capacity)
         return self.handler.store(moments.to(old.device), state, self.groups.of(old), raw)
 
     def fill(self, transaction: Transaction, swap: Swap) -> None:

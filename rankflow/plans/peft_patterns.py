@@ -41,12 +41,16 @@ def anchored(name: str) -> str:
     return "^" + re.escape(name)
 
 
+def scaling_for(alpha: float, rank: int, rslora: bool) -> float:
+    """What PEFT multiplies B A by at this alpha and rank."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
     """The alpha that makes PEFT compute `scaling` at `rank`, exact where a float can be, an int where one is."""
-    divisor = math.sqrt(rank) if rslora else rank
-    alpha = scaling * divisor
+    alpha = scaling * (math.sqrt(rank) if rslora else rank)
     for exact in (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
-        if exact / divisor == scaling:
+        if scaling_for(exact, rank, rslora) == scaling:
             return exact
     return alpha
 

@@ -14,6 +14,7 @@ from rankflow.errors import ConfigError
 from rankflow.formats.base import SavedAdapter
 from rankflow.formats.peft.adapter import PeftAdapter
 from rankflow.formats.single_file.diffusers import METADATA
+from rankflow.plans.peft_patterns import scaling_for
 from rankflow.serving.features import (
     ADALORA,
     ALORA,
@@ -133,7 +134,7 @@ class Engine:
             raise ValueError(self.name)
         over = config["r"] if self.scale == "config" else rank
         heeds = self.rslora and (self.rslora_experts or not expert)
-        return config["lora_alpha"] / (math.sqrt(over) if heeds and config.get("use_rslora") else over)
+        return scaling_for(config["lora_alpha"], over, bool(heeds and config.get("use_rslora")))
 
     def unheeded(self, config: Mapping[str, Any], *, expert: bool = False) -> list[str]:
         """Return the settings of a PEFT config that would change scales and that the engine ignores."""

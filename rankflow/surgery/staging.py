@@ -177,11 +177,11 @@ class Stage:
         factors: _Factors,
         old: Mapping[str, nn.Parameter],
         new: Mapping[str, nn.Parameter],
-        size: int | None = None,
+        capacity: int | None = None,
     ) -> dict[str, dict[str, Any]]:
         if self.optimizer_state is None:
             return {}
-        states = {role: self.optimizer_state.stored(site, role, m, size) for role, m in factors.moments.items()}
+        states = {role: self.optimizer_state.stored(site, role, m, capacity) for role, m in factors.moments.items()}
         fresh = {
             r: self.optimizer_state.fresh(p, site) for r, p in new.items() if r not in states and p is not old.get(r)
         }

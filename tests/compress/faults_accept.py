@@ -12,8 +12,8 @@ FAULTS = [
     Fault(
         "step over a rank in bisection",
         "compress/accept.py",
-        "low = middle + 1",
-        "low = min(high, middle + 2)",
+        "ranks, True, hi=len(ranks) - 1",
+        "ranks, True, 1, len(ranks) - 1",
     ),
     Fault(
         "not see that a larger rank failed",

@@ -17,8 +17,10 @@ from rankflow.errors import AdapterError
 from rankflow.formats.base import SavedModule, checked_slot
 from rankflow.formats.peft_config import CONFIG, pattern_value, wrapped_parameters
 from rankflow.formats.single_file.keys import foreign_factors
+from rankflow.linalg.factor_shapes import canonical_a, canonical_b, stored_a, stored_b
 from rankflow.plans.layout import Slot
 from rankflow.plans.names import natural
+from rankflow.plans.peft_patterns import scaling_for
 
 _PREFIX = "base_model.model."
 _MOST_ORDERS = 10_000  # in which the parameters of one module may have been wrapped
@@ -36,15 +38,12 @@ class Entry(SavedModule):
 
         Expert tensors lie expert-major in A (``[E * r, in]``) and expert-minor in B (``[out, r * E]``).
         """
-        e = self.slot.experts
-        if e > 1:
-            return a.reshape(e, -1, a.shape[-1]), b.reshape(b.shape[0], -1, e).permute(2, 0, 1)
-        return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+        return canonical_a(a, self.slot.experts), canonical_b(b, self.slot.experts)
 
     def raw(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `canonical`, at whatever rank `a` and `b` have."""
         if self.slot.experts > 1:
-            return a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+            return stored_a(a, self.slot.experts), stored_b(b, self.slot.experts)
         raw_a, raw_b = self.raw_shapes(a.shape[0])
         return a.reshape(raw_a), b.reshape(raw_b)
 
@@ -223,7 +222,7 @@ def _entry(
         rank=setting.rank,
         in_features=math.prod(pair.a.shape[1:]),
         out_features=pair.b.shape[0],
-        scaling=setting.alpha / (math.sqrt(setting.rank) if config.get("use_rslora") else setting.rank),
+        scaling=scaling_for(setting.alpha, setting.rank, bool(config.get("use_rslora"))),
         min_rank=int(kind in ("attention", "experts")),
         kind=kind,
         experts=pair.a.shape[0] // setting.rank,

@@ -8,7 +8,6 @@ wrongly then, so ranks that come to differ are written into the header.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from rankflow.formats.single_file.base import SingleFile
 from rankflow.formats.single_file.keys import Factor, Fit, Names
 from rankflow.formats.single_file.names import BLOCKS, COMPONENTS, component_of, renamed, split
 from rankflow.formats.single_file.writer import Module
+from rankflow.plans.peft_patterns import scaling_for
 
 METADATA = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -112,7 +112,7 @@ class DiffusersAdapter(SingleFile):
         if rank != pattern_value(config["rank_pattern"], module, config["r"]):
             raise AdapterError(f"{self.path}: {name} has rank {rank}, but {METADATA} in the header says another")
         value = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
-        return value / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return scaling_for(value, rank, bool(config.get("use_rslora")))
 
     def described(self, ranks: Mapping[str, int]) -> dict[str, str]:
         # A component whose every module left keeps what it said, since no config can say rank 0
