@@ -39,7 +39,7 @@ FENCE = re.compile(
     r"^(?: *<!-- not run: (?P<reason>[^\n]+) -->\n)?(?P<indent> *)```(?P<language>[^\n]*)\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
-SHOWN = {"text", "json", "toml", "mermaid", "dockerfile"}  # languages that nothing runs
+SHOWN = {"text", "json", "toml", "diff", "mermaid", "dockerfile"}  # languages that nothing runs
 MAY_SAY_NO = {"check", "validate", "report"}  # commands whose status is 1 where the answer is no
 
 

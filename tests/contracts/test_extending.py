@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from helpers import lora, loss_of
 from packages import drop_file
 
 from rankflow import check, squeeze
+from rankflow.errors import OptimizerError
+from rankflow.lora.adapter import Adapter
+from rankflow.optim import handlers
+from rankflow.plans.ops import Keep
+from rankflow.plans.plan import RankPlan
 from rankflow.serving import engines as engine_files
 from rankflow.serving.engine import Fate
 from rankflow.serving.engines import engines
+from rankflow.surgery.surgeon import Surgeon
 from tests.serving.test_verdicts import folder
 
 ROOT = Path(__file__).parents[2]
@@ -52,3 +66,71 @@ def test_the_engine_of_the_guide_is_checked_for_and_written_for(tmp_path: Path):
     squeeze(tmp_path / "three", tmp_path / "served", keep=True, engine="toy")
     assert check(tmp_path / "served", "toy").problems == ()
     assert [p.fate for p in check(folder(tmp_path / "biased", bias="all"), "toy").problems] == [Fate.REFUSED]
+
+
+# -- an optimizer -----------------------------------------------------------------------------------------------------
+
+
+class Sparrow(torch.optim.Optimizer):
+    """Adam under other names."""
+
+    def __init__(self, params: Any):
+        super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            mean = state.setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+            square = state.setdefault("average_sq", torch.zeros_like(p)).lerp_(p.grad.square(), 0.01)
+            p.addcdiv_(mean, square.sqrt().add_(1e-8), value=-1e-3)
+
+
+Sparrow.__module__ = "aviary.birds"
+
+
+def test_the_optimizer_of_the_guide_is_carried_through_a_resize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = lora("linear")
+    optimizer = Sparrow([p for p in model.parameters() if p.requires_grad])
+    loss_of(model, "linear").backward()
+    optimizer.step()
+    adapter = Adapter(model)
+    plan = RankPlan({name: [Keep((2, 0))] for name in adapter.sites}, "told")
+    with pytest.raises(OptimizerError):
+        Surgeon(adapter, optimizer).apply(plan)
+    add("optimizer.md", handlers, tmp_path, monkeypatch)
+    before = {n: {**optimizer.state[site.A]} for n, site in adapter.sites.items()}
+    Surgeon(adapter, optimizer).apply(plan)
+    for name, site in adapter.sites.items():
+        after = optimizer.state[site.A]
+        torch.testing.assert_close(after["average"], before[name]["average"][[2, 0]])
+        torch.testing.assert_close(after["average_sq"], before[name]["average_sq"][[2, 0]])
+        assert after["step"] == 1
+
+
+# -- an option --------------------------------------------------------------------------------------------------------
+
+
+def test_the_option_of_the_guide_is_on_the_command_line_and_does_what_it_says(tmp_path: Path):
+    """In a copy of the package, as the command line is made when it is imported."""
+    page = (ROOT / "docs" / "extending" / "option.md").read_text(encoding="utf-8")
+    diff = re.search(r"```diff\n(.*?)```", page, re.DOTALL)
+    file = re.search(r"one file to change is `(\S+)`", page)
+    assert diff
+    assert file
+    shutil.copytree(ROOT / "rankflow", tmp_path / "rankflow", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (tmp_path / file[1]).read_text()
+    for hunk in diff[1].split("@@\n"):
+        old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in f" {sign}") for sign in "-+")
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / file[1]).write_text(text)
+    folder(tmp_path / "src")
+    words = ["squeeze", "src", "--energy", "0.01", "--min-rank", "2", "-o", "out", "--report", "report.json"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "rankflow", *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {module["rank_after"] for module in json.loads((tmp_path / "report.json").read_text())["modules"]} == {2}
