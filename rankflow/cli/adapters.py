@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rankflow.cli import options
-from rankflow.cli.app import app, bar, leave_stdout, print_json, print_table, say
+from rankflow.cli.app import app, bar, leave_stdout, print_json, print_table, say, show_verdict
 from rankflow.compress.output import Output
 
 
@@ -209,3 +209,26 @@ def inspect(
         say(f"Drew {plot}.")
     if html is not None:
         say(f"Wrote {html}.")
+
+
+@app.command(epilog="Example: [bold]rankflow check out/adapter --engine vllm --base models/llama[/bold]")
+@options.made_of(output=(Output, "engine"))
+def check(
+    adapter: options.Adapter,
+    output: Any = None,
+    from_format: options.From = None,
+    base: options.BaseLookedUp = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Say what an engine would get wrong with an adapter as it is, and which of its modules a base model does not have;
+    the status is 1 if there is anything.
+    """
+    from rankflow.serving.verdicts import check as run
+
+    found = run(adapter, output["engine"], from_format=from_format, base=base)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        show_verdict(found)
+    if found.problems:
+        raise typer.Exit(1)

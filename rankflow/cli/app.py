@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rankflow.linalg.parallel import Progress
+    from rankflow.serving.verdicts import Verdict
 
 
 _UsageError: Any = typer.BadParameter.__base__  # click's, or typer's own copy of it
@@ -42,6 +43,14 @@ _STATUS_INTERRUPTED = 130
 _NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory")  # torch's on Linux and macOS, Windows, GPUs
 # What damaged or hostile input can make Python and torch raise; anything else is a fault of ours
 _OF_THE_INPUT = (ArithmeticError, EOFError, MemoryError, OSError, RecursionError, RuntimeError, ValueError)
+_OF_ADAPTERS = {
+    "--engine",
+    "--for",
+    "--from-format",
+    "--from",
+    "--base",
+    "--json",
+}  # options of `check` alone
 
 
 class _Group(TyperGroup):
@@ -76,7 +85,10 @@ class _Group(TyperGroup):
 
 
 def _by_new_names(words: list[str]) -> list[str]:
-    """The words of a command line with options by their present names; says so on stderr where one was an old name."""
+    """The words of a command line with options by their present names; says so on stderr where one was an old name.
+
+    `--plugin MODULE` goes to the front, as it is an option of all commands.
+    """
     end = words.index("--") if "--" in words else len(words)
     words, rest = [part for word in words[:end] for part in _apart(word)], words[end:]
     names = dict(_RENAMED)
@@ -84,15 +96,31 @@ def _by_new_names(words: list[str]) -> list[str]:
         at = words.index("--dynamic-method")
         names["--dynamic-param"] = f"--{words.pop(at + 1).replace('_', '-')}"
         del words[at]
+    plugins: list[str] = []
+    while "--plugin" in words[:-1]:
+        at = words.index("--plugin")
+        plugins += words[at : at + 2]
+        del words[at : at + 2]
+    if words[:1] == ["check"] and not _OF_ADAPTERS & {*words} and any(map(_is_policy, words[1:])):
+        names["check"] = "validate"
     for old in dict.fromkeys(word for word in words if word in names):
         say(f"rankflow: {old} is now {names[old]}; the old name goes with the next version", err=True)
-    return [*(names.get(word, word) for word in words), *rest]
+    return [*plugins, *(names.get(word, word) for word in words), *rest]
+
+
+def _is_policy(word: str) -> bool:
+    """Whether it is one that `check` took before `validate` did."""
+    if word.startswith("-"):
+        return False
+    from rankflow.config.load import shipped
+
+    return Path(word).suffix in (".yaml", ".yml") or (word in shipped() and not Path(word).exists())
 
 
 def _apart(word: str) -> list[str]:
     """`--option=value` of an old name as two words."""
     name, equals, value = word.partition("=")
-    return [name, value] if equals and (name in _RENAMED or name.startswith("--dynamic-")) else [word]
+    return [name, value] if equals and (name in _RENAMED or name.startswith(("--dynamic-", "--plugin"))) else [word]
 
 
 def _of_memory(e: Exception) -> bool:
@@ -179,6 +207,21 @@ def main() -> None:
     app()
 
 
+@app.callback()
+def _of_all_commands(
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE", help="Import this Python module first, for the policies, formats and engines it adds."
+        ),
+    ] = None,
+) -> None:
+    from rankflow.plugins import import_plugin
+
+    for module in plugin or ():
+        import_plugin(module)
+
+
 def console(**options: Any) -> Console:
     """A terminal, or what stands for one, that shows every string of a file as `say` does and takes none for markup."""
     from rich.console import Console
@@ -195,6 +238,18 @@ def print_table(table: Any) -> None:
     if not where.is_terminal:
         where.width = 120  # a file or a pipe has no width of its own
     where.print(table)
+
+
+def show_verdict(found: Verdict) -> None:
+    """Print what an engine or the base model would get wrong with an adapter, or that there is nothing."""
+    from rankflow.render.adapter_tables import verdict_table
+
+    if found.problems:
+        print_table(verdict_table(found))
+        return
+    well = [f"{found.engine} loads it as it is"] if found.engine else []
+    on_base = [f"{found.base} has all its modules"] if found.base and not found.hint else []
+    say(f"{found.source}: {'. '.join(filter(None, [*well, *on_base, found.hint]))}")
 
 
 def leave_stdout(*outputs: Path | None) -> None:

@@ -74,8 +74,8 @@ BaseLookedUp = Annotated[
     typer.Option(
         "--base",
         metavar="MODEL",
-        help="With an adapter: its base model's folder, to say which modules it lacks, or for adapters of shapes"
-        " unknown and for gguf.",
+        rich_help_panel="In",
+        help="Base model's folder, to say which modules it lacks, or for adapters of shapes unknown and for gguf.",
     ),
 ]
 Html = Annotated[
@@ -169,16 +169,12 @@ def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Pat
     Raises:
         ConfigError: --base without data, or data without it; else as `rankflow.calibration.base_model.calibrate_saved`.
     """
-    from rankflow.formats.open import uses_base
-
     found, base = given["calibration"], given["base"]
     data = None if found is None or found.suffix == ".safetensors" else found
-    for_gguf = given.get("to_format") == "gguf" or given.get("engine") == "llamacpp"
-    needless = base is not None and not for_gguf and not uses_base(given["adapter"])
     together = "--calibration DATA and --base MODEL go together; a statistics file needs no base"
     if base is None and data is not None:
         raise ConfigError(together)
-    if data is None and needless:
+    if needless_base(given) and given.get("engine") is None:
         raise ConfigError(f"{given['adapter']}: is read without its base; {together}")
     if base is None or data is None:
         return found
@@ -187,6 +183,16 @@ def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Pat
     return calibrate_saved(
         given["adapter"], base, data, metric=given["metric"], device=given["device"], progress=progress
     )
+
+
+def needless_base(given: Mapping[str, Any]) -> bool:
+    """Whether a base was given that nothing is read from: the adapter's own files say all."""
+    from rankflow.formats.open import uses_base
+
+    calibration = given["calibration"]
+    for_data = calibration is not None and calibration.suffix != ".safetensors"
+    for_gguf = given.get("to_format") == "gguf" or given.get("engine") == "llamacpp"
+    return given["base"] is not None and not for_data and not for_gguf and not uses_base(given["adapter"])
 
 
 _READ = {"plan": "its plan", "calibration": "its statistics or data", "base": "its base", "budget": "its budget"}

@@ -1,4 +1,4 @@
-"""Commands on policies; `check` takes an adapter too."""
+"""Commands on policies."""
 
 from __future__ import annotations
 
@@ -7,24 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from rankflow.cli import options
-from rankflow.cli.app import app, print_json, print_table, say
+from rankflow.cli.app import app, print_table, say
 from rankflow.errors import ConfigError
 
 
 @app.command(
-    epilog="Example: [bold]rankflow check policies/increlora.yaml --model out/adapter --total-steps 3000[/bold]; "
-    "or [bold]rankflow check out/adapter --engine vllm --base models/llama[/bold]"
+    epilog="Example: [bold]rankflow validate policies/increlora.yaml --model out/adapter --total-steps 3000[/bold]"
 )
-def check(
-    subject: Annotated[
-        str, typer.Argument(metavar="POLICY|ADAPTER", help="Policy file, or the name of a shipped one; or an adapter.")
-    ],
-    engine: Annotated[
-        str | None,
-        typer.Option("--engine", metavar="ENGINE", help="With an adapter: what is to serve it, as in squeeze."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="With an adapter: print JSON, and nothing else.")] = False,
+def validate(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or the name of a shipped one.")],
     model: Annotated[
         Path | None,
         typer.Option(
@@ -40,34 +31,17 @@ def check(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="With a model folder: the adapter's rank at the start.")] = 8,
-    from_format: options.From = None,
-    base: options.BaseLookedUp = None,
 ) -> None:
     """Say what a policy means for a model: the modules its limits reach, its budgets, the steps it decides on, and what
     the run takes in memory and in messages between processes. Models may be of any size: only their config is read. The
     status is 1 if there is a phase in which no decision can change anything.
-
-    Or what an engine would get wrong with an adapter as it is, and which of its modules a base model does not have; the
-    status is 1 if there is anything.
     """
-    from rankflow.config.load import load_policy, shipped
-    from rankflow.formats.open import looks_like_adapter
-
-    given = {"--engine": engine, "--from-format": from_format, "--base": base, "--json": as_json or None}
-    of_adapters = [option for option, value in given.items() if value is not None]
-    is_policy = Path(subject).suffix in (".yaml", ".yml") or (subject in shipped() and not Path(subject).exists())
-    if of_adapters and is_policy:
-        raise ConfigError(f"{subject}: is a policy, and {of_adapters[0]} goes with an adapter; leave it out")
-    if of_adapters or looks_like_adapter(Path(subject)):
-        if model is not None:
-            raise ConfigError(f"{subject}: is an adapter, and --model goes with a policy; give its base with --base")
-        _check_adapter(Path(subject), engine, as_json, from_format, base)
-        return
     from rankflow.analysis.forecast import foretell
+    from rankflow.config.load import load_policy
     from rankflow.policies.idleness import idle_phases
     from rankflow.render.policy_tables import costs_table, limits_table, phases_table
 
-    lifecycle = load_policy(subject)
+    lifecycle = load_policy(policy)
     if model is None:
         say(f"{lifecycle.source} is well formed; give --model to see what it means for one.")
         return
@@ -82,45 +56,27 @@ def check(
 
 @app.command(epilog="Example: [bold]rankflow policies increlora[/bold]")
 def policies(
-    name: Annotated[str | None, typer.Argument(help="One policy, with its parameters.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One policy, with its parameters, or one shipped policy file.")
+    ] = None,
 ) -> None:
-    """List the policies there are, with their parameters, defaults and meaning."""
-    from rankflow.config.load import describe
-    from rankflow.config.load import shipped as files
+    """List the policies there are, with their parameters, defaults and meaning, and the policy files that ship."""
+    from rankflow.config.load import describe, shipped
     from rankflow.render.policy_tables import policies_table, policy_table
 
-    found = {d.name: d for d in describe()}
-    if name is not None and name not in found:
-        raise ConfigError(f"no policy is called {name!r}; there are {', '.join(found)}")
+    found, files = {d.name: d for d in describe()}, shipped()
+    if name is not None and name not in {*found, *files}:
+        raise ConfigError(f"no policy or policy file is called {name!r}; there are {', '.join({**found, **files})}")
     if name is None:
-        print_table(policies_table(list(found.values()), files()))
+        print_table(policies_table(list(found.values()), files))
     for description in found.values():
         if name == description.name or (name is None and description.settings):
             print_table(policy_table(description))
+    if name in files:
+        say(f"{files[name]}:\n\n{files[name].read_text(encoding='utf-8').rstrip()}")
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
-
-
-def _check_adapter(adapter: Path, engine: str | None, as_json: bool, from_format: str | None, base: str | None) -> None:
-    """
-    Raises:
-        typer.Exit: with status 1, if anything would go wrong.
-    """
-    from rankflow.render.adapter_tables import verdict_table
-    from rankflow.serving.verdicts import check as run
-
-    found = run(adapter, engine, from_format=from_format, base=base)
-    if as_json:
-        print_json(found.to_json())
-    elif found.problems:
-        print_table(verdict_table(found))
-    else:
-        well = [f"{engine} loads it as it is"] if engine else []
-        on_base = [f"{base} has all its modules"] if base and not found.hint else []
-        say(f"{found.source}: {'. '.join(filter(None, [*well, *on_base, found.hint]))}")
-    if found.problems:
-        raise typer.Exit(1)
 
 
 def _layout(folder: Path, target_modules: list[str] | None, rank: int) -> Any:

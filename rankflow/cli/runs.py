@@ -46,25 +46,27 @@ def report(
         _compare(ledger, find_ledger(against) if against.is_dir() else against, as_json)
         return
     from rankflow.formats.io.outputs import check_apart
+    from rankflow.training.ledger import Ledger
 
-    if out is None and html is None and not as_json:
-        out = ledger.with_suffix(".png")
+    default = ledger.with_suffix(".png") if out is None and html is None and not as_json else None
+    out = out or default
     leave_stdout(out, html)
+    read = Ledger.read(ledger)
     if html is not None:
         from rankflow.render.html import check_page_file
 
         check_page_file(html, {"the ledger": ledger}, force=force)
     if out is not None:
-        from rankflow.render.figure import check_picture
+        from rankflow.render.figure import check_picture, picture_of
+        from rankflow.render.run_figure import source_of
 
-        check_picture(out, {"the ledger": ledger}, force=force)
+        replaced = force or (out == default and picture_of(out) == source_of(read))  # that of an earlier report
+        check_picture(out, {"the ledger": ledger}, force=replaced)
     check_apart([path for path in (out, html) if path is not None])
     there = {path for path in (out, html) if path is not None and os.path.lexists(path)}
     from rankflow.render.run_figure import plot_ledger
     from rankflow.render.run_tables import events_table, gates_table, ranks_table
-    from rankflow.training.ledger import Ledger
 
-    read = Ledger.read(ledger)
     history = read.history()
     losses = losses_beside(ledger) if out is not None or html is not None else []
     if out is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rankflow.cli import options
-from rankflow.cli.app import app, bar, leave_stdout, print_table, say, write_json
+from rankflow.cli.app import app, bar, leave_stdout, print_table, say, show_verdict, write_json
 from rankflow.compress.output import Output
 from rankflow.compress.target import Target
 from rankflow.errors import ConfigError
@@ -135,6 +135,10 @@ def squeeze(
             say(f"Wrote {done.out} in {done.seconds:.1f} s.")
             if done.copied:
                 say(f"Copied along: {', '.join(done.copied)}.")
+    if options.needless_base(ctx.params):  # which is then to be compared with the adapter
+        from rankflow.serving.verdicts import check
+
+        show_verdict(check(adapter, from_format=from_format, base=base))
     if dry_run:
         left = [str(path) for path in besides if path not in written]
         say(f"Nothing was written{', nor ' + ' and '.join(left) if left else ''} (--dry-run).")

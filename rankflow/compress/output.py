@@ -44,7 +44,7 @@ class Output:
 
     engine: str | None = option(
         None,
-        "vllm, sglang, lorax, tensorrt-llm, llamacpp, diffusers, comfyui or peft: write what that loads rightly.",
+        "What is to load it: vllm, sglang, lorax, tensorrt-llm, llamacpp, diffusers, comfyui or peft.",
         metavar="ENGINE",
     )
     to_format: str | None = option(None, "Write peft, kohya, diffusers or gguf; as the source is.", metavar="FORMAT")

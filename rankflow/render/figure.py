@@ -68,8 +68,8 @@ def check_picture(path: Path, reads: Reads | None = None, *, force: bool = False
     check_output(path, reads, force=force)
 
 
-def save(fig: Figure, path: str | Path, reads: Reads | None = None, *, force: bool = False) -> Path:
-    """Write the picture, whole or not at all; as PNG if the name of a device says nothing.
+def save(fig: Figure, path: str | Path, reads: Reads | None = None, *, force: bool = False, of: str = "") -> Path:
+    """Write the picture, whole or not at all; as PNG if the name of a device says nothing. `of`: see `picture_of`.
 
     Raises:
         ConfigError: see `check_picture`.
@@ -77,8 +77,20 @@ def save(fig: Figure, path: str | Path, reads: Reads | None = None, *, force: bo
     path = Path(path)
     check_picture(path, reads, force=force)
     with atomic_file(path) as partial:
-        _draw(fig, partial, **({} if partial.suffix else {"format": "png"}))
+        about = {"metadata": {"Source": of}} if of and partial.suffix in ("", ".png") else {}
+        _draw(fig, partial, **({} if partial.suffix else {"format": "png"}), **about)
     return path
+
+
+def picture_of(path: Path) -> str:
+    """What `save` was told that a PNG is a picture of; empty where a file does not say so, or is no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return str(picture.info.get("Source", ""))
+    except Exception:  # of a stranger's file, anything
+        return ""
 
 
 def _draw(fig: Figure, to: Path | io.BytesIO, **options: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +47,13 @@ def plot_ledger(
             is the ledger's own.
         CheckpointError: the ledger does not begin with an attach.
     """
-    return save(ledger_figure(ledger, losses), path, {"the ledger": ledger.source}, force=force)
+    figure = ledger_figure(ledger, losses)
+    return save(figure, path, {"the ledger": ledger.source}, force=force, of=source_of(ledger))
+
+
+def source_of(ledger: Ledger) -> str:
+    """What pictures of a run say they are of, whatever was added to its ledger since."""
+    return f"rankflow run {sha256(json.dumps(ledger.events[0], sort_keys=True).encode()).hexdigest()}"
 
 
 def ledger_figure(ledger: Ledger, losses: Sequence[tuple[int, float]] = (), paper: Paper = LIGHT) -> Figure:

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import minilm_base, minilm_folder
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import rankflow
+from rankflow import plugins
 from rankflow.analysis.forecast import blank_layout
 from rankflow.cli.app import app
+from rankflow.config.load import shipped
 from rankflow.lora.adapter import Adapter
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.ops import Grow
@@ -36,10 +39,23 @@ COMMANDS = [
         "diff",
         "inspect",
         "check",
+        "validate",
         "policies",
         "report",
     ),
 ]
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from rankflow import Policy, register_policy
+
+@dataclass(frozen=True)
+class OfAPlugin(Policy):
+    '''Keep every rank.'''
+
+register_policy(OfAPlugin)
+"""
 
 
 @pytest.fixture
@@ -167,7 +183,7 @@ def test_mistakes_in_arguments(adapter: Path, tmp_path: Path):
     assert "no such file or folder" in refused("squeeze", tmp_path / "nowhere", "--target-rank", 2)
     assert "no such file or folder" in refused("inspect", tmp_path / "nowhere")
     assert "no such ledger" in refused("report", tmp_path / "nowhere.jsonl")
-    assert "no such file" in refused("check", tmp_path / "nowhere.yaml")
+    assert "no such file" in refused("validate", tmp_path / "nowhere.yaml")
     assert "nobody" in refused("policies", "nobody")
     assert "not a ledger event" in refused("report", adapter / "adapter_model.safetensors")
     assert "a picture is one of" in refused("inspect", adapter, "--plot", tmp_path / "x.docx")
@@ -231,30 +247,81 @@ def test_inspect_shows_every_module_and_its_json_is_nothing_but_json(adapter: Pa
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_check_against_an_adapter(adapter: Path, tmp_path: Path):
+def test_validate_against_an_adapter(adapter: Path, tmp_path: Path):
     policy = tmp_path / "mine.yaml"
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 3}\nlimits: {'*.q_proj': {max: 2}}\nwhen: {every: 25%}\n")
-    result = " ".join(run("check", policy, "--model", adapter, "--total-steps", 200).stdout.split())
+    result = " ".join(run("validate", policy, "--model", adapter, "--total-steps", 200).stdout.split())
     assert "50, 100, 150, 200" in result
     assert "total rank 12" in result
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 3}\nlimits: {'*.z_proj': {max: 2}}\n")
-    assert "z_proj" in refused("check", policy, "--model", adapter)
+    assert "z_proj" in refused("validate", policy, "--model", adapter)
     policy.write_text("policy: eva")
-    result = " ".join(run("check", policy, "--model", adapter, "--total-steps", 200).stdout.split())
+    result = " ".join(run("validate", policy, "--model", adapter, "--total-steps", 200).stdout.split())
     assert "eva 0 to 200 1 0 as it is" in result, "one decision, before the first step"
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 30}\n")
-    assert "squeeze only lowers ranks" in refused("check", policy, "--model", adapter)
-    assert "well formed" in run("check", "increlora").stdout
+    assert "squeeze only lowers ranks" in refused("validate", policy, "--model", adapter)
+    assert "well formed" in run("validate", "increlora").stdout
 
 
-def test_check_refuses_options_that_it_would_ignore(adapter: Path, tmp_path: Path):
+def test_check_takes_policies_for_a_version_and_says_what_to_type(adapter: Path, tmp_path: Path):
     policy = tmp_path / "mine.yaml"
     policy.write_text("policy: hold\n")
-    for subject in (policy, "hold"):
-        for option, *value in (("--engine", "vllm"), ("--from-format", "peft"), ("--base", adapter), ("--json",)):
-            assert option in refused("check", subject, option, *value)
-    for options in (["--engine", "vllm"], []):
-        assert "--base" in refused("check", adapter, "--model", adapter, *options)
+    for words in ((policy,), ("hold",), ("--model", adapter, policy)):
+        done = run("check", *words)
+        assert done.stderr.startswith("rankflow: check is now validate")
+        assert done.stdout == run("validate", *words).stdout
+    assert run("check", adapter, "--engine", "peft").stderr == ""
+    assert "mine.yaml" in refused("check", policy, "--engine", "vllm"), "which is no adapter"
+    assert "No such option" in run("check", adapter, "--model", adapter, status=2).stderr
+
+
+def test_policies_and_policy_files_are_found_by_one_command():
+    listed = " ".join(run("policies").stdout.split())
+    for name in shipped():
+        assert name in listed
+        assert run("policies", name).stdout.rstrip().endswith(shipped()[name].read_text().rstrip())
+    assert "instead of a budget" in " ".join(run("policies", "squeeze").stdout.split())
+
+
+def test_a_plugin_is_imported_where_it_is_typed_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "typed_plugin.py").write_text(PLUGIN)
+    (tmp_path / "mine.yaml").write_text("policy: of_a_plugin\n")
+    assert "of_a_plugin" in refused("validate", "mine.yaml")
+    try:
+        assert "well formed" in run("validate", "mine.yaml", "--plugin", "typed_plugin").stdout
+        assert "of_a_plugin" in run("--plugin=typed_plugin", "policies").stdout
+        assert "nobody" in refused("policies", "--plugin", "nobody")
+    finally:
+        plugins._REGISTERED["rankflow.policies"].pop("of_a_plugin", None)
+        sys.modules.pop("typed_plugin", None)
+
+
+def test_a_report_replaces_its_own_picture_and_no_other(ledger: Path, tmp_path: Path):
+    picture = ledger.with_suffix(".png")
+    run("report", ledger)
+    with ledger.open("a") as file:
+        file.write(ledger.read_text().splitlines(True)[-1].replace('"step": 40', '"step": 41'))
+    first = picture.read_bytes()
+    run("report", tmp_path)
+    assert picture.read_bytes() != first
+    assert "is there already" in refused("report", ledger, "-o", picture)
+    Figure().savefig(picture)
+    assert "is there already" in refused("report", ledger)
+    other = ledger.read_text().replace('"seed": 0', '"seed": 1')
+    run("report", ledger, "--force")
+    ledger.write_text(other)
+    assert "is there already" in refused("report", ledger), "of another run"
+
+
+def test_a_base_that_an_engine_does_not_need_is_compared_with_the_adapter(tmp_path: Path):
+    good = tmp_path / "good"
+    get_peft_model(minilm_base(), LoraConfig(r=2, target_modules=["query"])).save_pretrained(good)
+    base = minilm_folder()
+    done = run("squeeze", good, "--engine", "peft", "--base", base, "-o", tmp_path / "out")
+    assert "has all its modules" in " ".join(done.stdout.split())
+    assert "go together" in refused("squeeze", good, "--target-rank", 1, "--base", base)
 
 
 @pytest.mark.parametrize("kind", ["kohya", "comfyui", "diffusers"])
@@ -275,27 +342,27 @@ def test_a_heading_is_no_wider_than_the_numbers_below_it(columns: list[str]):
     assert max(len(line) for heading in headings for line in heading.split("\n")) <= 10
 
 
-def test_check_against_a_model_that_has_no_adapter_yet(tmp_path: Path):
+def test_validate_against_a_model_that_has_no_adapter_yet(tmp_path: Path):
     model = minilm_folder()
     result = run(
-        "check", "increlora", "--model", model, "--target-modules", "query", "--target-modules", "value", "--rank", 2
+        "validate", "increlora", "--model", model, "--target-modules", "query", "--target-modules", "value", "--rank", 2
     ).stdout
     assert "12 modules, total rank 24" in " ".join(result.split())
-    assert "PEFT cannot adapt" in refused("check", "increlora", "--model", model, "--target-modules", "nothing")
+    assert "PEFT cannot adapt" in refused("validate", "increlora", "--model", model, "--target-modules", "nothing")
     (tmp_path / "config.json").write_text("{}")
-    assert "no transformers model" in refused("check", "increlora", "--model", tmp_path)
+    assert "no transformers model" in refused("validate", "increlora", "--model", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, ["query", "value"]], ids=str)
-def test_check_foretells_what_the_real_model_turns_out_to_be(targets: list[str] | None):
-    """`check` reads a config and makes no weights; here the weights are loaded, the adapter is made, a run begins."""
+def test_validate_foretells_what_the_real_model_turns_out_to_be(targets: list[str] | None):
+    """`validate` reads a config and makes no weights; here they are loaded, the adapter is made, a run begins."""
     folder = minilm_folder()
     model = get_peft_model(minilm_base(), LoraConfig(r=4, target_modules=targets or "all-linear"))
     assert blank_layout(folder, targets, 4) == Adapter(model).layout()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     options = [option for target in targets or () for option in ("--target-modules", target)]
-    told = run("check", "increlora", "--model", folder, *options, "--rank", 4, "--total-steps", 60).stdout
+    told = run("validate", "increlora", "--model", folder, *options, "--rank", 4, "--total-steps", 60).stdout
     with rankflow.attach(model, optimizer, "increlora", total_steps=60) as flow:
         layout = flow.layout
     summary = f"{len(layout)} modules, total rank {layout.total_rank}, {layout.params:,} parameters at the start"

@@ -841,7 +841,8 @@ COMMANDS = {
     "inspect a base": ("{whole}", "--base", "{x}"),
     "check": ("{x}",),
     "check for an engine": ("{x}", "--engine", "vllm"),
-    "check a model": ("hold", "--model", "{x}"),
+    "validate": ("{x}",),
+    "validate for a model": ("hold", "--model", "{x}"),
     "report": ("{x}",),
     "report against": ("{x}", "--against", "{x}"),
     "watch": ("{x}", "--once"),
@@ -864,7 +865,8 @@ def give(command: str, case: str, end: str, folder: Path) -> None:
     assert not out.exists(), (case, end)
     if result.stderr.startswith("rankflow: "):
         yaml = "--plan" in args or "--budget" in args  # of which every mistake has a line
-        assert yaml or len(result.stderr.splitlines()) == 1, (case, end, result.stderr)
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("rankflow: check is now validate")]
+        assert yaml or len(lines) == 1, (case, end, result.stderr)
         assert x.name in result.stderr or "--model" in args, (case, end, result.stderr)
     else:
         assert result.exit_code == 1 or result.stderr.startswith("Usage: "), (case, end, result.stderr)
