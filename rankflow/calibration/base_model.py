@@ -47,7 +47,7 @@ def calibrate_saved(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Statistics:
-    """`rankflow.calibrate` for a saved PEFT adapter: transformers loads its base, PEFT puts it on.
+    """Calibrate a saved PEFT adapter: transformers loads its base, PEFT puts it on.
 
     The base's class goes by the adapter's `task_type`. The loss is that of the next token, or of the classes in the
     data's column `label`; without a head of that kind there is none, and `metric` has to be `outputs`.
@@ -109,7 +109,7 @@ def _put_on(adapter: PeftAdapter, model: Any, base: str | Path) -> PeftModel:
 
 
 def _by_name(adapter: PeftAdapter) -> dict[str, Any]:
-    """The fields of the adapter's config that say what it computes, with its modules by name: PEFT matches no
+    """Return the fields of the adapter's config that say what it computes, with its modules by name: PEFT matches no
     expression of a stranger's, imports nothing that the config asks for, and draws nothing that the file then fills.
 
     Raises:
@@ -127,7 +127,7 @@ def _by_name(adapter: PeftAdapter) -> dict[str, Any]:
 
 
 def _task(adapter: PeftAdapter, config: Any, base: str | Path) -> str:
-    """What the model is for: as the adapter says, or by the base's own class."""
+    """Return the task that the model is for: as the adapter says, or by the base's own class."""
     said = adapter.config.get("task_type")
     if said is None:
         named = getattr(architecture(config, base), "__name__", "")
@@ -153,6 +153,6 @@ def _labels_for(task: str, config: Any) -> Labels:
 
 
 def _labels(adapter: PeftAdapter, config: Any) -> int:
-    """How many classes the head has that was saved with the adapter, or else the base's."""
+    """Return how many classes the head saved with the adapter has, or else the base's."""
     heads = [t for key, t in open_tensors(adapter.weights)[0].items() if key.endswith(_HEADS) and t.dim() == 2]
     return len(heads[0]) if heads else config.num_labels

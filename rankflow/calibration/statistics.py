@@ -148,7 +148,7 @@ def check_statistics_file(path: Path, reads: Reads | None = None, *, force: bool
 
 
 def digest(A: Tensor, B: Tensor) -> str:
-    """SHA-256 of canonical factors as float32, which is what a live adapter holds whatever its file does."""
+    """Return the SHA-256 of canonical factors as float32, which is what a live adapter holds whatever its file does."""
     found = hashlib.sha256()
     for factor in (A, B):
         numbers = factor.detach().to("cpu", torch.float32).contiguous()

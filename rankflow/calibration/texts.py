@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path, most: int) -> list[Row]:
-    """The first `most` rows with a text, of a .txt (a text a line), .jsonl, .csv or .parquet file; no more is read.
+    """Return the first `most` rows with a text, of a .txt (a text a line), .jsonl, .csv or .parquet file.
 
     Raises:
         ConfigError: no such file, another kind, damaged, or without a column `text`.
@@ -46,8 +46,9 @@ def read_rows(path: Path, most: int) -> list[Row]:
 def batches_of(
     rows: Sequence[Row], tokenizer: Any, *, size: int, max_length: int, labels: Labels | None
 ) -> list[dict[str, Tensor]]:
-    """Padded batches of at most `size` rows, and of at most `max_length` tokens each, on the CPU; `labels`: what adds
-    them, if any.
+    """Return padded batches of at most `size` rows, and of at most `max_length` tokens each, on the CPU.
+
+    `labels`: what adds labels, if any.
 
     Raises:
         ConfigError: a tokenizer that cannot pad, or a row without a label.
@@ -77,7 +78,7 @@ def next_tokens(rows: Sequence[Row], batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def classes(names: Mapping[str, int], count: int) -> Labels:
-    """Numbers below `count`, or `names` for them, from the rows' column `label`."""
+    """Return numbers below `count`, or `names` for them, from the rows' column `label`."""
 
     def labels(rows: Sequence[Row], batch: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor([number(row) for row in rows])

@@ -1,4 +1,4 @@
-"""The terminal: the application that commands join, and how they print, show progress and say what went wrong."""
+"""The application that commands join, and how they print, show progress and report errors."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ _OF_ADAPTERS = {
 
 
 class _Group(TyperGroup):
-    """Whatever goes wrong is one message on stderr and a status, never a traceback. Ctrl-C, SIGTERM and SIGHUP let
-    the process remove unfinished files before it ends."""
+    """Runs a command and reports whatever goes wrong in one message and a status, without a traceback.
+
+    Ctrl-C, SIGTERM and SIGHUP let the process remove unfinished files before it ends.
+    """
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **options: Any) -> Any:
         with _usage_shown():
@@ -85,7 +87,7 @@ class _Group(TyperGroup):
 
 
 def _by_new_names(words: list[str]) -> list[str]:
-    """The words of a command line with options by their present names; says so on stderr where one was an old name.
+    """Return the words of a command line with options by their present names, and say on stderr which were old.
 
     `--plugin MODULE` goes to the front, as it is an option of all commands.
     """
@@ -109,7 +111,7 @@ def _by_new_names(words: list[str]) -> list[str]:
 
 
 def _is_policy(word: str) -> bool:
-    """Whether it is one that `check` took before `validate` did."""
+    """Whether a word is a policy, which `check` took before there was `validate`."""
     if word.startswith("-"):
         return False
     from rankflow.config.load import shipped
@@ -118,13 +120,13 @@ def _is_policy(word: str) -> bool:
 
 
 def _apart(word: str) -> list[str]:
-    """`--option=value` of an old name as two words."""
+    """Split `--option=value` of an old name into two words."""
     name, equals, value = word.partition("=")
     return [name, value] if equals and (name in _RENAMED or name.startswith(("--dynamic-", "--plugin"))) else [word]
 
 
 def _of_memory(e: Exception) -> bool:
-    """Whether it says that there is no room: torch raises a RuntimeError for that."""
+    """Whether an error says that memory ran out; torch raises a RuntimeError for that."""
     return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and any(word in str(e) for word in _NO_ROOM))
 
 
@@ -145,7 +147,7 @@ def _whose(e: Exception) -> str:
 
 @contextmanager
 def _usage_shown() -> Iterator[None]:
-    """Words that were typed, or that a shell made of the names of files, are shown like all other strings."""
+    """Escape what was typed, or what a shell made of the names of files, in errors about usage."""
     try:
         yield
     except _UsageError as e:
@@ -155,7 +157,7 @@ def _usage_shown() -> Iterator[None]:
 
 @contextmanager
 def _warnings_shown() -> Iterator[None]:
-    """Warnings as messages, where they are written to the terminal."""
+    """Show warnings as one-line messages."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"rankflow: {shown(message, lines=True, most=_LONGEST)}\n"
     try:
@@ -165,13 +167,13 @@ def _warnings_shown() -> Iterator[None]:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a sentence; the one way in which commands do, with `print_table` and `print_json`."""
+    """Print a sentence with control characters escaped; with `print_table` and `print_json` the only way to print."""
     typer.echo(shown(text, lines=True, most=_LONGEST), err=err or _left.get())
 
 
 @contextmanager
 def _ending() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what is within as an exception does, so that everything is cleaned up after."""
+    """Turn SIGTERM and SIGHUP into an exception, so that unfinished files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -223,7 +225,7 @@ def _of_all_commands(
 
 
 def console(**options: Any) -> Console:
-    """A terminal, or what stands for one, that shows every string of a file as `say` does and takes none for markup."""
+    """Return a console that escapes strings as `say` does and takes none for markup."""
     from rich.console import Console
 
     class Shown(Console):
@@ -253,13 +255,13 @@ def show_verdict(found: Verdict) -> None:
 
 
 def leave_stdout(*outputs: Path | None) -> None:
-    """Where one of a command's outputs goes to stdout, what is said goes to stderr, so that the two do not mix."""
+    """Print on stderr from here on if one of a command's outputs goes to stdout, so that the two do not mix."""
     _left.set(any(str(out) in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") for out in outputs))
 
 
 @contextmanager
 def bar(what: str) -> Iterator[Progress]:
-    """A progress bar on stderr, where that is a terminal."""
+    """Show a progress bar on stderr, where that is a terminal."""
     from rich.progress import Progress as Bar
 
     where = console(stderr=True)

@@ -32,7 +32,7 @@ _MORE = {  # what `to_json` adds
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """File name without its end -> schema."""
+    """Return file name without its end -> schema."""
     found = {}
     for name, (document, what) in _DOCUMENTS.items():
         schema = TypeAdapter(document).json_schema()

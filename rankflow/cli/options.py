@@ -1,4 +1,4 @@
-"""Options that several commands share, and the targets they spell."""
+"""Options that several commands share, options made from dataclasses, and the targets that options make."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _parameters(of: type, *names: str) -> list[inspect.Parameter]:
 
 
 def _values(given: dict[str, Any], of: type, *names: str) -> dict[str, Any]:
-    """Field -> value, taken out of what the command line gave.
+    """Return field -> value, taken out of what the command line gave.
 
     Raises:
         ConfigError: a value that cannot be read.
@@ -164,7 +164,7 @@ def _values(given: dict[str, Any], of: type, *names: str) -> dict[str, Any]:
 
 
 def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Path | None:
-    """What --calibration names, or what comes of it if it is data.
+    """Return the statistics file that --calibration names, or what comes of calibrating if it names data.
 
     Raises:
         ConfigError: --base without data, or data without it; else as `rankflow.calibration.base_model.calibrate_saved`.
@@ -199,14 +199,14 @@ _READ = {"plan": "its plan", "calibration": "its statistics or data", "base": "i
 
 
 def read(source: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a command reads, by what it is to it: its source, and what options name."""
+    """Return what a command reads, which no output may replace: its source, and the files that options name."""
     return {**source, **{what: given.get(option) for option, what in _READ.items()}}
 
 
 def targets(goal: dict[str, Any], given: Mapping[str, Any], *, keep: bool = False) -> list[Target]:
-    """One target for each output, from fields of `Target` and all that a command was given (`typer.Context.params`).
+    """Return one target for each output, from fields of `Target` and all that a command was given.
 
-    With `keep` ranks stay as they are where no target was given.
+    `given`: `typer.Context.params`. With `keep` ranks stay as they are where no target was given.
 
     Raises:
         ConfigError: none or several targets, or options that do not go together.

@@ -80,7 +80,7 @@ def policies(
 
 
 def _layout(folder: Path, target_modules: list[str] | None, rank: int) -> Any:
-    """What a policy would find: a saved adapter's layout, or that of a new adapter on a model that is never loaded."""
+    """Return the layout of a saved adapter, or that of a new adapter on a model that is never loaded."""
     if folder.is_file() or ((folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()):
         from rankflow.analysis.forecast import blank_layout
 

@@ -20,7 +20,7 @@ Judge = Callable[[Path], bool]  # whether the adapter at that path is good enoug
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate that was judged."""
+    """A rank that was tried, and whether it was accepted."""
 
     rank: int
     passed: bool
@@ -28,7 +28,7 @@ class Trial:
 
 
 def search(ranks: Sequence[int], passes: Callable[[int], bool]) -> list[Trial]:
-    """Trials in the order in which they were made, of growing `ranks`: the largest, then those bisection asks for.
+    """Try growing `ranks` by bisection, the largest first, and return the trials in the order they were made.
 
     Nothing is presumed of ranks above one that passed: where the largest fails, those below it are tried all the same.
     """
@@ -59,7 +59,7 @@ def accepted(trials: Sequence[Trial]) -> int:
 
 
 def contradictions(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """A note where a rank failed above one that passed, or none."""
+    """Return a note where a rank failed above one that passed, or nothing."""
     failed = max((trial.rank for trial in trials if not trial.passed), default=0)
     passed = min((trial.rank for trial in trials if trial.passed), default=failed)
     if failed <= passed:
@@ -70,8 +70,10 @@ def contradictions(trials: Sequence[Trial]) -> tuple[str, ...]:
 
 
 def acceptance_command(command: str) -> Judge:
-    """A judge that runs a command, without a shell: `{}` in it is the candidate's path, which without one comes last.
-    Status 0 accepts. What the command prints goes to stderr.
+    """Return a judge that runs a command, without a shell, and accepts a candidate where its status is 0.
+
+    `{}` in the command is the candidate's path, which comes last where there is no `{}`. What the
+    command prints goes to stderr.
 
     Raises:
         ConfigError: no command. From the judge itself: one that cannot be run, or a script that the path would be
@@ -97,8 +99,10 @@ def acceptance_command(command: str) -> Judge:
 
 
 def _filled(word: str, candidate: Path) -> str:
-    """A word of the command with the candidate's path. Within a script (`sh -c "... {}"`) the path is read as part of
-    it, so there it has to be one that no shell makes anything else of.
+    """Return a word of the command with the candidate's path in it.
+
+    Within a script (`sh -c "... {}"`) the path is read as part of it, so there it has to be one that no shell makes
+    anything else of.
 
     Raises:
         ConfigError: it is not.

@@ -32,7 +32,8 @@ _BYTES = 1 << 28
 
 @dataclass
 class Cutting:
-    """
+    """Decompose the modules of one adapter, and write them at other ranks.
+
     Args:
         adapter: what is cut; only read.
         metric: what a cut preserves.
@@ -130,7 +131,7 @@ class Cutting:
         return found
 
     def _cut(self, found: Spectrum, A: Tensor, B: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
-        """The best factors of that rank; rows that A has no room for are drawn afresh, beside zero columns of B."""
+        """Return the best factors of that rank; rows that A lacks are drawn afresh, beside zero columns of B."""
         cut = found.cut(rank, self.gauge)
         a, b = refactor(A, B, cut.N, cut.M, wide=found.wide)
         if cut.fresh:
@@ -156,7 +157,7 @@ def pays_on(device: torch.device) -> bool:
 
 
 def by_shape(layout: Layout, names: Iterable[str], dtypes: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
-    """`names` in groups of one shape and dtype, none larger than memory allows, in the order they begin."""
+    """Return `names` in groups of one shape and dtype, none larger than memory allows, in the order they begin."""
     groups: dict[Hashable, list[list[str]]] = {}
     for name in names:
         slot = layout[name]

@@ -1,4 +1,4 @@
-"""A saved adapter squeezed to one target or several, and every module decomposed once for all of them."""
+"""Squeeze a saved adapter to one target or several, and decompose every module once for all of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def squeeze_each(
     progress: Progress | None = None,
     **output: Unpack[OutputOptions],
 ) -> list[SqueezeReport]:
-    """`squeeze` to several targets, every module decomposed once; one output and one report for each.
+    """Squeeze to several targets, and return a report for each; every module is decomposed once.
 
     With `canonical` modules that keep their rank have their directions sorted too. `fitting`: in place of
     the one that `output` and `base` come to. `around`: what the caller reads and writes besides, which outputs have to
@@ -182,7 +182,7 @@ def squeeze_each(
 
 
 def _sketch(targets: Sequence[Target], backend: Backend | None) -> Sketch:
-    """How far full matrices have to be looked at for these targets."""
+    """Return how many directions of full matrices these targets need."""
     known = Sketch()
     highest = max((target.highest or known.rank for target in targets), default=known.rank)
     return Sketch(highest, backend or known.backend)

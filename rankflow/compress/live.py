@@ -43,8 +43,10 @@ def squeeze_model(
     progress: Progress | None = None,
     **target: Unpack[Goal],
 ) -> SqueezeReport:
-    """`rankflow.squeeze` for an adapter in memory: its factors, its PEFT config and, if given, the optimizer's state
-    shrink in place. Save afterwards with `model.save_pretrained`.
+    """Squeeze an adapter in memory as `rankflow.squeeze` does a file.
+
+    Its factors, its PEFT config and, if given, the optimizer's state shrink in place. Save
+    afterwards with `model.save_pretrained`.
 
     Raises:
         ConfigError: an impossible or contradictory option.

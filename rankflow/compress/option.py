@@ -27,10 +27,10 @@ class Option:
 
 
 def option(default: Any, help: str, **about: Any) -> Any:
-    """A dataclass field with this default that is an option of every command which takes the dataclass."""
+    """Return a dataclass field with this default, which is an option of every command that takes the dataclass."""
     return field(default=default, metadata={"option": Option(help, **about)})
 
 
 def options_of(kind: type) -> dict[str, Option]:
-    """Field -> option, of those fields of a dataclass that are options."""
+    """Return field -> option, of those fields of a dataclass that are options."""
     return {f.name: f.metadata["option"] for f in fields(kind) if "option" in f.metadata}

@@ -1,4 +1,4 @@
-"""Plans for saved adapters as YAML: written to be read and edited, and followed to the letter."""
+"""Read and write plans for saved adapters: YAML files with the rank of every module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rankflow.plans.limits import Limits
 
 
 def write_plan(report: SqueezeReport, out: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """The ranks that a (dry) squeeze came to, one line a module with what it keeps.
+    """Write the ranks that a (dry) squeeze came to, one line a module with what it keeps.
 
     Raises:
         ConfigError: `out` is there already and `force` was not given, or is of the adapter.
@@ -46,7 +46,7 @@ def write_plan(report: SqueezeReport, out: str | os.PathLike[str], *, force: boo
 
 
 def _key(name: str) -> str:
-    """As a scalar: what is dumped as a key is put on a line of its own where it is long."""
+    """Return a module's name as YAML has it, on one line however long it is."""
     return yaml.safe_dump(name, width=10_000, allow_unicode=True).removesuffix("\n...\n").rstrip("\n")
 
 
@@ -60,7 +60,7 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def read_budget(path: str | os.PathLike[str]) -> tuple[Budget | None, Limits]:
-    """A budget file: `budget`, and the `limits`, `tie`, `rank_buckets` and `rank_multiple` of policy files.
+    """Read a budget file: `budget`, and the `limits`, `tie`, `rank_buckets` and `rank_multiple` of policy files.
 
     Raises:
         ConfigError: no such file, or everything that is wrong in it.

@@ -1,4 +1,4 @@
-"""The integers that a quantised adapter is made of, in one file beside it; the adapter itself stays plain LoRA.
+"""Read and write the integers that a quantised adapter is made of, in one file beside it, which stays plain LoRA.
 
 `rankflow_quantized.safetensors` holds, of every module, `<module>.A`, `<module>.B` and `<module>.E`, flattened and as
 narrow as their bits allow (2- and 4-bit numbers share bytes, the first in the lowest bits), and `<module>.step`,
@@ -48,13 +48,13 @@ class QuantizedModule:
     bits: tuple[int, int, int]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A' and B' in float32."""
+        """Return A' and B' in float32."""
         a, b, e = (t.float() * s for t, s in zip((self.A, self.B, self.E), self.step, strict=True))
         return e[:, None] * a, b
 
 
 def save_quantized(flow: Controller, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write the integers of a quantised adapter into the folder that it was saved to; the path of the file.
+    """Write the integers of a quantised adapter into the folder that it was saved to; return the path of the file.
 
         flow.finish()                         # the Trainer does this: callback.flow after train()
         model.save_pretrained(folder)

@@ -16,7 +16,9 @@ from rankflow.serving.engines import engine_named
 
 @dataclass(frozen=True)
 class SqueezedModule:
-    """`energy_kept` is the share of the sum of squared singular values, in the module's metric, that is left, `error`
+    """What became of one module.
+
+    `energy_kept` is the share of the sum of squared singular values, in the module's metric, that is left, `error`
     the predicted norm of the change in that metric (`weights`: of DeltaW, Frobenius; `outputs`: of the layer's output,
     root mean square over tokens; `loss`: of the loss, likewise and to first order). `relative_error` is that over the
     norm of what the adapter adds, `weight_error` the relative error of DeltaW, whatever the metric."""
@@ -96,7 +98,7 @@ def report(
     notes: tuple[str, ...] = (),
     **about: Any,
 ) -> SqueezeReport:
-    """`metrics`: module -> that of its spectrum."""
+    """Return the report of a squeeze. `metrics`: module -> that of its spectrum."""
     modules, weights = [], []
     for name, slot in before.items():
         found, rank = spectra[name], after[name].rank

@@ -163,7 +163,7 @@ def _check_parts(name: str, entry: Entry, files: Sequence[Mapping[str, Tensor]],
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The source's config, and the shapes of its factors by name in the file."""
+    """Return the source's config, and the shapes of its factors by name in the file."""
     try:
         config, shapes = strict_object(metadata[_CONFIG]), strict_object(metadata[_SHAPES])
         for shape in shapes.values():

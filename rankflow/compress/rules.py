@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def noise_threshold(sigma: list[float], slot: Slot) -> float:
-    """The largest singular value that noise of the size of the median one has.
+    """Return the largest singular value that noise has whose median one is that of `sigma`.
 
     Directions that only noise has moved have a DeltaW like the product of two random matrices of shapes [out, r] and
     [r, in]: its singular values lie next to their median, none above it by more than (1 + sqrt(r / in)) (1 + sqrt(r /
@@ -47,7 +47,7 @@ def noise_threshold(sigma: list[float], slot: Slot) -> float:
 
 
 def above_noise(spectrum: Spectrum, slot: Slot) -> tuple[float, int]:
-    """The noise threshold of a module's spectrum, and how many of its singular values are above: one at least, unless
+    """Return the noise threshold of a module's spectrum and how many singular values are above: one at least, unless
     all are nothing but rounding."""
     sigma = spectrum.gains[: spectrum.rank].sqrt()
     edge = noise_threshold(sigma.tolist(), slot)
@@ -55,12 +55,12 @@ def above_noise(spectrum: Spectrum, slot: Slot) -> tuple[float, int]:
 
 
 def fewest(shares: list[float], share: float) -> int:
-    """The smallest count whose share is reached; the last bits of a sum decide nothing."""
+    """Return the smallest count whose share is reached; the last bits of a sum decide nothing."""
     return next((k for k, have in enumerate(shares, 1) if have >= share * (1 - 1e-12)), len(shares))
 
 
 def fit_ranks(wanted: Mapping[str, int], layout: Layout, allowed: Layout) -> dict[str, int]:
-    """Ranks as wanted, rounded up to what is allowed (down where there is nothing above); tied modules the most of any.
+    """Return ranks as wanted, rounded up to what is allowed (down if nothing is above). Tied modules get one rank.
 
     A module that nothing above 0 is allowed for stays as it is.
     """

@@ -48,7 +48,7 @@ def squeeze(
     progress: Progress | None = None,
     **options: Unpack[SqueezeOptions],
 ) -> SqueezeReport:
-    """The best adapter of smaller rank, from a saved one; the source is only read.
+    """Write the best adapter of smaller rank, from a saved one that is only read, and return what came of it.
 
     Every module becomes the truncated SVD of its DeltaW (LoRA-Squeeze, arXiv 2602.10993, computed exactly from r x r
     matrices), with its scaling unchanged. See `rankflow.Target` for the targets, of which one is to be given. Modules
@@ -111,8 +111,9 @@ def pad(
     base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SqueezeReport:
-    """The same adapter with zeros to one rank in every module, in PEFT's format also with alpha equal to it and no
-    patterns; and whatever else `engine` wants. DeltaW stays as it is.
+    """Write the same adapter with zeros up to one rank in every module; DeltaW stays as it is.
+
+    In PEFT's format also with alpha equal to the rank and no patterns; and with whatever else `engine` wants.
 
     Raises:
         ConfigError, AdapterError: as `squeeze`.
@@ -137,8 +138,9 @@ def canonicalize(
     base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SqueezeReport:
-    """The same adapter with the directions of every module sorted by what they add: whatever number of them is taken
-    from the front is the best adapter of that rank.
+    """Write the same adapter with the directions of every module sorted by what they add.
+
+    Whatever number of directions is taken from the front is the best adapter of that rank.
 
     Args:
         from_format: as for `squeeze`.

@@ -143,7 +143,7 @@ class Target:
 
     @property
     def given(self) -> dict[str, object]:
-        """The target and what else was given, as for a report."""
+        """Return the target and what else was given, as a report has it."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         if self.limits is not None:
             changed["limits"] = [entry.pattern for entry in self.limits.entries]
@@ -175,7 +175,7 @@ class Target:
         return self.across or self._spending is not None
 
     def choose(self, layout: Layout, spectra: Mapping[str, Spectrum], overhead: int = 0) -> dict[str, int]:
-        """Module -> rank, never above the present one.
+        """Return module -> rank, never above the present one.
 
         Where singular values are looked at, directions that are nothing but rounding are not kept, and a module
         without a real one leaves the adapter, if PEFT can do without it. `overhead`: bytes of the file that are not
@@ -211,7 +211,7 @@ class Target:
     def shortfall(
         self, layout: Layout, spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], overhead: int
     ) -> float:
-        """Share of the energy by which `ranks`, as chosen, can fall short of the best of the same cost, at most."""
+        """Return the most, as a share of the energy, by which `ranks` fall short of the best of the same cost."""
         if self._spending is None or self.exact:
             return 0.0
         from rankflow.plans.knapsack import upper_bound
@@ -222,7 +222,7 @@ class Target:
         return max(0.0, upper_bound(gains, self._allowed(layout), self._left(layout, overhead)) - kept) / total
 
     def _left(self, layout: Layout, overhead: int) -> Budget:
-        """The budget for LoRA factors, in whole units."""
+        """Return the budget for LoRA factors, in whole units."""
         budget = self._spending
         assert budget is not None
         if self.size is None:
@@ -241,7 +241,7 @@ class Target:
         return Layout(slots)
 
     def _rule(self, spectrum: Spectrum, slot: Slot) -> int:
-        """How many directions of one module to keep by the rule given."""
+        """Return how many directions of one module the given rule keeps."""
         gains = spectrum.gains[: spectrum.rank]
         if not len(gains):
             return 0
@@ -283,7 +283,7 @@ _LETTERS = {
 
 
 def every_rank(layout: Layout, **limits: Unpack[Goal]) -> list[Target]:
-    """A target for every uniform rank that can be had within `limits`, growing.
+    """Return a target for every uniform rank that can be had within `limits`, in growing order.
 
     Raises:
         ConfigError: `limits` hold a target.
