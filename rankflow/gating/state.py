@@ -60,7 +60,7 @@ class GateState:
         )
 
     def _each(self, theta: Change, adam: Change) -> GateState:
-        """With the directions of all that has some changed: not of a module's own parameter, nor of a step count."""
+        """Change the directions of all that has some: not a module's own parameter, nor a step count."""
 
         def along(change: Change, key: str, t: Any) -> Any:
             per_direction = self.gate.scope == "component" and key in self.gate.per_direction

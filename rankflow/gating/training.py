@@ -45,7 +45,7 @@ class GateTraining:
         transaction.keep(self, "gate", "theta", "adam", "rates", "gradients", "steps")
 
     def clear(self) -> None:
-        """Have no gates."""
+        """Forget the gates and what they have learnt."""
         self.gate, self.adam = None, None
         self.theta, self.gradients, self.rates = {}, {}, []
 
@@ -84,8 +84,10 @@ class GateTraining:
             self._add_penalty(everything)
 
     def _fill_silence(self) -> None:
-        """Modules that train and that no gradient reached have one of zeros, where others have one: what shrinks and
-        penalises gates holds for them too, and nothing holds against it. Frozen ones are no part of training."""
+        """Give modules that train and got no gradient one of zeros, if any other has one.
+
+        What shrinks and penalises gates then holds for them too. Frozen modules are no part of training.
+        """
         if not any(_graded(p) for theta in self.theta.values() for p in theta.values()):
             return
         for name, theta in self.theta.items():
@@ -141,7 +143,7 @@ class GateTraining:
                     self.adam.state[p] = dict(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, and Adam's state of them."""
+        """Return the parameters, and Adam's state of them."""
         assert self.adam is not None
         adam = self.adam.state
         return {

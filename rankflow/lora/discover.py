@@ -46,7 +46,7 @@ def find(model: nn.Module, name: str) -> tuple[nn.Module, LoraConfig]:
 
 
 def adapted_layers(root: nn.Module, adapter: str, shards: bool) -> Iterator[tuple[str, LoraLayer, str]]:
-    """Name, layer and kind of every module that has the adapter, or had it when it was last resized."""
+    """Yield name, layer and kind of every module that has the adapter, or had it before a resize took it to rank 0."""
     modules = dict(root.named_modules())
     for path, layer in modules.items():
         if not isinstance(layer, LoraLayer):

@@ -49,7 +49,7 @@ class Site:
 
     @property
     def present(self) -> bool:
-        """False while the module has left the adapter (rank 0)."""
+        """Whether the module is in the adapter: its rank is above 0."""
         return self.has_factors and self._masked_rank != 0
 
     @property

@@ -84,7 +84,7 @@ class Recorder:
             self.sums[_GRADIENT[factor]] = self._canonical(factor, parameter.grad).clone()
 
     def take_gradients(self) -> None:
-        """Of factors in shards, on which no hook is called: what has come to be `.grad`, the mean over processes."""
+        """Take `.grad`, the mean over processes, of factors in shards, on which no hook is called."""
         for factor, parameter in (("A", self.site.A), ("B", self.site.B)):
             if parameter.requires_grad:
                 self._accumulated(factor, parameter)
@@ -150,7 +150,7 @@ class Recorder:
     # -- in backward ------------------------------------------------------------------------------------------------
 
     def _take_embedding(self, mask: Tensor | None, ids: Tensor, dy: Tensor) -> None:
-        """An embedding has no modules for A and B: what the other layers' taps hear is made from ids and dL/dy."""
+        """Make an embedding's signals from ids and dL/dy, as it has no modules for A and B that could be tapped."""
         with _aside(dy):
             A, B = _working(self.site.shown("A")), _working(self.site.shown("B"))
             extra = self.site.layer._get_embed_scale()  # some models scale embeddings inside the layer

@@ -96,7 +96,7 @@ def blockwise_handler(optimizer: Optimizer) -> Handler | None:
 
 
 def _beside(key: str) -> tuple[str, str]:
-    """Where the values of the codes of `key` are kept, and the largest magnitude of each block."""
+    """Return the keys of the values of the codes of `key`, and of the largest magnitude of each block."""
     return f"qmap{key[-1]}", f"absmax{key[-1]}"
 
 

@@ -1,4 +1,4 @@
-"""What `test_recompiles.py` must notice."""
+"""What `test_compile.py` must notice."""
 
 from fault import Fault
 
@@ -20,5 +20,17 @@ FAULTS = [
         "observe/compile.py",
         "m._compiled_call_impl is not None or isinstance(m, wrapper)",
         "m._compiled_call_impl is not None",
+    ),
+    Fault(
+        "let the first listener that leaves speak for all",
+        "observe/compile.py",
+        "_listeners.discard(listener)",
+        "_listeners.clear()",
+    ),
+    Fault(
+        "keep compiled code eager for one that failed on its way to listening",
+        "observe/compile.py",
+        "weakref.finalize(listener, _leave, id(listener))",
+        "(lambda who: lambda: _leave(who))(id(listener))",
     ),
 ]

@@ -1,21 +1,24 @@
-"""How often `torch.compile` compiles anew under resizing, and the warning that it may stop to."""
+"""Under `torch.compile`: how often it compiles anew, the warning that it may stop to, and who keeps code eager."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from failing import Planted, failing
 from loops import tiny_llama, token_batches
 from tiny import LAYERS, Tiny, batch, compiled_code_of_nobody_else, loss, tiny  # noqa: F401, the fixture
 
 import rankflow
-from rankflow.observe.compile import compiled_modules
+from rankflow.observe.compile import compiled_modules, stay_eager
 from rankflow.plans.layout import Layout
 from rankflow.plans.limits import Limit, Limits
 from rankflow.plans.ops import Grow, Keep
@@ -209,3 +212,58 @@ def test_nothing_is_imported_for_a_model_that_is_not_compiled(monkeypatch: pytes
     monkeypatch.delitem(sys.modules, "torch._dynamo")
     assert compiled_modules(tiny()) == 0
     assert "torch._dynamo" not in sys.modules
+
+
+# -- scored steps stay eager -------------------------------------------------------------------------------------------
+
+
+class Listener:
+    pass
+
+
+def compiles() -> bool:
+    torch._dynamo.reset()
+    graphs = []
+    plus = torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert plus(torch.ones(2)).tolist() == [2, 2]
+    return bool(graphs)
+
+
+def test_the_last_to_leave_lets_code_compile_again():
+    assert compiles()
+    one, other = Listener(), Listener()
+    first, second = stay_eager(one), stay_eager(other)
+    assert not compiles()
+    first()
+    assert not compiles()
+    second()
+    second()
+    assert compiles()
+
+
+def test_a_listener_that_is_gone_has_left():
+    one = Listener()
+    stay_eager(one)
+    assert not compiles()
+    del one
+    assert compiles()
+
+
+def test_a_stance_of_the_users_comes_back():
+    with torch.compiler.set_stance("force_eager"):
+        leave = stay_eager(Listener())
+        leave()
+        assert not compiles()
+    assert compiles()
+
+
+def test_who_fails_while_beginning_to_listen_has_left_when_gone():
+    for at in itertools.count():
+        listener = Listener()
+        with suppress(Planted), failing(at) as places:
+            stay_eager(listener)
+        del listener
+        assert compiles(), at
+        if places() <= at:
+            break
+    assert at > 3
