@@ -31,8 +31,8 @@ def fold_delora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
     modules = {}
     for m in parts:
         a, b, bound, norms = parts.of(m, *names)
-        parts.check(m, a.ndim == b.ndim == 2 and len(a) == b.shape[1] and bound.numel() == 1)
-        parts.check(m, norms.shape == (a.shape[1],))
+        parts.require(m, a.ndim == b.ndim == 2 and len(a) == b.shape[1] and bound.numel() == 1)
+        parts.require(m, norms.shape == (a.shape[1],))
         made = lambda a=a, n=norms: wide(a) * wide(n)  # noqa: E731
         modules[m] = Factors(len(a), made, partial(columns, a, b, bound), max(a.numel(), b.numel()))
     return folded(config, modules, parts.rest, ["DeLoRA, read as the plain LoRA that it equals"], path)

@@ -31,11 +31,11 @@ def fold_gralora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path:
     for m in parts:
         a, b = parts.of(m, *names[:2])  # [k, in / k, r] and [k, r, out / k]
         extra = parts.of(m, *names[2:]) if hybrid else []
-        parts.check(m, a.ndim == b.ndim == 3 and len(a) == len(b) and a.shape[2] == b.shape[1])
+        parts.require(m, a.ndim == b.ndim == 3 and len(a) == len(b) and a.shape[2] == b.shape[1])
         k, n, r = a.shape
-        parts.check(m, r % k == 0)
+        parts.require(m, r % k == 0)
         if extra:
-            parts.check(m, extra[0].shape == (hybrid, k * n) and extra[1].shape == (k * b.shape[2], hybrid))
+            parts.require(m, extra[0].shape == (hybrid, k * n) and extra[1].shape == (k * b.shape[2], hybrid))
         modules[m] = Factors(
             k * r + hybrid,
             partial(_block_rows, a, extra[:1]),

@@ -72,7 +72,7 @@ def loha(parts: Parts, module: str, scaling: float) -> Factors:
     shape: tuple[int, ...]
     if tucker:
         t1, t2 = parts.of(module, "hada_t1", "hada_t2")
-        parts.check(
+        parts.require(
             module,
             all(t.ndim == 2 for t in (a1, b1, a2, b2)) and a1.shape[1] == a2.shape[1] and b1.shape[1] == b2.shape[1]
             and t1.ndim == t2.ndim == 4 and t1.shape[2:] == t2.shape[2:]
@@ -83,7 +83,7 @@ def loha(parts: Parts, module: str, scaling: float) -> Factors:
         lefts = (lambda: wide(a1).mT), (lambda: wide(a2).mT)
         rights = (lambda: tucker_rows(t1, b1)), (lambda: tucker_rows(t2, b2))
     else:
-        parts.check(
+        parts.require(
             module,
             all(t.ndim == 2 for t in (a1, b1, a2, b2)) and a1.shape[0] == a2.shape[0] and b1.shape[1] == b2.shape[1]
             and a1.shape[1] == b1.shape[0] and a2.shape[1] == b2.shape[0],
@@ -150,7 +150,7 @@ def _outer(parts: Parts, module: str, part: str) -> _Outer:
     found = parts[module]
     if part in found:
         t = found[part]
-        parts.check(module, t.ndim >= 2 and 0 not in t.shape)
+        parts.require(module, t.ndim >= 2 and 0 not in t.shape)
         flat = lambda: wide(t).flatten(1)  # noqa: E731
         rows, columns = t.shape[0], math.prod(t.shape[1:])
         if rows <= columns:
@@ -159,9 +159,9 @@ def _outer(parts: Parts, module: str, part: str) -> _Outer:
     a, b = parts.of(module, f"{part}_a", f"{part}_b")
     if part == "lokr_w2" and "lokr_t2" in found:
         t = found["lokr_t2"]
-        parts.check(module, t.ndim == 4 and a.ndim == b.ndim == 2 and (len(a), len(b)) == t.shape[:2])
+        parts.require(module, t.ndim == 4 and a.ndim == b.ndim == 2 and (len(a), len(b)) == t.shape[:2])
         return _Outer(lambda: wide(a).mT, lambda: tucker_rows(t, b), a.shape[1], len(a), b.shape[1] * t[0, 0].numel())
-    parts.check(module, a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0])
+    parts.require(module, a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0])
     return _Outer(lambda: wide(a), lambda: wide(b), a.shape[0], a.shape[1], b.shape[1])
 
 

@@ -32,7 +32,7 @@ def fold_miss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
     parts = Parts(tensors, ["miss_block"], "MiSS", path)
     blocks = {m: parts.of(m, "miss_block")[0] for m in parts}
     for m, block in blocks.items():
-        parts.check(m, block.ndim == 2)
+        parts.require(m, block.ndim == 2)
     shapes = shapes_of(blocks, base or base_of(config, path, "MiSS"), path)
     modules = {}
     for m, block in blocks.items():

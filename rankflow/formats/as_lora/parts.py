@@ -152,7 +152,7 @@ class Parts(Mapping[str, Mapping[str, Tensor]]):
             raise AdapterError(f"{self.path}: {name} has no {lacking[0]}; the file is incomplete, save it again")
         return [found[name] for name in names]
 
-    def check(self, module: str, fits: bool) -> None:
+    def require(self, module: str, fits: bool) -> None:
         """
         Raises:
             AdapterError: the module's tensors do not fit each other.

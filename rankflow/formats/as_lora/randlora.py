@@ -56,7 +56,7 @@ def dense_form(path: Path, base: Path | None, sketch: Sketch) -> DenseAdapter | 
             f"{path}: save_projection is off, so the random bases are not in the file; save the adapter with them"
         )
     A, B = parts.of(SHARED, "randlora_A", "randlora_B")  # [r, 1, smaller side], [larger side, bases, r]
-    parts.check(SHARED, A.ndim == B.ndim == 3 and len(A) == B.shape[2] == rank and A.shape[1] == 1)
+    parts.require(SHARED, A.ndim == B.ndim == 3 and len(A) == B.shape[2] == rank and A.shape[1] == 1)
     weights = shapes_of(names, base or base_of(config, path, "RandLoRA"), path)
     deltas = {}
     for m in names:
@@ -64,8 +64,8 @@ def dense_form(path: Path, base: Path | None, sketch: Sketch) -> DenseAdapter | 
         shape = weights[m][::-1] if config.get("fan_in_fan_out") else weights[m]
         small, large = min(shape), max(shape)
         bases = -(-small // rank)
-        parts.check(m, scales.shape == (rank, bases) and gamma.shape == (bases, small))
-        parts.check(SHARED, A.shape[2] >= small and len(B) >= large and B.shape[1] >= bases)
+        parts.require(m, scales.shape == (rank, bases) and gamma.shape == (bases, small))
+        parts.require(SHARED, A.shape[2] >= small and len(B) >= large and B.shape[1] >= bases)
 
         def whole(scales=scales, gamma=gamma, small=small, large=large, bases=bases, flip=small != shape[1]) -> Tensor:
             rows = wide(scales)[:, :, None] * wide(A)[:, :, :small] * wide(gamma)[None]  # [r, bases, small]

@@ -34,9 +34,9 @@ def fold_unilora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path:
     modules = {}
     for m in parts.modules:
         ia, ib, sa, sb = parts.of(m, *names[:4])
-        parts.check(m, theta.ndim == 1 and all(are_indices(i, len(theta)) for i in (ia, ib)))
-        parts.check(m, ia.ndim == ib.ndim == 2 and ia.shape == sa.shape and ib.shape == sb.shape)
-        parts.check(m, len(ia) == ib.shape[1])
+        parts.require(m, theta.ndim == 1 and all(are_indices(i, len(theta)) for i in (ia, ib)))
+        parts.require(m, ia.ndim == ib.ndim == 2 and ia.shape == sa.shape and ib.shape == sb.shape)
+        parts.require(m, len(ia) == ib.shape[1])
         modules[m] = Factors(len(ia), partial(picked, ia, sa), partial(picked, ib, sb), max(ia.numel(), ib.numel()))
     return folded(config, modules, parts.rest, ["Uni-LoRA, read as the plain LoRA that it equals"], path)
 

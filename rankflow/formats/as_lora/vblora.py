@@ -28,7 +28,7 @@ def fold_vblora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
     parts = Parts(tensors, names, "VB-LoRA", path)
     topk = int(number(config, "topk", path))
     (bank,) = parts.of(SHARED, "vblora_vector_bank")
-    parts.check(SHARED, bank.ndim == 2)
+    parts.require(SHARED, bank.ndim == 2)
 
     def mixed(module: str, stem: str) -> Tensor:
         """``[*, *, vector length]``"""
@@ -45,7 +45,7 @@ def fold_vblora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
     modules = {}
     for m in parts.modules:
         a, b = (_any(parts, m, stem) for stem in stems)
-        parts.check(m, a.ndim == b.ndim == 3 and len(a) == b.shape[1] and _in_bank(parts[m], bank, topk))
+        parts.require(m, a.ndim == b.ndim == 3 and len(a) == b.shape[1] and _in_bank(parts[m], bank, topk))
         modules[m] = Factors(
             len(a),
             lambda m=m: mixed(m, stems[0]).flatten(1),

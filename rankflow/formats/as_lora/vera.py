@@ -53,7 +53,7 @@ def _fold(
     halves = 1 + (stem == "pvera")
     vectors = {m: parts.of(m, f"{stem}_lambda_b", f"{stem}_lambda_d") for m in parts.modules}
     for m, (b, d) in vectors.items():
-        parts.check(m, b.ndim == d.ndim == 1 and len(d) == halves * rank)
+        parts.require(m, b.ndim == d.ndim == 1 and len(d) == halves * rank)
     widths = {}
     shapes = shapes_of(vectors, base or base_of(config, path, kind), path)
     if rank > max(WIDE, *map(min, shapes.values())):  # what is drawn would take more memory than all there is

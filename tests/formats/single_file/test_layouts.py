@@ -17,7 +17,7 @@ from rankflow import AdapterError, ConfigError, inspect, squeeze
 from rankflow.analysis.difference import diff
 from rankflow.cli.app import app
 from rankflow.formats.open import open_adapter
-from rankflow.render.adapter_tables import inspection_table, squeeze_table
+from rankflow.render.adapter_tables import squeeze_table, types_table
 from rankflow.render.reports import inspection_page, squeeze_page
 
 FLUX = ["double_blocks.{i}.img_attn.qkv", "double_blocks.{i}.txt_mod.lin", "single_blocks.{i}.linear1"]
@@ -238,7 +238,7 @@ def test_what_is_carried_along_is_in_every_report_and_counts_by_size(tmp_path: P
         table = page.sections[-1].table
         assert table is not None
         assert [(row[0].text, row[1].value) for row in table.rows] == list(wanted.items())
-    for table in (inspection_table(found), squeeze_table(report)):
+    for table in (types_table(found), squeeze_table(report)):
         assert "final_layer.linear.diff (48.0 kB)" in str(table.caption)
         assert "2 tensors" in str(table.caption)
 
