@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 
 import rankflow
 from rankflow.cli.app import app
+from rankflow.config import registry
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").is_file())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -136,7 +137,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def there(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of that folder to work in; what a page does to the environment is undone."""
+    """A copy of that folder to work in; what a page does to the environment and registers is undone."""
+    monkeypatch.setattr(registry.PLUGINS, "_registered", {})
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
