@@ -17,9 +17,14 @@ import pytest
 import torch
 from helpers import lora, loss_of
 from packages import drop_file
+from safetensors.torch import load_file, save_file
 
 from rankflow import check, squeeze
 from rankflow.errors import OptimizerError
+from rankflow.formats import as_lora, single_file
+from rankflow.formats.as_lora.registry import forms
+from rankflow.formats.open import open_adapter
+from rankflow.formats.single_file.registry import shipped
 from rankflow.lora.adapter import Adapter
 from rankflow.optim import handlers
 from rankflow.plans.ops import Keep
@@ -28,38 +33,43 @@ from rankflow.serving import engines as engine_files
 from rankflow.serving.engine import Fate
 from rankflow.serving.engines import engines
 from rankflow.surgery.surgeon import Surgeon
+from tests.formats.test_convert import PARTS, delta, drawn, write
 from tests.serving.test_verdicts import folder
 
 ROOT = Path(__file__).parents[2]
+LISTINGS = [engines, shipped, forms]
 
 
-def printed(page: str) -> tuple[str, str]:
+def printed(page: str, nth: int = 0) -> tuple[str, str]:
     """The path of the file that a guide is about, and the file as printed."""
     text = (ROOT / "docs" / "extending" / page).read_text(encoding="utf-8")
-    path = re.search(r"one file to add is `rankflow/(\S+)\.py`", text)
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert path
-    assert code
-    return path[1], code[1]
+    paths = re.findall(r"one file to add is `rankflow/(\S+)\.py`|one file as well:\n`rankflow/(\S+)\.py`", text)
+    codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return "".join(paths[nth]), codes[nth]
 
 
-def add(page: str, package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def add(page: str, package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int = 0) -> None:
     """Put a guide's file into the folder that it names."""
-    path, source = printed(page)
+    path, source = printed(page, nth)
     assert f"rankflow.{path.rpartition('/')[0].replace('/', '.')}" == package.__name__
     drop_file(package, path.rpartition("/")[2], source, tmp_path / "added", monkeypatch)
 
 
-@pytest.fixture
-def toy_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    add("engine.md", engine_files, tmp_path, monkeypatch)
-    engines.cache_clear()
+@pytest.fixture(autouse=True)
+def listed_anew() -> Iterator[None]:
+    """Folders are listed again by each test, and after the last."""
+    for listing in LISTINGS:
+        listing.cache_clear()
     yield
-    engines.cache_clear()
+    for listing in LISTINGS:
+        listing.cache_clear()
 
 
-@pytest.mark.usefixtures("toy_engine")
-def test_the_engine_of_the_guide_is_checked_for_and_written_for(tmp_path: Path):
+# -- an engine --------------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_of_the_guide_is_checked_for_and_written_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add("engine.md", engine_files, tmp_path, monkeypatch)
     src = folder(tmp_path / "src")
     squeeze(src, tmp_path / "three", target_rank=3)
     assert [problem.fate for problem in check(tmp_path / "three", "toy").problems] == [Fate.SILENT]
@@ -107,6 +117,35 @@ def test_the_optimizer_of_the_guide_is_carried_through_a_resize(tmp_path: Path, 
         torch.testing.assert_close(after["average"], before[name]["average"][[2, 0]])
         torch.testing.assert_close(after["average_sq"], before[name]["average_sq"][[2, 0]])
         assert after["step"] == 1
+
+
+# -- a format ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_format_of_the_guide_is_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add("format.md", single_file, tmp_path, monkeypatch)
+    factors = drawn(PARTS["unet"][2], scale=0.7, seed=3)
+    src = write("kohya", tmp_path, "unet", factors)
+    squeeze(src, tmp_path / "new.safetensors", target_rank=6, to_format="slashed")
+    found = open_adapter(tmp_path / "new.safetensors")
+    assert found.kind == "slashed"
+    for name, f in factors.items():
+        a, b = found.factors("slashed/" + name.replace(".", "/"))
+        torch.testing.assert_close(b.double() @ a.double(), delta(*f), rtol=1e-5, atol=1e-6)
+    squeeze(tmp_path / "new.safetensors", tmp_path / "back.safetensors", target_rank=6, to_format="kohya")
+    assert load_file(tmp_path / "back.safetensors").keys() == load_file(src).keys()
+
+
+def test_the_form_of_the_guide_is_read_as_the_lora_that_it_equals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add("format.md", as_lora, tmp_path, monkeypatch, 1)
+    src = tmp_path / "src"
+    src.mkdir()
+    a, b = torch.randn(4, 8), torch.randn(6, 4)
+    save_file({"base_model.model.q.pair_A": a, "base_model.model.q.pair_B": b}, src / "adapter_model.safetensors")
+    (src / "adapter_config.json").write_text('{"peft_type": "PAIR", "target_modules": ["q"]}')
+    found = open_adapter(src)
+    down, up = found.factors("q")
+    torch.testing.assert_close(up @ down * found.layout["q"].scaling, 2 * b @ a)
 
 
 # -- an option --------------------------------------------------------------------------------------------------------
