@@ -56,7 +56,8 @@ def is_scale(value: object, limits: tuple[float, float] = _NUMBERS) -> bool:
 
 
 def checked_slot(slot: Slot, name: str, path: Path) -> Slot:
-    """
+    """Return the slot, unless its scaling or rank is one that no adapter has.
+
     Raises:
         AdapterError: a scaling or a rank that no adapter has. What is computed is r x r, so that a file of thin
             factors of enormous rank would take as much memory as its size squared.
@@ -147,7 +148,8 @@ class SavedAdapter(Source):
 
     @abstractmethod
     def check_out(self, out: Path, *, force: bool) -> None:
-        """
+        """Refuse an output that `rewrite` could not write.
+
         Raises:
             ConfigError: `rewrite` could not write there without loss.
         """

@@ -63,7 +63,8 @@ def lost_fields(source: Source) -> list[str]:
 
 
 def check_sayable(config: Mapping[str, Any], path: Path, kind: str, *, but: Collection[str] = ()) -> None:
-    """
+    """Refuse an adapter of which a format cannot say what it does.
+
     Args:
         but: fields that the format has a place for.
 

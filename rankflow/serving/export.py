@@ -155,7 +155,8 @@ class Fitting:
 def fitting_for(
     engine: str | None, *, rank: int | None = None, to_format: str | None = None, base: str | Path | None = None
 ) -> Fitting:
-    """
+    """Return how an adapter is written for an engine of this name, at this rank, in this format.
+
     Raises:
         ConfigError: no such engine, or things that do not go together.
     """

@@ -38,8 +38,10 @@ class Verdict:
 def check(
     src: str | Path, engine: str | None = None, *, from_format: str | None = None, base: str | Path | None = None
 ) -> Verdict:
-    """What `engine` (`rankflow.serving.engines`) would get wrong with a file as it is; or, with `base`, which of
-    its modules that model does not have, by whatever names its format has for them.
+    """Return what an engine would get wrong with an adapter file as it is, and which of its modules a base lacks.
+
+    With `engine`, one of `rankflow.serving.engines`, the file is checked against what that engine does. With `base`,
+    modules are looked for in that model, by whatever names the file's format has for them.
 
     What `squeeze` refuses to write for an engine has a problem here that no `squeeze` is the remedy of; what has none
     here is written for it. Where the names that an engine needs depend on the base model, and that is neither given

@@ -17,7 +17,8 @@ from rankflow.formats.as_lora.parts import Factors, Folded, Form, Parts, folded
 
 
 def fold_delora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """
+    """Return the LoRA that a DeLoRA adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no DeLoRA adapter.
     """

@@ -19,7 +19,8 @@ from rankflow.formats.as_lora.parts import Factors, Folded, Form, Parts, folded,
 
 
 def fold_gralora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """
+    """Return the LoRA that a GraLoRA adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no GraLoRA adapter.
     """

@@ -29,7 +29,8 @@ LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 
 
 def fold_loha(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """
+    """Return the LoRA that a LoHa adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no LoHa adapter.
     """
@@ -41,7 +42,8 @@ def fold_loha(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
 
 
 def fold_lokr(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """
+    """Return the LoRA that a LoKr adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no LoKr adapter.
     """
@@ -62,7 +64,8 @@ def _scaling(config: Mapping[str, Any], module: str, path: Path) -> float:
 
 
 def loha(parts: Parts, module: str, scaling: float) -> Factors:
-    """
+    """Return the factors of one LoHa module.
+
     Raises:
         AdapterError: the module's tensors do not fit each other.
     """
@@ -109,7 +112,8 @@ def loha(parts: Parts, module: str, scaling: float) -> Factors:
 
 
 def lokr(parts: Parts, module: str, scaling: float) -> Factors:
-    """
+    """Return the factors of one LoKr module.
+
     Raises:
         AdapterError: the module's tensors do not fit each other.
     """

@@ -21,7 +21,8 @@ from rankflow.formats.as_lora.vera import base_of, no_module, shapes_of
 
 
 def fold_miss(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> Folded:
-    """
+    """Return the LoRA that a MiSS adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no MiSS adapter, or one whose update is made of the base weight.
         ConfigError: the base model is needed and not at hand.

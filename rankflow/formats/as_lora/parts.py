@@ -142,7 +142,8 @@ class Parts(Mapping[str, Mapping[str, Tensor]]):
         return found
 
     def of(self, module: str, *names: str) -> list[Tensor]:
-        """
+        """Return these parts of a module.
+
         Raises:
             AdapterError: the module lacks one of them.
         """
@@ -153,7 +154,8 @@ class Parts(Mapping[str, Mapping[str, Tensor]]):
         return [found[name] for name in names]
 
     def require(self, module: str, fits: bool) -> None:
-        """
+        """Refuse a module whose tensors do not fit each other.
+
         Raises:
             AdapterError: the module's tensors do not fit each other.
         """
@@ -164,7 +166,8 @@ class Parts(Mapping[str, Mapping[str, Tensor]]):
 
 
 def check_size(module: str, factors: Factors, path: Path) -> None:
-    """
+    """Refuse factors that are too large.
+
     Raises:
         AdapterError: factors that are to be made of smaller ones would be larger than any model's weight.
     """
@@ -176,7 +179,8 @@ def check_size(module: str, factors: Factors, path: Path) -> None:
 
 
 def number(config: Mapping[str, Any], field: str, path: Path, default: Any = None) -> float:
-    """
+    """Return a field of the config that is a positive number.
+
     Raises:
         AdapterError: the field holds no positive number.
     """

@@ -15,7 +15,8 @@ from rankflow.formats.as_lora.parts import SHARED, Factors, Folded, Form, Parts,
 
 
 def fold_unilora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """
+    """Return the LoRA that a Uni-LoRA adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no Uni-LoRA adapter, or one saved without its indices.
     """

@@ -19,7 +19,8 @@ from rankflow.formats.as_lora.parts import SHARED, Factors, Folded, Form, Parts,
 
 
 def fold_vblora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Folded:
-    """
+    """Return the LoRA that a VB-LoRA adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no VB-LoRA adapter.
     """

@@ -26,7 +26,8 @@ from rankflow.formats.io.models import is_model, open_model, weight_of
 
 
 def fold_vera(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> Folded:
-    """
+    """Return the LoRA that a VeRA adapter equals.
+
     Raises:
         AdapterError: tensors and config that make no VeRA adapter, or one of another base.
         ConfigError: the base model is needed and not at hand.
@@ -35,7 +36,8 @@ def fold_vera(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
 
 
 def fold_pvera(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> Folded:
-    """
+    """Return the LoRA that a PVeRA adapter equals.
+
     Raises:
         AdapterError: as `fold_vera`, or an adapter that computes something else each time.
         ConfigError: as `fold_vera`.

@@ -32,7 +32,8 @@ class Around:
 def check_output(
     out: Path, reads: Reads | None = None, *, force: bool = False, folder: bool = False, parents: bool = True
 ) -> None:
-    """
+    """Refuse a path that an output may not be written to.
+
     Args:
         reads: files and folders that must not be replaced, or added to.
         force: whether what is there may be replaced.

@@ -137,7 +137,8 @@ class SingleFile(SavedAdapter):
         return factor.stem
 
     def scaling(self, name: str, rank: int, alpha: float | None) -> float:
-        """
+        """Return a module's scaling, by its alpha and rank.
+
         Raises:
             AdapterError: the file contradicts itself.
         """

@@ -55,7 +55,8 @@ class ComfyAdapter(SingleFile):
 
 
 def from_comfyui(name: str) -> str:
-    """
+    """Return the common name of a module.
+
     Raises:
         ConfigError: a part of the model that other formats have no name for.
     """

@@ -184,7 +184,8 @@ def read_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str
 
 
 def to_diffusers(name: str) -> str:
-    """
+    """Return diffusers' name of a module, given its common one.
+
     Raises:
         ConfigError: the name is that of the original checkpoint, which diffusers' differ from.
     """

@@ -118,7 +118,8 @@ def refuse_unknown_factors(extra: Mapping[str, Tensor], path: Path, *, whole: Se
 
 
 def refuse_empty(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """
+    """Refuse tensors without entries.
+
     Raises:
         AdapterError: a tensor without any entries, as ZeRO-3 leaves them where parameters were not gathered.
     """
@@ -138,7 +139,8 @@ def foreign_factors(keys: Iterable[str]) -> str | None:
 
 
 def refuse_unused_alphas(extra: Iterable[str], path: Path) -> None:
-    """
+    """Refuse alphas that belong to no module.
+
     Raises:
         AdapterError: an alpha of no module that was read, whose scale it may be meant to be.
     """

@@ -112,7 +112,8 @@ class KohyaAdapter(SingleFile):
 
 
 def from_kohya(stem: str, stems: Collection[str] = ()) -> str:
-    """
+    """Return the common name of a module, given kohya's.
+
     Args:
         stems: all of the file's, of which some tell what model it is for.
 
@@ -156,7 +157,8 @@ def _dotted(flat: str, stem: str) -> str:
 
 
 def to_kohya(name: str, names: Collection[str]) -> str:
-    """
+    """Return kohya's name of a module, given its common one.
+
     Raises:
         ConfigError: kohya has no name for it.
     """

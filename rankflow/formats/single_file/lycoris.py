@@ -28,7 +28,8 @@ _REFUSED = {
 
 
 def refuse_variants(keys: Iterable[str], path: Path) -> None:
-    """
+    """Refuse files of methods that no plain LoRA equals.
+
     Raises:
         AdapterError: a tensor belongs to something other than LoRA, LoCon or a plain difference.
     """

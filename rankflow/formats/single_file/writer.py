@@ -63,7 +63,8 @@ def overhead(specs: Mapping[str, Spec], metadata: Mapping[str, str], modules: Ma
 
 
 def check_single(out: Path, src: Path, *, force: bool) -> None:
-    """
+    """Refuse a path that an adapter in one file cannot be written to.
+
     Raises:
         ConfigError: an adapter in one file cannot be written there, or would replace what is none.
     """
