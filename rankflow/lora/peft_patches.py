@@ -51,7 +51,7 @@ LOADING = Patch(
         "tests/training/test_trainer.py::test_resume_is_bit_for_bit_across_growth_and_squeeze",
         "tests/training/test_trainer.py::test_best_any_keeps_the_trainers_choice_warns_and_restores_that_layout",
     ),
-    tried=("0.19", "0.20", "0.21"),
+    tried=("0.18", "0.19", "0.20", "0.21"),
 )
 SAVING = Patch(
     ((PeftModel, "save_pretrained"), (PreTrainedModel, "save_pretrained")),
@@ -59,13 +59,13 @@ SAVING = Patch(
     tests=(
         "tests/gating/test_gates.py::test_forward_merge_and_files_see_the_gated_factors_and_state_dict_the_raw_ones",
     ),
-    tried=("0.19", "0.20", "0.21"),
+    tried=("0.18", "0.19", "0.20", "0.21"),
 )
 MERGING = Patch(
     tuple((BaseTuner, name) for name in ("merge_adapter", "unmerge_adapter", "merge_and_unload")),
     why="base weights would get factors with the noise that their gate drew for the last forward",
     tests=("tests/gating/test_gates.py::test_after_a_noisy_forward_files_and_merges_hold_what_has_no_noise",),
-    tried=("0.19", "0.20", "0.21"),
+    tried=("0.18", "0.19", "0.20", "0.21"),
 )
 PATCHES = (LOADING, SAVING, MERGING)
 
