@@ -135,24 +135,29 @@ def settings_table(policy: Any) -> str:
 
 
 def command_line() -> str:
-    """Every command, with its arguments and its options by panel."""
+    """Every command, with its arguments and its options by panel; first the options of all."""
     group: Any = typer.main.get_command(app)
-    return "\n\n".join(command_section(name, command) for name, command in group.commands.items() if not command.hidden)
+    context = typer.Context(group, info_name="rankflow")
+    commands = (command_section(name, command) for name, command in group.commands.items() if not command.hidden)
+    return "\n\n".join(["## Options of all commands", *panels(group, context), *commands])
 
 
 def command_section(name: str, command: Any) -> str:
     context = typer.Context(command, info_name=f"rankflow {name}")
-    panels: dict[str, list[list[str]]] = {}
+    parts = [f"## `rankflow {name}`", escaped(plain(command.help)), fenced("text", command.get_usage(context))]
+    parts += [*panels(command, context), escaped(plain(command.epilog))]
+    return "\n\n".join(filter(None, parts))
+
+
+def panels(command: Any, context: Any) -> list[str]:
+    """The arguments and options of a command, one table for each panel of its help."""
+    rows: dict[str, list[list[str]]] = {}
     for param in command.get_params(context):
         if (record := param.get_help_record(context)) is not None:
             default = "Arguments" if param.param_type_name == "argument" else "Options"
             panel = getattr(param, "rich_help_panel", None) or default
-            panels.setdefault(panel, []).append([f"`{record[0]}`", plain(record[1])])
-    parts = [f"## `rankflow {name}`", escaped(plain(command.help)), fenced("text", command.get_usage(context))]
-    parts += [table([panel, ""], rows) for panel, rows in panels.items()]
-    if command.epilog:
-        parts.append(escaped(plain(command.epilog)))
-    return "\n\n".join(parts)
+            rows.setdefault(panel, []).append([f"`{record[0]}`", plain(record[1])])
+    return [table([panel, ""], of_it) for panel, of_it in rows.items()]
 
 
 def plain(markup: str | None) -> str:
