@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 from peft import LoraConfig, PeftType
@@ -24,21 +25,24 @@ def root_of(model: nn.Module, adapter_name: str) -> nn.Module:
 
 
 def find(model: nn.Module, name: str) -> tuple[nn.Module, LoraConfig]:
-    """The module inside which names start, and the adapter's config."""
-    roots: list[tuple[nn.Module, Mapping[str, Any]]] = [
+    """The module inside which names start, and the adapter's config, which it shares with no other adapter."""
+    roots: list[tuple[nn.Module, dict[str, Any]]] = [
         (m.model, m.peft_config) for m in model.modules() if isinstance(m, BaseTuner)
     ]
     if not roots:  # inject_adapter_in_model and transformers' add_adapter leave their configs on the model itself
         roots = [(m, c) for m in model.modules() if isinstance(c := m.__dict__.get("peft_config"), dict)]
     if not roots:
         raise AdapterError(f"{type(model).__name__} has no LoRA adapter; wrap it with peft.get_peft_model first")
-    having = [(root, configs[name]) for root, configs in roots if name in configs]
+    having = [(root, configs) for root, configs in roots if name in configs]
     if not having:
         known = ", ".join(sorted({n for _, configs in roots for n in configs}))
         raise AdapterError(f"no adapter {name!r} in this model; there is {known}")
     if len(having) > 1:
         raise AdapterError(f"{len(having)} models inside this one have an adapter {name!r}; pass the one that is meant")
-    root, config = having[0]
+    root, configs = having[0]
+    config = configs[name]
+    if any(other is config for key, other in configs.items() if key != name):
+        config = configs[name] = copy.deepcopy(config)  # TRL gives its reference adapter that of the one it trains
     if config.peft_type != PeftType.LORA:
         kind = PeftType(config.peft_type).value
         raise AdapterError(f"adapter {name!r} is {kind}, not LORA; only plain LoRA can be resized")

@@ -17,4 +17,11 @@ FAULTS = [
         "return re.escape(name)",
         "tests/surgery/test_surgeon.py",
     ),
+    Fault(
+        "write the ranks of one adapter into the config of another",
+        "lora/discover.py",
+        "if any(other is config for key, other in configs.items() if key != name):",
+        "if False:",
+        "-k one_config",
+    ),
 ]

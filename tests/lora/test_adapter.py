@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import BASES, KINDS, base_of, config_of, lora, outputs, randomise, reload, same, snapshot, wrap
-from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
+from loops import tiny_llama
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
+import rankflow
 from rankflow.errors import AdapterError
 from rankflow.lora.adapter import Adapter, reshape
 from rankflow.lora.transaction import Transaction
@@ -396,3 +399,14 @@ def test_journal_undoes_in_reverse_and_keeps_order_and_identity():
 
 def test_every_kind_has_a_builder():
     assert set(BASES) == set(KINDS)
+
+
+def test_adapters_that_were_made_with_one_config_keep_their_own_ranks(tmp_path: Path):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(tiny_llama().unload(), config)
+    model.add_adapter("ref", config)
+    assert model.peft_config["ref"] is model.peft_config["default"]
+    rankflow.resize(model, dict.fromkeys(Adapter(model).sites, 2))
+    model.save_pretrained(tmp_path)
+    assert {m.rank for m in rankflow.inspect(tmp_path).modules} == {2}
+    assert {m.rank for m in rankflow.inspect(tmp_path / "ref").modules} == {4}
