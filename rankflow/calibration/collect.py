@@ -21,10 +21,10 @@ from rankflow.errors import ConfigError, RankFlowError
 from rankflow.gating.parametrize import refuse_gates
 from rankflow.linalg.parallel import Progress
 from rankflow.lora.adapter import Adapter
-from rankflow.observe.averages import AVERAGED, Averages, sources
+from rankflow.observe.averages import Averages, sources
 from rankflow.observe.study import check_batches, run_study
 from rankflow.policies.metrics import Measured, averages_of
-from rankflow.policies.observation import Signal, Study
+from rankflow.policies.observation import AVERAGED, Signal, Study
 from rankflow.training.controller import Controller
 
 

@@ -16,10 +16,9 @@ from rankflow.errors import AdapterError, ConfigError
 from rankflow.formats.io.atomic import atomic_file, is_plain
 from rankflow.formats.io.outputs import Reads, check_output
 from rankflow.formats.io.tensors import open_tensors
-from rankflow.observe.averages import AVERAGED
 from rankflow.plans.layout import Layout
 from rankflow.policies.metrics import Measured, averages_of
-from rankflow.policies.observation import Signal
+from rankflow.policies.observation import AVERAGED, Signal
 
 _HEADER = "rankflow_statistics"  # in the metadata of a file
 _NO_STATISTICS = "is not a statistics file; `rankflow calibrate` writes one"

@@ -6,6 +6,7 @@ its meaning are written once. The published JSON schema comes from the same mode
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -249,3 +250,7 @@ def schema() -> dict[str, Any]:
         "title": "rankflow policy",
         **TypeAdapter(either).json_schema(),
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))

@@ -16,9 +16,8 @@ from torch import Tensor
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.transaction import Transaction
 from rankflow.plans.ops import Drop, Grow, Keep, Op, Open, Refactor, Share, Train
-from rankflow.policies.observation import Observation, Signal
+from rankflow.policies.observation import AVERAGED, Observation, Signal
 
-AVERAGED = frozenset({Signal.MEAN_ZZ, Signal.MEAN_DD, Signal.MEASURED})
 _SUMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})
 MIX_EPS = 1e-3  # of the largest part of a mixed direction: smaller ones are not asked whether they were measured
 

@@ -115,4 +115,3 @@ def check_lowers(policy: str, layout: Layout, budget: Budget) -> None:
             f"{policy} only lowers ranks, but the adapter has {budget.unit(budget.spent(layout))} and its budget is "
             f"{budget}; lower the budget, or put a policy that grows before it"
         )
-    check_reachable(layout, budget)

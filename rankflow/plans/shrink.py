@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from rankflow.linalg.decompose import MetricName
@@ -109,8 +108,3 @@ def _order(values: list[float], wanted: list[bool] | None) -> list[int]:
 
 def _rounded(name: str, t: Tensor) -> list[float]:
     return list(round_scores({f"{name}[{i}]": s for i, s in enumerate(t.double().tolist())}).values())
-
-
-def all_finite(values: Mapping[str, Tensor]) -> str | None:
-    """The first module whose tensor holds an infinity or a NaN, or None."""
-    return next((name for name, t in values.items() if not bool(torch.isfinite(t).all())), None)

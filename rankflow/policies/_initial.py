@@ -34,6 +34,7 @@ class Opening(Policy):
     when: When = field(default_factory=lambda: When(stop=0))  # never due
 
     first_only: ClassVar[bool] = True
+    takes_budget: ClassVar[bool] = True
     meets_budget: ClassVar[bool] = True
     unit_rows: ClassVar[bool] = False  # rows of A that `directions` gives have norm 1, not a fresh LoRA's 1/sqrt(3)
 
@@ -53,9 +54,6 @@ class Opening(Policy):
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
         for name, record in obs.items():
-            for signal, value in record.items():
-                if not bool(value.isfinite().all()):
-                    return RankPlan(reason=f"{name}: {signal.value} is not finite; ranks stay as they are")
             if bool(record[Signal.A].any()) and bool(record[Signal.B].any()):
                 raise PlanError(
                     f"{name}: neither A nor B is zero, so the adapter adds something to the model already, and only a "

@@ -24,6 +24,7 @@ class Lowering(Policy):
     """Lower the total along `shape`, from what it was when the phase began to the budget, if there is one."""
 
     grows: ClassVar[bool] = False
+    takes_budget: ClassVar[bool] = True
     meets_budget: ClassVar[bool] = True
 
     shape: Shape = "cubic"
@@ -32,6 +33,7 @@ class Lowering(Policy):
         self.require_events()
         if self.budget is not None:
             check_lowers(self.name, layout, self.budget)
+        super().check(layout)
 
     def init(self, layout: Layout) -> State:
         """`total`: what the adapter cost when the phase began."""

@@ -30,6 +30,15 @@ class Policy:
     """Base of all policies. Subclasses add fields (their YAML `params`) and at least `decide`.
 
     Budget and cadence arrive resolved: steps for percentages, rank or parameter totals for shares.
+
+    What every policy owes, and `tests/contracts/test_policies.py` holds each one in `methods/` to:
+    - the same input gives the same plan, and is left as it is: state, observations and layout are never written to;
+    - state is tensors that go through a file at any step;
+    - plans keep to the limits, buckets and ties of the slots, from whatever ranks `check` does not refuse; limits allow
+      rank 0 only where they say so, and a plan that would leave nothing is changed to leave one direction;
+    - it listens to no more than `needs` says, and to nothing after its last event;
+    - a budget is met by the last event (`meets_budget`), is a bound (`takes_budget`), or is refused;
+    - an empty plan says why in its `reason`; scores that are all alike or all 0 end in a plan or in a reason.
     """
 
     budget: Budget | None = None
@@ -41,6 +50,7 @@ class Policy:
     grows: ClassVar[bool] = True  # whether any module may come to a rank above the one it has
     resizes: ClassVar[bool] = True  # whether it may change factors; else it freezes some at most
     lowers: ClassVar[bool] = True  # whether any may come to one below
+    takes_budget: ClassVar[bool] = False  # whether it keeps to a budget; one that does not is refused it
     meets_budget: ClassVar[bool] = False  # whether it comes to its budget and stays there; else that is but a bound
     first_only: ClassVar[bool] = False  # decides before the first step, so no phase may come before it
 
@@ -90,7 +100,17 @@ class Policy:
         return None
 
     def check(self, layout: Layout) -> None:
-        """Raise ConfigError if the budget cannot be met from `layout` with this cadence and these limits."""
+        """Refuse settings under which the policy cannot do from `layout` what it is for. One that asks for more calls
+        this, too.
+
+        Raises:
+            ConfigError: a budget that the policy does not keep to, or that limits keep every total above or below.
+        """
+        if self.budget is None:
+            return
+        if not self.takes_budget:
+            raise ConfigError(f"{self.name} keeps to no budget, so {self.budget} means nothing to it; leave it out")
+        check_reachable(layout, self.budget)
 
     def held_total(self, layout: Layout) -> Budget:
         """Return the budget of a policy that moves rank between modules, or the total rank that there is.
@@ -126,6 +146,12 @@ class Policy:
         """Return what is to change when the phase ends, before its gate is folded. It is not called when a run is given
         up."""
         return RankPlan()
+
+    def heard(self, state: State, obs: Observation, step: int) -> tuple[State, str | None]:
+        """State after `observe`, and None; or, if something of what was observed is not finite, the state as it was and
+        what that is. So `observe` and `decide` need not look: they are never shown an infinity or a NaN."""
+        bad = obs.non_finite()
+        return (state, bad) if bad else (self.observe(state, obs, step), None)
 
     def observe(self, state: State, obs: Observation, step: int) -> State:
         return state

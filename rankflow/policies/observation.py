@@ -8,6 +8,7 @@ from enum import Enum
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rankflow.errors import RankFlowError
@@ -47,6 +48,9 @@ class Signal(str, Enum):
 
 
 GATE_SIGNALS = frozenset({Signal.GATE, Signal.GATE_OPEN, Signal.GATE_SCORE, Signal.GATE_GRAD})
+
+AVERAGED = frozenset({Signal.MEAN_ZZ, Signal.MEAN_DD, Signal.MEASURED})
+_NEVER_ALONE_NON_FINITE = {Signal.SINGULAR_VALUES, *AVERAGED}
 
 Lazy = Tensor | Callable[[], Tensor]
 
@@ -105,6 +109,17 @@ class Observation(Mapping[str, Mapping[Signal, Tensor]]):
         """Return the same observation with the set of modules that no gradient reaches."""
         values: dict[str, Mapping[Signal, Lazy]] = {name: record.given for name, record in self._values.items()}
         return Observation(self.step, values, self.study, unheard)
+
+    def non_finite(self) -> str | None:
+        """The first signal that holds an infinity or a NaN, as "module: signal", or None. Waits for the device once.
+
+        Averages never do, and singular values do where A or B does.
+        """
+        named = [(f"{m}: {s.value}", r[s]) for m, r in self.items() for s in r if s not in _NEVER_ALONE_NON_FINITE]
+        if not named:
+            return None
+        finite = torch.stack([torch.isfinite(t).all() for _, t in named]).tolist()
+        return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
 
     def gather(self, signal: Signal) -> dict[str, Tensor]:
         """Return one signal of every module that has it."""

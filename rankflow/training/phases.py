@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rankflow.distributed.single import SingleProcess
@@ -17,7 +16,7 @@ from rankflow.errors import PlanError, RankFlowError
 from rankflow.linalg.random import own_random_numbers
 from rankflow.lora.capacity import capacities
 from rankflow.lora.transaction import Transaction
-from rankflow.observe.averages import AVERAGED, sources
+from rankflow.observe.averages import sources
 from rankflow.observe.hearing import Hearing
 from rankflow.observe.probes import FACTORS, Probes
 from rankflow.observe.study import evaluating
@@ -28,7 +27,7 @@ from rankflow.plans.plan import RankPlan
 from rankflow.plans.shrink import direction_sizes
 from rankflow.policies.base import Policy, State
 from rankflow.policies.lifecycle import Lifecycle, Phase
-from rankflow.policies.observation import Observation, Signal
+from rankflow.policies.observation import Observation
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.data import RunData
 from rankflow.training.ledger import Ledger
@@ -205,10 +204,10 @@ class Phases:
             return
         if observed is not None:
             observed = self.surgeon.averages.take(observed, expected, self.policy.decay)
-            if bad := _non_finite(observed):
-                self._skip(f"{bad} is not finite", warn=due)
+            self.state, bad = self.policy.heard(self.state, observed, step)
+            if bad is not None:
+                self._skip(f"{bad} is not finite", skipped="non_finite", warn=due)
                 return
-            self.state = self.policy.observe(self.state, observed, step)
         if due:
             if self.adapter.enabled and (studied := self._study("every")) is not None:
                 observed = studied
@@ -260,8 +259,9 @@ class Phases:
             return 0
         return sum(due > self.step for phase in self.all[self.index :] for due in phase.policy.when.events)
 
-    def _skip(self, reason: str, *, warn: bool = False) -> None:
-        self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason)
+    def _skip(self, reason: str, *, warn: bool = False, **more: str) -> None:
+        """Tell the ledger why nothing is decided. `more` is for programs: `skipped="non_finite"`."""
+        self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason, **more)
         if warn:
             warnings.warn(f"step {self.step}: {self.phase.name} skips its decision: {reason}", stacklevel=4)
 
@@ -271,10 +271,10 @@ class Phases:
         for study in self.policy.studies:
             if study.when == when:
                 observed = self.data.study(study, self.processes, self.seed, self.step, self.transaction)
-                if bad := _non_finite(observed):
-                    self._skip(f"study {study.name}: {bad} is not finite", warn=True)
+                self.state, bad = self.policy.heard(self.state, observed, self.step)
+                if bad is not None:
+                    self._skip(f"study {study.name}: {bad} is not finite", skipped="non_finite", warn=True)
                     return None
-                self.state = self.policy.observe(self.state, observed, self.step)
         return observed
 
 
@@ -354,16 +354,3 @@ class Operations:
         if self.frozen:
             ops = {name: (Train(True),) for name in self._surgeon.layout if name in self.frozen}
             self.apply(RankPlan(ops, "the phase is over"), now, time.perf_counter())
-
-
-def _non_finite(observed: Observation) -> str | None:
-    """The first signal that holds an infinity or a NaN, as "module: signal"; one sync, on scored steps only.
-
-    Averages never do, and singular values do where A or B does.
-    """
-    unasked = {Signal.SINGULAR_VALUES, *AVERAGED}
-    named = [(f"{m}: {s.value}", r[s]) for m, r in observed.items() for s in r if s not in unasked]
-    if not named:
-        return None
-    finite = torch.stack([torch.isfinite(t).all() for _, t in named]).tolist()
-    return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)

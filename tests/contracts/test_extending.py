@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -173,3 +174,38 @@ def test_the_option_of_the_guide_is_on_the_command_line_and_does_what_it_says(tm
     )
     assert done.returncode == 0, done.stderr
     assert {module["rank_after"] for module in json.loads((tmp_path / "report.json").read_text())["modules"]} == {2}
+
+
+# -- a policy -------------------------------------------------------------------------------------------------------
+
+SUITE = [  # all that lists policies, or holds for each
+    "tests/contracts/test_policies.py",
+    "tests/contracts/test_shipped.py",
+    "tests/contracts/test_docs_site.py",
+    "tests/config",
+    "tests/policies/test_idleness.py",
+    "tests/test_layering.py",
+]
+
+
+@pytest.mark.slow
+def test_the_policy_of_the_guide_passes_all_that_holds_for_policies(tmp_path: Path):
+    for part in ("rankflow", "policies", "tests", "docs", "examples"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.cff"), *ROOT.glob("mkdocs.yml")):
+        shutil.copy(file, tmp_path)
+    path, code = printed("policy.md")
+    (tmp_path / "rankflow" / path).with_suffix(".py").write_text(code)
+    text = (ROOT / "docs/extending/policy.md").read_text()
+    (policy_file,) = map(textwrap.dedent, re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    (tmp_path / "policies" / Path(path).with_suffix(".yaml").name).write_text(policy_file)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    schema = run("-m", "rankflow.config.schema")  # as the guide says
+    (tmp_path / "policies" / "schema.json").write_text(schema)
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "trim or schema or describes or layering", *SUITE)

@@ -30,8 +30,8 @@ FAULTS = [
     ),
     Fault(
         "let a non-finite score decide",
-        "training/phases.py",
-        '            if bad := _non_finite(observed):\n                self._skip(f"{bad} is not finite", warn=due)',
-        '            if bad := None:\n                self._skip(f"{bad} is not finite", warn=due)',
+        "policies/base.py",
+        "        bad = obs.non_finite()\n",
+        "        bad = None\n",
     ),
 ]

@@ -303,6 +303,7 @@ def test_non_finite_gradients_skip_the_decision_and_the_run_goes_on(bad):
         run.flow.after_step()
     assert policy.asked == []
     assert run.flow.ledger.events[-1]["event"] == "skip"
+    assert run.flow.ledger.events[-1]["skipped"] == "non_finite"
     run.step()
     assert policy.asked == [2]
     assert run.flow.version == 1

@@ -11,7 +11,7 @@ from rankflow.plans.budget import check_lowers
 from rankflow.plans.layout import Layout
 from rankflow.plans.ops import Drop
 from rankflow.plans.plan import RankPlan
-from rankflow.plans.shrink import all_finite, prune
+from rankflow.plans.shrink import prune
 from rankflow.policies._quantizer import THRESHOLD
 from rankflow.policies.base import Policy, State
 from rankflow.policies.bits_and_rank import BitsAndRank
@@ -69,6 +69,7 @@ class BayesianLora(Policy):
 
     grows: ClassVar[bool] = False
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.GATE_OPEN, Signal.GATE_SCORE})
+    takes_budget: ClassVar[bool] = True
     source: ClassVar[str] = "B-LoRA, arXiv 2406.13046 (reconstruction)"
 
     @property
@@ -114,11 +115,10 @@ class BayesianLora(Policy):
         self.require_events()
         if self.budget is not None:
             check_lowers("bayesian_lora", layout, self.budget)
+        super().check(layout)
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
         scores, is_open = obs.gather(Signal.GATE_SCORE), obs.gather(Signal.GATE_OPEN)
-        if (bad := all_finite(scores)) is not None:
-            return RankPlan(reason=f"{bad}: gates are not finite; nothing is removed")
         budget = self.budget if step == self.when.events[-1] else None
         ops = prune(scores, layout, budget, is_open, obs.unheard)
         shut = [name for name, on in is_open.items() if not bool(on.any())]

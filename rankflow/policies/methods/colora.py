@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -14,7 +13,6 @@ from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import spectrum
 from rankflow.linalg.spectrum import Spectrum
 from rankflow.plans.allocate import allocate, allocation_margin, proportional
-from rankflow.plans.budget import check_reachable
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
@@ -69,6 +67,7 @@ class CoLora(Policy):
     batches: Annotated[PositiveInt, Field(description="batches that contributions are averaged over")] = 8
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.PATH_SCORE})
+    takes_budget: ClassVar[bool] = True
     meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "CoLoRA, arXiv 2408.01099 (reconstruction)"
 
@@ -86,7 +85,7 @@ class CoLora(Policy):
         if self.budget is None:
             raise ConfigError("colora spends a budget where it counts; give it one, e.g. budget: {mean_rank: 8}")
         self.require_events()
-        check_reachable(layout, self.budget)
+        super().check(layout)
 
     def listen(self, step: int) -> frozenset[Signal]:
         return frozenset()  # the study hears it all
@@ -99,9 +98,6 @@ class CoLora(Policy):
             return RankPlan(reason="no contribution was measured; nothing changes")
         device = next(iter(seen.values())).device
         totals = dict(zip(seen, torch.stack([s.to(device) for s in seen.values()]).double().tolist(), strict=True))
-        for name, total in totals.items():
-            if not math.isfinite(total):
-                return RankPlan(reason=f"{name}: its contribution is not finite; nothing changes")
         size = {
             name: slot.out_features * slot.in_features if self.per == "weight" else 1 for name, slot in layout.items()
         }

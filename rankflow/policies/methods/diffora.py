@@ -14,14 +14,13 @@ from torch import Tensor
 from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import spectrum
 from rankflow.plans.allocate import allocate, round_scores
-from rankflow.plans.budget import check_reachable
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import Unit, units
 from rankflow.plans.names import layer_of
 from rankflow.plans.ops import Drop, Grow, Op, Share
 from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import StepLike, resolve_step
-from rankflow.plans.shrink import all_finite, best, direction_sizes, ops_to
+from rankflow.plans.shrink import best, direction_sizes, ops_to
 from rankflow.policies.base import Policy, State
 from rankflow.policies.gate import Draw, Gate, Theta
 from rankflow.policies.observation import Observation, Signal
@@ -109,6 +108,7 @@ class Diffora(Policy):
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.GATE})
     held_out: ClassVar[bool] = True
+    takes_budget: ClassVar[bool] = True
     source: ClassVar[str] = "DiffoRA, arXiv 2502.08905 (reconstruction)"
 
     @property
@@ -132,8 +132,7 @@ class Diffora(Policy):
             raise ConfigError(
                 "diffora: warmup lasts until the choice is made; lower it, or let the last event be later"
             )
-        if self.budget is not None:
-            check_reachable(layout, self.budget)
+        super().check(layout)
 
     def stuck(self, layout: Layout) -> str | None:
         open_to_all = (
@@ -149,9 +148,6 @@ class Diffora(Policy):
         sizes = {
             name: direction_sizes(obs[name][Signal.A], obs[name][Signal.B], layout[name].scaling) for name in values
         }
-        bad = all_finite(sizes) or next((name for name, m in values.items() if not math.isfinite(m)), None)
-        if bad is not None:
-            return RankPlan(reason=f"{bad}: factors or gates are not finite; nothing is chosen")
         spread = f"m from {min(values.values()):.3f} to {max(values.values()):.3f}, entropy {_entropy(values):.3f}"
         if step < self.when.events[-1]:
             return RankPlan(reason=f"still searching: {spread}")

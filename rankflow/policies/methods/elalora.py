@@ -41,6 +41,7 @@ class ElaLora(Triplets):
     move: Annotated[PositiveInt, Field(description="directions that change modules at each event")] = 4
     orth: Orth = 0.1
 
+    takes_budget: ClassVar[bool] = True
     meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "ElaLoRA, arXiv 2504.00254"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rankflow.errors import ConfigError
 from rankflow.plans.layout import Layout
 from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
@@ -27,10 +26,6 @@ class Hold(Policy):
     resizes: ClassVar[bool] = False
     lowers: ClassVar[bool] = False
     source: ClassVar[str] = "plain LoRA, arXiv 2106.09685"
-
-    def check(self, layout: Layout) -> None:
-        if self.budget is not None:
-            raise ConfigError(f"hold changes nothing, so a budget of {self.budget} means nothing to it; leave it out")
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
         return RankPlan(reason="ranks are held")

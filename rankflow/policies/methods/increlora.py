@@ -14,7 +14,7 @@ from torch import Tensor
 from rankflow.errors import ConfigError
 from rankflow.linalg.decompose import orthogonality_term
 from rankflow.plans.allocate import grow_by_score, growth_margin, next_ranks
-from rankflow.plans.budget import Budget, check_reachable
+from rankflow.plans.budget import Budget
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.limits import units
 from rankflow.plans.ops import Grow, Keep, Op, Open, Refactor
@@ -31,7 +31,7 @@ class IncreLora(Policy):
 
     With s_t = sum |DeltaW * dL/dDeltaW| / sqrt(out * in) of a module at step t, its smoothed sensitivity and
     uncertainty are I_t = beta1 I_{t-1} + (1 - beta1) s_t and U_t = beta2 U_{t-1} + (1 - beta2) |s_t - I_t|, both 0 at
-    first, and its score is I_t U_t. A step whose score is not finite counts for nothing.
+    first, and its score is I_t U_t.
 
     With `advance`, every module has a reserve: the directions that it would gain next, which train from the phase's
     first step on behind a gate that stays at e = `reserve_gate` (DeltaW = scaling * B diag(v) A, v = e for them and 1
@@ -94,6 +94,7 @@ class IncreLora(Policy):
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH})
     lowers: ClassVar[bool] = False
+    takes_budget: ClassVar[bool] = True
     meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "IncreLoRA, arXiv 2308.12043"
 
@@ -139,7 +140,7 @@ class IncreLora(Policy):
                 f"increlora only grows, but the adapter already has {budget.unit(budget.spent(layout))} of a budget of "
                 f"{budget}; start from a smaller rank or raise the budget"
             )
-        check_reachable(layout, budget)
+        super().check(layout)
         if missing:
             self.require_events()
         if isinstance(self.top_k, int):
@@ -193,10 +194,9 @@ class IncreLora(Policy):
         scores = torch.stack([s.sum().to(device) / math.sqrt(s.numel()) for s in seen.values()]).double().tolist()
         state = dict(state)
         for name, s in zip(seen, scores, strict=True):
-            if math.isfinite(s):
-                i, u, _, rank = state[name].tolist()
-                i, u = smoothed(i, u, s, self.beta1, self.beta2)
-                state[name] = torch.tensor([i, u, step, rank], dtype=torch.float64)
+            i, u, _, rank = state[name].tolist()
+            i, u = smoothed(i, u, s, self.beta1, self.beta2)
+            state[name] = torch.tensor([i, u, step, rank], dtype=torch.float64)
         return state
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
@@ -279,8 +279,7 @@ class IncreLora(Policy):
         if opened:
             ops.append(Open(tuple(range(slot.rank, slot.rank + opened))))
         if added := rank + reserve - old:
-            usable = sketch is not None and bool(torch.isfinite(sketch).all())
-            ops.append(Grow(added, "grad", sketch) if usable else Grow(added))
+            ops.append(Grow(added) if sketch is None else Grow(added, "grad", sketch))
         if kept < reserve:
             ops.append(Open(tuple(range(rank + kept, rank + reserve)), self.reserve_gate))
         return ops

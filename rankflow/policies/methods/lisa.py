@@ -58,8 +58,7 @@ class Lisa(Policy):
     source: ClassVar[str] = "LISA, arXiv 2403.17919, on LoRA modules"
 
     def check(self, layout: Layout) -> None:
-        if self.budget is not None:
-            raise ConfigError(f"lisa changes no rank, so a budget of {self.budget} means nothing to it; leave it out")
+        super().check(layout)
         self.require_events()
         errors: list[str] = []
         for pattern in self.always:

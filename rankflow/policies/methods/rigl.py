@@ -66,6 +66,7 @@ class RigL(Policy):
     ] = "linear"
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.SKETCH})
+    takes_budget: ClassVar[bool] = True
     meets_budget: ClassVar[bool] = True
     source: ClassVar[str] = "RigL, arXiv 1911.11134, on LoRA directions"
 
@@ -95,16 +96,12 @@ class RigL(Policy):
     def observe(self, state: State, obs: Observation, step: int) -> State:
         state = dict(state)
         for name, signals in obs.items():
-            if all(signal in signals and bool(signals[signal].isfinite().all()) for signal in self.needs):
+            if all(signal in signals for signal in self.needs):
                 strengths, _ = gradient_directions(signals[Signal.A], signals[Signal.SKETCH])
                 state[f"strengths/{name}"] = strengths.cpu()
         return state
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
-        for name, signals in obs.items():
-            for signal in signals:
-                if not bool(signals[signal].isfinite().all()):
-                    return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing moves")
         moving = [name for name, slot in layout.items() if slot.trainable and Signal.SKETCH in obs.get(name, {})]
         sizes = {
             name: (

@@ -14,7 +14,7 @@ from torch import Tensor
 from rankflow.errors import ConfigError
 from rankflow.plans.layout import Layout, Slot
 from rankflow.plans.plan import RankPlan
-from rankflow.plans.shrink import all_finite, direction_sizes, prune
+from rankflow.plans.shrink import direction_sizes, prune
 from rankflow.policies._shrinking import Lowering
 from rankflow.policies.base import State
 from rankflow.policies.gate import Draw, Gate, Theta
@@ -217,8 +217,6 @@ class Sora(Lowering):
             sizes[name] = g.abs().double() * direction_sizes(
                 record[Signal.A], record[Signal.B], layout[name].scaling
             ).to(g.device)
-        if (bad := all_finite(sizes)) is not None:
-            return RankPlan(reason=f"{bad}: factors or gates are not finite; nothing is removed")
         allowed = self.target(state, step)
         ops = prune(sizes, layout, allowed, obs.gather(Signal.GATE_OPEN), obs.unheard)
         shut = sum(int((g == 0).sum()) for g in values.values())

@@ -117,10 +117,6 @@ class Squeeze(Lowering):
         if idle and all(slot.allows(slot.rank) for slot in layout.values()):
             return RankPlan(reason=f"the adapter is within {target or 'the energy to be kept'} already")
         present = [name for name, slot in layout.items() if slot.rank > 0]
-        for name in present:
-            for signal in (Signal.A, Signal.B):
-                if not bool(obs[name][signal].isfinite().all()):
-                    return RankPlan(reason=f"{name}: {signal.value} holds NaN or infinity; nothing is squeezed")
         silent = set(present) & obs.unheard if averages_of(self.metric) else set()
         metrics, unmeasured = metric_of_each(
             self.metric,

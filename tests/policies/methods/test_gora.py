@@ -105,10 +105,9 @@ def test_limits_clip_and_what_is_clipped_goes_to_the_others():
 
 def test_nothing_to_go_by_is_said_and_changes_nothing():
     world = World((4, 4), zero_b=True)
-    for scores, words in (([0.0, 0.0], "every score is zero"), ([1.0, math.nan], "m1: weight_score is not finite")):
-        plan = Gora().decide({}, scored(world, dict(zip(world.layout, scores, strict=True))), world.layout, 0)
-        assert not plan
-        assert words in plan.reason
+    plan = Gora().decide({}, scored(world, dict.fromkeys(world.layout, 0.0)), world.layout, 0)
+    assert not plan
+    assert "every score is zero" in plan.reason
     obs = scored(world, {"m0": 1.0})  # backward never came to m1
     plan = Gora(budget=Budget("total_rank", 8)).decide({}, obs, world.layout, 0)
     assert plan.apply_to(world.layout).ranks == {"m0": 8, "m1": 0}

@@ -141,7 +141,7 @@ def test_only_what_changes_is_in_a_plan():
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        (Lisa(budget=Budget("total_rank", 9), when=EVENTS), "budget of total rank 9 means nothing to it"),
+        (Lisa(budget=Budget("total_rank", 9), when=EVENTS), "lisa keeps to no budget"),
         (lisa(active=6), "trains 6 of 6 layers, so none would ever rest; lower active or use group: module"),
         (lisa(When(90).resolve(60)), "no due step"),
     ],
