@@ -26,17 +26,20 @@ def shown(text: object, *, lines: bool = False, most: int | None = None) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """A name of at most `most` characters: of a longer one its first word and as many of the last ones as there is room
-    for, as the middle of a module's name tells least."""
+    """A name of at most `most` characters: of a longer one as many of the first and of the last words as there is room
+    for, half of it for each. The first ones name the block of a model, the last ones the projection."""
     if len(text) <= most:
         return text
     words = re.split(r"(?<=[._ ])", text)  # each with what parts it from the next
-    tail = words.pop()[-(most - 1) :]
-    head = words.pop(0) if words and len(words[0]) + 1 + len(tail) <= most else ""
-    while words and len(head) + 1 + len(words[-1]) + len(tail) <= most:
-        tail = words.pop() + tail
-    while words and len(head) + len(words[0]) + 1 + len(tail) <= most:
-        head += words.pop(0)
+    head, tail = "", words.pop()[-(most - 1) :]
+    while words:
+        room = most - 1 - len(head) - len(tail)
+        if len(words[0]) <= room and (len(head) <= len(tail) or len(words[-1]) > room):
+            head += words.pop(0)
+        elif len(words[-1]) <= room:
+            tail = words.pop() + tail
+        else:
+            break
     return f"{head}…{tail}"
 
 

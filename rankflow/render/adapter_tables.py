@@ -150,7 +150,9 @@ def inspection_table(inspection: Inspection) -> Table:
         Column("module", text=True),
         Column("rank"),
         *(_EFFECTIVE, _STABLE),
-        Column("noise threshold", "The largest singular value that noise of the size of the median one has"),
+        Column(
+            "noise threshold", "The largest singular value that noise of the size of the median one has", spared=True
+        ),
         _ABOVE,
         *_intruders_column(inspection),
         Column("largest", "The largest singular value"),
@@ -158,7 +160,10 @@ def inspection_table(inspection: Inspection) -> Table:
         *_energies(inspection.modules[0].energy),
         Column("shape", "Parameters sort it", wide=True),
         *([Column("tokens", "That the direction measured least was measured over")] if measured else []),
-        *(Column(f"effective in {k}", f"Effective rank of the spectrum in metric {k}") for k in inspection.metrics),
+        *(
+            Column(f"effective in {k}", f"Effective rank of the spectrum in metric {k}", spared=True)
+            for k in inspection.metrics
+        ),
     ]
     rows = arrange(modules)
 
@@ -237,7 +242,8 @@ def _intruders(found: Intruders | None) -> Cell:
 
 
 def _energies(ks: Iterable[int]) -> list[Column]:
-    return [Column(f"E{k}", f"Energy: share of the squared singular values in the {k} largest") for k in ks]
+    means = "Energy: share of the squared singular values in the {} largest"
+    return [Column(f"E{k}", means.format(k), spared=True) for k in ks]
 
 
 def _means(columns: Sequence[Column]) -> str:

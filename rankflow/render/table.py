@@ -9,6 +9,8 @@ from itertools import pairwise
 from textwrap import wrap
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -16,6 +18,7 @@ from rankflow.plans.names import Row, shortened, shown
 
 _LONGEST = 500  # characters of a cell on a terminal
 _NAME = 44  # characters of the name of a module
+_NARROW = 24  # characters of it that stand in a line, at least, however narrow the terminal
 _HEADING = 9  # characters of a line of a heading over numbers, which are seldom wider
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -23,12 +26,19 @@ _BARS = "▁▂▃▄▅▆▇█"
 @dataclass(frozen=True)
 class Column:
     """A column of numbers, or of text. `means` is shown over its heading in a page; a column that is `wide` stands in
-    pages only."""
+    pages only, and one that can be `spared` not on terminals that are too narrow for all."""
 
     name: str
     means: str = ""
     text: bool = False
     wide: bool = False
+    spared: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The name as it stands on a terminal, in several lines over numbers."""
+        name = shown(self.name, most=_LONGEST)
+        return name if self.text else "\n".join(wrap(name, _HEADING, break_long_words=False))
 
 
 @dataclass(frozen=True)
@@ -61,22 +71,25 @@ class Table:
     total: Sequence[Cell] | None = None
     breaks: frozenset[int] = frozenset()
 
-    def __rich__(self) -> RichTable:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table as rich draws it: on a narrow terminal names are folded, numbers never cut."""
+        kept = self._fitting(options.max_width)
+        spared = [c.name for i, c in enumerate(self.columns) if not c.wide and i not in kept]
+        caption = [self.caption, *([f"too narrow for: {', '.join(spared)}"] if spared else [])]
         drawn = RichTable(
             title=Text(shown(self.title, most=_LONGEST), style="bold"),
             title_justify="left",
-            caption=Text(shown(self.caption, lines=True)) if self.caption else None,
+            caption=Text(shown("\n".join(filter(None, caption)), lines=True)) if any(caption) else None,
             caption_justify="left",
             box=SIMPLE_HEAD,
             padding=0,
         )
-        kept = [i for i, column in enumerate(self.columns) if not column.wide]
-        for column in (self.columns[i] for i in kept):
-            name = shown(column.name, most=_LONGEST)
-            heading = name if column.text else "\n".join(wrap(name, _HEADING, break_long_words=False))
+        for i in kept:
             drawn.add_column(
-                Text(heading), justify="left" if column.text else "right", no_wrap=not column.text, overflow="fold"
+                Text(self.columns[i].heading),
+                justify="left" if self.columns[i].text else "right",
+                no_wrap=not self.columns[i].text,
+                overflow="fold",
             )
         for at, row in enumerate(self.rows):
             if at in self.breaks:
@@ -85,7 +98,21 @@ class Table:
         if self.total is not None:
             drawn.add_section()
             drawn.add_row(*(_drawn(self.total[i]) for i in kept), style="bold")
-        return drawn
+        yield drawn
+
+    def _fitting(self, width: int) -> list[int]:
+        """The numbers of the columns that are drawn: the last of those that can be spared are left out, as many as
+        there is no room for beside names of `_NARROW` characters."""
+        kept = [i for i, column in enumerate(self.columns) if not column.wide]
+        rows = [*self.rows, *([self.total] if self.total is not None else [])]
+        needs: dict[int, int] = {}
+        for i in kept:
+            texts = [*self.columns[i].heading.split("\n"), *(_drawn(row[i]).plain for row in rows)]
+            needs[i] = min(max(map(cell_len, texts)), _NARROW if self.columns[i].text else width)
+        for i in [i for i in reversed(kept) if self.columns[i].spared]:
+            if sum(needs[i] for i in kept) + len(kept) + 1 > width:
+                kept.remove(i)
+        return kept
 
 
 def _drawn(cell: Cell) -> Text:

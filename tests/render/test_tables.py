@@ -31,8 +31,8 @@ from rankflow.training.ledger import Ledger
 TYPES = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"]
 
 
-def text(table: Table) -> str:
-    console = Console(width=200, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+def text(table: Table, width: int = 200) -> str:
+    console = Console(width=width, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
     console.print(table)
     console.file.close()
     return console.export_text()
@@ -109,6 +109,20 @@ def test_inspection_table_has_a_row_a_module():
     assert "zero" in text(inspection_table(inspected(1, zero=True)))
 
 
+@pytest.mark.parametrize("width", [200, 100, 80])
+def test_names_stand_in_a_narrow_terminal_and_what_has_no_room_is_named(width: int):
+    found = inspected(30, 16)
+    lines = text(inspection_table(found), width).splitlines()
+    assert max(map(len, lines)) <= width
+    for row in arrange(names(30)):
+        (line,) = [line for line in lines if line.startswith(f" {row.short} ")]
+        assert "16" in line
+    head = next(line for line in lines if line.startswith(" module ")).split()
+    spared = [name for name in ("E1", "E2", "E4", "E8", "E16") if name not in head]
+    assert spared == (["E2", "E4", "E8", "E16"] if width == 80 else [])
+    assert all(name in lines[-1] for name in spared)
+
+
 def test_ledger_tables():
     ledger = run(3)
     events = text(events_table(ledger.events))
@@ -174,9 +188,10 @@ SDXL = [
 ]
 
 
-def test_names_that_differ_in_the_middle_are_told_apart_when_they_are_shortened():
-    types = {row.type for row in arrange(SDXL)}
-    assert len(types) == 3 * 7
+@pytest.mark.parametrize("others", [[], ["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"]])
+def test_names_that_differ_in_the_middle_are_told_apart_when_they_are_shortened(others: list[str]):
+    types = {row.type for row in arrange([*SDXL, *others])}  # with others "unet" stays in front
+    assert len(types) == 3 * 7 + len(others)
     for most in (30, 44):
         short = {shortened(kind, most) for kind in types}
         assert len(short) == len(types)
