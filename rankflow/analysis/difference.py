@@ -63,8 +63,8 @@ def diff(
 ) -> Difference:
     """Distances between two adapters of one base model.
 
-    DeltaW - DeltaW' = [s B, -s' B'] [A; A'], whose norm comes from the QR decompositions of the two: nothing is
-    subtracted that is nearly equal, so adapters that agree to rounding are found to.
+    The norm of `DeltaW - DeltaW' = [s B, -s' B'] [A; A']` comes from the QR decompositions of the two factors: nothing
+    is subtracted that is nearly equal, so adapters that agree to rounding are found to.
 
     Args:
         from_format: their format, as for `rankflow.squeeze`, or the first's and the second's; told from the files if

@@ -50,7 +50,8 @@ def calibrate(
         metric: `loss`, which serves `outputs` too; `outputs` needs no loss, only a forward pass.
         loss_fn: `loss_fn(model, batch)` gives a loss, the mean over the batch's tokens; `model(**batch).loss` when
             left out.
-        base, data: what to write down about where model and batches are from.
+        base: the name of the model, to write down in the statistics.
+        data: where the batches are from, to write down in the statistics.
 
     Raises:
         ConfigError: no batch, or a metric that takes no data.

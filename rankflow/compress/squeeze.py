@@ -63,8 +63,7 @@ def squeeze(
         metric: what is preserved: `weights`, or what data make of them: `outputs` of layers, or the `loss`.
         calibration: statistics of data, for the latter two: a `Statistics` of this very adapter, or its file.
         backend: `exact`, or a randomised SVD of the full update, as the paper's (`rankflow.linalg.svd`). Left out, it
-        is
-            `exact` from factors, and `torch` where the update comes as a full matrix.
+            is `exact` from factors, and `torch` where the update comes as a full matrix.
         device: where to compute, `cpu` or `cuda:0` say.
         accept: in place of a target: takes the path of a candidate and says whether it is good enough; the smallest
             uniform rank that it accepts is written, to `<src>-accepted` if `out` is left out. Found by bisection.

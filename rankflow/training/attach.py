@@ -76,7 +76,8 @@ def attach(
         state: the `state_dict()` of the controller to go on from, once model and optimizer hold that checkpoint's
             tensors again.
         on_resize: the first callback for `flow.on_resize`, which hears of resizes before the first step, too.
-        adapter_name, batches, outer_batches, loss_fn, seed, on_unknown_state, penalty, timeout: see `RunOptions`.
+
+    The other keywords are the fields of `rankflow.RunOptions`.
 
     For example:
 

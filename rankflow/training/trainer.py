@@ -65,7 +65,8 @@ class RankFlowCallback(TrainerCallback):
         best: which checkpoints may be the best one. `at_budget`: only those within the lifecycle's final budget, and
             early stopping counts its patience from there (with `save_strategy="best"`, evaluations before that all
             save). `any`: the Trainer's own behaviour.
-        adapter_name, batches, outer_batches, loss_fn, on_unknown_state, timeout: see `RunOptions`.
+
+    The other keywords are fields of `rankflow.RunOptions`.
 
     Raises:
         ConfigError: the policy is wrong, here; or cannot do its job with this model and run, at train().

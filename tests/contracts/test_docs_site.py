@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 from functools import cache
@@ -59,6 +60,17 @@ def test_every_command_and_every_public_name_is_there():
     api = made["python_api"]()
     assert all(f"::: rankflow.{name}\n" in api for name in rankflow.__all__)
     assert "Other names" not in api
+
+
+def test_public_docstrings_name_parameters_that_there_are():
+    """`mkdocs build --strict` refuses a line of `Args` that names none, or several."""
+    documented = {name: inspect.getdoc(getattr(rankflow, name)) or "" for name in rankflow.__all__}
+    documented = {name: text for name, text in documented.items() if "\nArgs:\n" in text}
+    assert {"attach", "squeeze", "RankFlowCallback"} <= documented.keys()
+    for name, text in documented.items():
+        lines = text.partition("\nArgs:\n")[2].partition("\n\n")[0].splitlines()
+        named = {line.strip().partition(":")[0].lstrip("*") for line in lines if re.match(r" {4}\S", line)}
+        assert named <= {*inspect.signature(getattr(rankflow, name)).parameters}, name
 
 
 def test_pages_ask_for_what_can_be_made_and_all_of_it_is_asked_for():
