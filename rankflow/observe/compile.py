@@ -64,7 +64,7 @@ def warn_of_recompiles(compiled: int, decisions: int) -> None:
             "Let ranks come back to shapes that are compiled already (rank_buckets, and tie for the modules of a "
             "layer), keep shapes as they are (mode: mask), decide less often, or raise "
             "torch._dynamo.config.recompile_limit",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

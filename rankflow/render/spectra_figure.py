@@ -34,8 +34,9 @@ def spectra_figure(inspection: Inspection, paper: Paper = LIGHT, *, titled: bool
 
     modules = {m.name: m for m in inspection.modules}
     rows = arrange(modules)
-    by_block = len({row.type for row in rows}) > _MOST_TYPES
-    panels = _by_block(rows) if by_block else _by_type(rows)
+    blocks = _by_block(rows)
+    by_block = len({row.type for row in rows}) > _MOST_TYPES >= 2 * len(blocks)
+    panels = blocks if by_block else _by_type(rows)
     width = max(m.rank for m in inspection.modules)
     top = max((s for m in inspection.modules for s in m.sigma), default=0.0) or 1.0
     norm = LogNorm(top * 10.0**-_DECADES, top)

@@ -17,7 +17,7 @@ from rankflow.distributed.ddp import refuse, unwrapped
 from rankflow.distributed.fsdp2 import at_rest
 from rankflow.distributed.replicas import processes_of
 from rankflow.lora.discover import root_of
-from rankflow.observe.compile import compiled_modules, warn_of_recompiles
+from rankflow.observe.compile import compiled_modules
 from rankflow.optim.optimizer_state import OnUnknownState
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.attachments import found
@@ -115,7 +115,7 @@ def attach(
         penalty=penalty,
         timeout=timeout,
     )
-    flow = Controller(
+    return Controller(
         unwrapped(model),
         optimizer,
         load_policy(policy),
@@ -125,9 +125,8 @@ def attach(
         state=state,
         listeners=listeners,
         processes=partial(processes_of, model, timeout=timeout),
+        compiled=compiled_modules(model),
     )
-    warn_of_recompiles(compiled_modules(model), flow.decisions_on_shapes)
-    return flow
 
 
 def own_ledger(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger:

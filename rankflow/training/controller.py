@@ -20,6 +20,7 @@ from rankflow.distributed.single import SingleProcess
 from rankflow.lora.adapter import Adapter
 from rankflow.lora.capacity import lasting
 from rankflow.lora.transaction import Transaction
+from rankflow.observe.compile import warn_of_recompiles
 from rankflow.observe.hearing import Hearing
 from rankflow.observe.probes import Probes
 from rankflow.optim.introspection import innermost
@@ -55,7 +56,8 @@ class Controller:
 
     Call `before_step` when gradients are ready and `after_step` once the optimizer has stepped. Steps are counted on
     the innermost optimizer itself, so gradient accumulation and steps skipped by a loss scaler never age anything.
-    With `state`, a `state_dict` of an earlier controller, it goes on from there (see `load_state_dict`).
+    With `state`, a `state_dict` of an earlier controller, it goes on from there (see `load_state_dict`). `compiled` is
+    how many of the model's modules run under torch.compile, to warn of decisions that it would not keep up with.
 
     Raises:
         ConfigError: the policy cannot do its job here: a budget out of reach, data or a loss that was not given.
@@ -74,6 +76,7 @@ class Controller:
         state: dict[str, Any] | None = None,
         listeners: Listeners | None = None,
         processes: Callable[[Adapter], SingleProcess] = lambda adapter: SingleProcess(),
+        compiled: int = 0,
     ):
         seed = options.seed
         self._adapter = Adapter(model, options.adapter_name, shards=True)
@@ -137,6 +140,7 @@ class Controller:
             total_steps=total_steps,
             first_layout=first_layout,
         )
+        warn_of_recompiles(compiled, self._phases.decisions_on_shapes(0 if state is None else state["step"]))
         self._steps_open = 0  # begun and not ended; one that raised never ends
         self._attachment = Attachment(self, self._adapter, self._surgeon, self._probes, self._processes)
         self._ended = False  # its `finish` is in the ledger
@@ -347,12 +351,6 @@ class Controller:
     @property
     def phases(self) -> tuple[Phase, ...]:
         return self._phases.all
-
-    @property
-    def decisions_on_shapes(self) -> int:
-        """How many decisions may still make tensors of shapes not seen before: none where they write into what there
-        is, or have to come back to a few ranks."""
-        return self._phases.decisions_on_shapes
 
     @property
     def adapter_name(self) -> str:

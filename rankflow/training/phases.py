@@ -252,12 +252,12 @@ class Phases:
             )
         return plan
 
-    @property
-    def decisions_on_shapes(self) -> int:
-        """How many decisions may still make tensors of shapes not seen before (`Controller.decisions_on_shapes`)."""
+    def decisions_on_shapes(self, step: int) -> int:
+        """How many decisions after `step` may make tensors of shapes not seen before: none where they write into what
+        there is, or have to come back to a few ranks."""
         if self.lifecycle.mode == "mask" or all(slot.buckets for slot in self.layout.values()):
             return 0
-        return sum(due > self.step for phase in self.all[self.index :] for due in phase.policy.when.events)
+        return sum(due > step for phase in self.all for due in phase.policy.when.events)
 
     def _skip(self, reason: str, *, warn: bool = False, **more: str) -> None:
         """Tell the ledger why nothing is decided. `more` is for programs: `skipped="non_finite"`."""

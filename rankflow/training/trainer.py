@@ -24,7 +24,7 @@ from rankflow.distributed.replicas import processes_of
 from rankflow.errors import ConfigError
 from rankflow.linalg.random import keyed_generator
 from rankflow.lora.adapter import Adapter
-from rankflow.observe.compile import compiled_modules, warn_of_recompiles
+from rankflow.observe.compile import compiled_modules
 from rankflow.surgery.listeners import Listeners, OnResize
 from rankflow.training.attach import own_ledger
 from rankflow.training.checkpoint import save_state
@@ -186,8 +186,8 @@ class RankFlowCallback(TrainerCallback):
             state=state_to_resume(model, state) if state.global_step > 0 else None,
             listeners=self.listeners,
             processes=functools.partial(processes_of, model, timeout=self.options.timeout),
+            compiled=compiled_modules(model) or int(bool(args.torch_compile)),
         )
-        warn_of_recompiles(compiled_modules(model) or int(bool(args.torch_compile)), self.flow.decisions_on_shapes)
         if self.best == "any" and args.load_best_model_at_end:
             self._warn_any()
         self._over_budget = state.global_step > 0 and not self.flow.within_budget

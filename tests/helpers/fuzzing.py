@@ -157,7 +157,9 @@ def operate(reader: str, src: Path, out: Path, rng: random.Random) -> str:
         if rng.random() < 0.2:
             _by_command("squeeze", src, "--target-rank", 2, "--engine", "llamacpp", "--base", src / "base", "-o", out)
         else:
-            squeeze(src, out, base=src / "base", **rng.choice([{"engine": "llamacpp"}, {"to": "gguf"}]), energy=0.7)
+            squeeze(
+                src, out, base=src / "base", **rng.choice([{"engine": "llamacpp"}, {"to_format": "gguf"}]), energy=0.7
+            )
             GGUFReader(out)
         return "squeeze to gguf"
     if reader == "quantized":
