@@ -67,6 +67,8 @@ def policies(
     found, files = {d.name: d for d in describe()}, shipped()
     if name is not None and name not in {*found, *files}:
         raise ConfigError(f"no policy or policy file is called {name!r}; there are {', '.join({**found, **files})}")
+    if name in found and found[name].broken:
+        raise ConfigError(found[name].summary)
     if name is None:
         print_table(policies_table(list(found.values()), files))
     for description in found.values():

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rankflow.config import registry, schema
 from rankflow.config.messages import explain, nearest
+from rankflow.config.registry import shipped
 from rankflow.config.yaml import read_yaml
 from rankflow.errors import ConfigError, naming
 from rankflow.plans.limits import Limit, Limits
@@ -49,13 +50,6 @@ def load_policy(policy: PolicyLike) -> Lifecycle:
     return _parse(read_yaml(path), str(path))
 
 
-def shipped() -> dict[str, Path]:
-    """The policy files that come with rankflow, by name: from the wheel, or beside the package in a checkout."""
-    packaged = Path(__file__).parents[1] / "policy_files"
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "policies"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 @dataclass(frozen=True)
 class Setting:
     name: str
@@ -72,6 +66,7 @@ class Description:
     source: str
     summary: str
     settings: tuple[Setting, ...]
+    broken: bool = False
 
 
 def describe() -> list[Description]:
@@ -83,7 +78,7 @@ def _described(name: str) -> Description:
     try:
         cls = registry.policy_class(name)
     except ConfigError as e:
-        return Description(name, "", str(e), ())
+        return Description(name, "", str(e), (), broken=True)
     hints, model = get_type_hints(cls, include_extras=True), registry.params_model(cls).model_fields
     settings = tuple(
         Setting(name, _type_name(hints[name]), field.get_default(call_default_factory=True), field.description or "")

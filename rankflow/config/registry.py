@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints, overload
 
 import pydantic
@@ -31,6 +32,13 @@ class Strict(BaseModel):
 def shipped_policies() -> frozenset[str]:
     """Names of the policies that rankflow has itself: one file each."""
     return frozenset(module.name for module in pkgutil.iter_modules(rankflow.policies.methods.__path__))
+
+
+def shipped() -> dict[str, Path]:
+    """The policy files that come with rankflow, by name: from the wheel, or beside the package in a checkout."""
+    packaged = Path(__file__).parents[1] / "policy_files"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "policies"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def policy_names() -> list[str]:
@@ -85,11 +93,12 @@ def register_policy(policy: Any = None, name: str | None = None) -> Any:
         The policy, as it was.
 
     Raises:
-        ConfigError: the name is rankflow's own or an installed package's, or the class is no policy.
+        ConfigError: the name is an installed package's or rankflow's own, a policy's or a shipped policy file's; or
+            this is no policy.
     """
     if policy is None:
         return lambda decorated: register_policy(decorated, name)
-    PLUGINS.register(name or snake_case(policy.__name__), policy)
+    PLUGINS.register(name or snake_case(getattr(policy, "__name__", type(policy).__name__)), policy)
     return policy
 
 
@@ -123,4 +132,4 @@ def _check(name: str, policy: Any) -> None:
     params_model(policy)
 
 
-PLUGINS = Plugins(GROUP, shipped_policies, _check)
+PLUGINS = Plugins(GROUP, lambda: {*shipped_policies(), *shipped()}, _check)

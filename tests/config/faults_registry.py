@@ -15,4 +15,16 @@ FAULTS = [
         "if policy.name not in registry.policy_names()",
         "if policy.name not in registry.shipped_policies()",
     ),
+    Fault(
+        "let a policy have the name of a shipped policy file",
+        "config/registry.py",
+        "{*shipped_policies(), *shipped()}",
+        "shipped_policies()",
+    ),
+    Fault(
+        "show a broken policy as one without settings",
+        "cli/policies.py",
+        "found[name].broken",
+        "not found[name].name",
+    ),
 ]

@@ -125,6 +125,7 @@ def test_the_command_line_knows_it(site):
     shown = CliRunner().invoke(app, ["policies", "take_one"])
     assert "least" in shown.stdout
     assert "take_one" in CliRunner().invoke(app, ["policies"]).stdout
+    assert CliRunner().invoke(app, ["policies", "not_one"]).exit_code == 2
 
 
 def test_a_run_of_it_goes_on_where_it_was(site):
@@ -181,10 +182,11 @@ def test_what_is_no_policy_is_not_registered():
         (Policy, "no class derived"),
         (Unfit, "cannot stand in a policy file"),
         (Bare, "@dataclass"),
+        (Odd(must=1), "no class derived"),
     ]:
         with pytest.raises(ConfigError, match=why):
             register_policy(wrong)  # type: ignore[type-var]
-    for name in ("squeeze", "a b"):
+    for name in ("squeeze", "sora_then_hold", "a b"):
         with pytest.raises(ConfigError):
             register_policy(Odd, name=name)
     assert registry.policy_names() == sorted(registry.shipped_policies())
