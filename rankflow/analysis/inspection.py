@@ -49,8 +49,14 @@ class InspectedSpectrum:
 
 @dataclass(frozen=True)
 class InspectedModule:
-    """One module: its size, and the spectrum of DeltaW, with the fields of an InspectedSpectrum.
+    """One module, with the spectrum of DeltaW.
 
+    name: the module's, in the base model. kind: the kind of layer, such as linear. rank: rows of A.
+    in_features, out_features: what the layer takes and gives. scaling: the factor of B A in DeltaW.
+    params: numbers in its factors. sigma: singular values of DeltaW, descending.
+    rank_true: how many of them are more than rounding.
+    rank_effective: exp of the entropy of sigma / sum(sigma). rank_stable: sum(sigma^2) / sigma_1^2.
+    energy: k -> share of sum(sigma^2) in the k largest.
     noise_threshold: the largest singular value that noise of the size of the median one has; 0 where only the leading
     ones are known, as of a full update.
     rank_above_noise: how many are above it, at least 1 unless all are zero; the rank that `squeeze --auto` gives.
@@ -82,6 +88,7 @@ class InspectedModule:
 class InspectedType:
     """Modules of one type, which differ in their layer numbers only.
 
+    type: the modules' name without their layer. modules: how many there are.
     rank, rank_effective, rank_stable, rank_above_noise, energy: means over its modules.
     rank_min, rank_max: the smallest and the largest rank.
     energy_share: its part of the sum of sigma^2 over all modules of the adapter.
@@ -105,10 +112,12 @@ class InspectedType:
 class Inspection:
     """An adapter.
 
+    source: the path that was read. modules: each with its spectrum. params: numbers in all factors.
     bytes: of the LoRA factors. file_bytes: of the file that holds them. carried: tensors that are no factors, which
-    a squeeze keeps as they are: name -> bytes.
+    a squeeze keeps as they are, as name -> bytes.
     types: the modules summed up by type. notes: what there is to know besides.
     base: the model folder that intruders were looked for in, with cosines below `epsilon`.
+    epsilon: a direction with a lower cosine to all of the base is an intruder; null where none were looked for.
     """
 
     source: str

@@ -35,9 +35,10 @@ _STEPS = 512  # after which what is known so far decides
 
 @dataclass(frozen=True)
 class Intruders:
-    """Of one module: `found` are those of the first `top_k` directions of W0 + DeltaW that are intruders, by their
-    place from 0 on, strongest first.
+    """The intruders of one module.
 
+    top_k: how many of the first directions of W0 + DeltaW were looked at.
+    found: those of them that are intruders, by their place from 0 on, strongest first.
     undecided: those for which the limit of steps came before certainty; counted by what was known then.
     """
 

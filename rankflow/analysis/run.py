@@ -25,7 +25,8 @@ class RunEvent:
     event: attach, phase, resize, skip, fold or finish. step: the optimizer step that it came after.
     policy: the phase's. reason: why ranks changed, or did not. ranks: of the modules that were resized.
     total_rank: of the adapter, afterwards. margin: how close the decision was, as the share by which a direction that
-    was taken scores above one that was not. gates: module -> what its gate came to, of a fold; total: all of them.
+    was taken scores above one that was not. gates: of a fold, module -> what its gate came to. total: of a fold, what
+    all gates together came to.
     """
 
     event: str
@@ -41,7 +42,10 @@ class RunEvent:
 
 @dataclass(frozen=True)
 class RunModule:
-    """`ranks`: one for each of the run's `steps`."""
+    """A module over the run.
+
+    name: the module's, in the base model. ranks: one for each of the run's `steps`.
+    """
 
     name: str
     ranks: tuple[int, ...]
@@ -51,8 +55,10 @@ class RunModule:
 class Run:
     """A run, as its ledger tells it.
 
-    total_steps: that it was planned for. steps: 0 or where it began, and every step that a resize came after.
-    total_ranks: of the adapter, one for each of these.
+    total_steps: optimizer steps that it was planned for. steps: 0 or where it began, and every step that a resize came
+    after.
+    total_ranks: of the adapter, one for each of `steps`. source: the path of the ledger.
+    modules: the rank of each over the run. events: every line of the ledger.
     """
 
     source: str

@@ -22,7 +22,10 @@ _NUMBERS = ("N", "M", "sketch")  # of an op: what its matrices hold
 
 @dataclass(frozen=True)
 class Parting:
-    """What two runs make of a module at the step where they part, in words."""
+    """What two runs make of a module at the step where they part, in words.
+
+    name: the module's, in the base model. first: what the first run made of it. second: what the second did.
+    """
 
     name: str
     first: str
@@ -33,9 +36,10 @@ class Parting:
 class Comparison:
     """Two ledgers side by side.
 
+    first, second: the paths of the two ledgers.
     decisions: resizes and skips that are the same, up to where the runs part.
     until: the step up to which there is something to compare, where a run has not finished.
-    step: the first at which decisions differ; None if none do. did: what each run did there.
+    step: the first at which decisions differ; null if none do. did: what each run did at that step.
     modules: those of which they made something else. margins: how close each decision there was, where that is known:
     the least share by which a direction that was taken scores above one that was not.
     numbers: the first step at which anything recorded differs, but for times.

@@ -18,11 +18,12 @@ _DOCUMENTS = {
     "comparison": (Comparison, "What `rankflow report --against --json` prints."),
 }
 _WHOLE = {"type": "integer"}
+_PARAMS = {**_WHOLE, "description": "numbers in all factors"}
 _MORE = {  # what `to_json` adds
-    "comparison": {"same": {"type": "boolean", "description": "whether all decisions are"}},
+    "comparison": {"same": {"type": "boolean", "description": "whether all decisions are the same"}},
     "squeeze": {
-        "params_before": _WHOLE,
-        "params_after": _WHOLE,
+        "params_before": _PARAMS,
+        "params_after": _PARAMS,
         "serving_bucket": {
             "anyOf": [_WHOLE, {"type": "null"}],
             "description": "vLLM's smallest sufficient maximal rank",

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from rankflow.cli.app import bar
 from rankflow.compress.option import options_of
 from rankflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from rankflow.calibration.statistics import Statistics
     from rankflow.compress.target import Target
-    from rankflow.linalg.parallel import Progress
 
 Adapter = Annotated[
     Path,
@@ -163,7 +163,7 @@ def _values(given: dict[str, Any], of: type, *names: str) -> dict[str, Any]:
     return values
 
 
-def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Path | None:
+def statistics(given: Mapping[str, Any]) -> Statistics | Path | None:
     """Return the statistics file that --calibration names, or what comes of calibrating if it names data.
 
     Raises:
@@ -180,9 +180,10 @@ def statistics(given: Mapping[str, Any], progress: Progress) -> Statistics | Pat
         return found
     from rankflow.calibration.base_model import calibrate_saved
 
-    return calibrate_saved(
-        given["adapter"], base, data, metric=given["metric"], device=given["device"], progress=progress
-    )
+    with bar("calibrating") as progress:
+        return calibrate_saved(
+            given["adapter"], base, data, metric=given["metric"], device=given["device"], progress=progress
+        )
 
 
 def needless_base(given: Mapping[str, Any]) -> bool:

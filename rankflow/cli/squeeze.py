@@ -100,8 +100,7 @@ def squeeze(
             check_output(path, force=force, folder=path.is_dir())
     check_apart(writes)
     there = {path for path in besides if os.path.lexists(path)}
-    with bar("calibrating") as progress:
-        statistics = options.statistics(ctx.params, progress)
+    statistics = options.statistics(ctx.params)
     with bar("squeezing" if accept is None else "trying ranks") as progress:
         reports = squeeze_each(
             adapter,
@@ -170,8 +169,7 @@ def plan(
     from rankflow.render.adapter_tables import squeeze_table
 
     targets = options.targets(target, ctx.params)
-    with bar("calibrating") as progress:
-        statistics = options.statistics(ctx.params, progress)
+    statistics = options.statistics(ctx.params)
     with bar("planning") as progress:
         (found,) = squeeze_each(
             adapter,

@@ -20,11 +20,14 @@ Judge = Callable[[Path], bool]  # whether the adapter at that path is good enoug
 
 @dataclass(frozen=True)
 class Trial:
-    """A rank that was tried, and whether it was accepted."""
+    """A rank that was tried, and whether it was accepted.
+
+    rank: of all modules that have more. passed: whether it was accepted. seconds: time that judging took.
+    """
 
     rank: int
     passed: bool
-    seconds: float  # that judging took
+    seconds: float
 
 
 def search(ranks: Sequence[int], passes: Callable[[int], bool]) -> list[Trial]:

@@ -18,10 +18,14 @@ from rankflow.serving.engines import engine_named
 class SqueezedModule:
     """What became of one module.
 
-    `energy_kept` is the share of the sum of squared singular values, in the module's metric, that is left, `error`
-    the predicted norm of the change in that metric (`weights`: of DeltaW, Frobenius; `outputs`: of the layer's output,
-    root mean square over tokens; `loss`: of the loss, likewise and to first order). `relative_error` is that over the
-    norm of what the adapter adds, `weight_error` the relative error of DeltaW, whatever the metric."""
+    name: the module's, in the base model. rank_before, rank_after: rows of A.
+    params_before, params_after: numbers in its factors. metric: what its cut preserves.
+    energy_kept: the share of the sum of squared singular values, in the module's metric, that is left.
+    error: the predicted norm of the change in that metric (`weights`, of DeltaW, Frobenius; `outputs`, of the layer's
+    output, root mean square over tokens; `loss`, of the loss, likewise and to first order).
+    relative_error: the error over the norm of what the adapter adds.
+    weight_error: the relative error of DeltaW, whatever the metric.
+    """
 
     name: str
     rank_before: int
@@ -37,9 +41,20 @@ class SqueezedModule:
 
 @dataclass(frozen=True)
 class SqueezeReport:
-    """What a squeeze did, or with `dry_run` would do. `energy_kept` and the errors are over all modules together that
-    were cut in `metric`, `weight_error` over all; `metric` is `weights` where no module was measured enough for what
-    was asked for."""
+    """What a squeeze did, or with `dry_run` would do.
+
+    source: the path that was read. out: the path that was written. target: the options that say how much.
+    metric: what was preserved; `weights` where no module was measured enough for what was asked for.
+    backend: what computed the SVD. gauge: how the singular values are shared between A and B.
+    dtype: of what was written; null for the source's. dry_run: whether nothing was written.
+    modules: what became of each. energy_kept, error, relative_error: over all modules together that were cut in the
+    metric. weight_error: the relative error of DeltaW over all modules.
+    shortfall: by how much the energy may be below the best there is at this cost, at most.
+    bytes_before, bytes_after: of the LoRA factors. file_bytes_before, file_bytes_after: of the files that hold them.
+    copied: files beside the adapter. carried: tensors that are no factors, kept as they are, as name -> bytes.
+    notes: what there is to know besides. trials: of ranks that were to be accepted. seconds: time it took.
+    language_model: whether vLLM and its like may serve it.
+    """
 
     source: str
     out: str | None
@@ -54,17 +69,17 @@ class SqueezeReport:
     error: float
     relative_error: float
     weight_error: float
-    shortfall: float  # by how much energy_kept may be below the best there is at this cost, at most
-    bytes_before: int  # of the LoRA factors
+    shortfall: float
+    bytes_before: int
     bytes_after: int
     file_bytes_before: int | None = None
     file_bytes_after: int | None = None
-    copied: tuple[str, ...] = ()  # files beside the adapter
-    carried: dict[str, int] = field(default_factory=dict)  # tensors that are no factors, kept as they are: name, bytes
+    copied: tuple[str, ...] = ()
+    carried: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    trials: tuple[Trial, ...] = ()  # of ranks that were to be accepted
+    trials: tuple[Trial, ...] = ()
     seconds: float = 0.0
-    language_model: bool = True  # whether vLLM and its like may serve it
+    language_model: bool = True
 
     @property
     def params_before(self) -> int:

@@ -193,7 +193,7 @@ def types_table(inspection: Inspection) -> Table:
     columns = [
         Column("type", text=True),
         Column("modules"),
-        Column("rank", "Mean over the modules"),
+        Column("rank"),
         *(Column("least", wide=True), Column("most", wide=True)),
         *(_EFFECTIVE, _STABLE, _ABOVE),
         *_intruders_column(inspection),
@@ -249,8 +249,9 @@ def _energies(ks: Iterable[int]) -> list[Column]:
 def _means(columns: Sequence[Column]) -> str:
     """What the headings on a terminal stand for."""
     told = {c.name: c.means for c in columns if c.means and not c.wide and not c.name.startswith("E")}
+    told = {name: means.partition(": ")[2] or means[0].lower() + means[1:] for name, means in told.items()}
     energy = "Ek: share of the squared singular values in the k largest"
-    return "; ".join([*(f"{name}: {means.partition(': ')[2] or means}" for name, means in told.items()), energy])
+    return "; ".join([*(f"{name}: {means}" for name, means in told.items()), energy])
 
 
 def _groups(names: Collection[str], *, every: bool = False) -> list[tuple[Cell, list[str]]]:

@@ -51,6 +51,14 @@ def test_every_key_of_a_policy_file_has_a_meaning():
     assert all(row[-1] and not row[-1].startswith("`") for row in keys)
 
 
+def test_every_key_of_a_json_output_has_a_meaning():
+    table = rows(reference()["json_outputs"]())
+    assert {row[-1] for row in table if row[0] == "key"} == {"meaning"}
+    found = [row for row in table if row[0] != "key"]
+    assert {"`rank_stable`", "`energy_kept`", "`total_ranks`", "`margins`"} <= {row[0] for row in found}
+    assert [row[0] for row in found if not row[-1]] == []
+
+
 def test_every_command_and_every_public_name_is_there():
     made = reference()
     commands = made["typer"].main.get_command(made["app"]).commands
