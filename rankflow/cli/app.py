@@ -106,6 +106,8 @@ def _by_new_names(words: list[str]) -> list[str]:
     if words[:1] == ["check"] and not _OF_ADAPTERS & {*words} and any(map(_is_policy, words[1:])):
         names["check"] = "validate"
     for old in dict.fromkeys(word for word in words if word in names):
+        if old in _RENAMED and any(word.partition("=")[0] == names[old] for word in words):
+            raise typer.BadParameter(f"{old} is the old name of {names[old]}, which is given too; leave out {old}")
         say(f"rankflow: {old} is now {names[old]}; the old name goes with the next version", err=True)
     return [*plugins, *(names.get(word, word) for word in words), *rest]
 

@@ -31,4 +31,11 @@ FAULTS = [
         "name",
         "-k heading",
     ),
+    Fault(
+        "take an option by its old and its new name, and go by the last",
+        "cli/app.py",
+        'any(word.partition("=")[0] == names[old] for word in words)',
+        "False",
+        "-k old_and_its_new",
+    ),
 ]

@@ -263,6 +263,11 @@ def test_validate_against_an_adapter(adapter: Path, tmp_path: Path):
     assert "well formed" in run("validate", "increlora").stdout
 
 
+@pytest.mark.parametrize("both", [("--for", "vllm", "--engine=vllm"), ("--engine", "vllm", "--for=vllm")])
+def test_an_option_by_its_old_and_its_new_name_is_refused(adapter: Path, both: tuple[str, ...]):
+    assert "--engine" in run("check", adapter, *both, status=2).stderr
+
+
 def test_check_takes_policies_for_a_version_and_says_what_to_type(adapter: Path, tmp_path: Path):
     policy = tmp_path / "mine.yaml"
     policy.write_text("policy: hold\n")
