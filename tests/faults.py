@@ -73,6 +73,7 @@ def _test(scratch: str, tests: str, said: Path) -> None:
     assert Path(rankflow.__file__).is_relative_to(scratch), "it would be the package without a fault"
     # One seed for hypothesis: whether a fault is noticed must not hang on which examples it happens to draw.
     options = ("-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+    options += ("-o", f"pythonpath={scratch} . tests/helpers")  # first, as processes that tests spawn look there
     options += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # of plugins that came with what is preloaded
     finished = _Finished()
     try:
