@@ -259,7 +259,7 @@ class Phases:
             return 0
         return sum(due > step for phase in self.all for due in phase.policy.when.events)
 
-    def _skip(self, reason: str, *, warn: bool = False, **more: str) -> None:
+    def _skip(self, reason: str, *, warn: bool = False, **more: Any) -> None:
         """Tell the ledger why nothing is decided. `more` is for programs: `skipped="non_finite"`."""
         self.ledger.append("skip", self.step, policy=self.phase.name, reason=reason, **more)
         if warn:
