@@ -45,12 +45,6 @@ FAULTS = [
         "tests/formats/io/test_disk.py",
     ),
     Fault(
-        "lost: keep a line that was not synced",
-        "training/ledger.py",
-        "    except BaseException:\n        if path.is_file():  # not a pipe",
-        "    except OSError:\n        if path.is_file():  # not a pipe",
-    ),
-    Fault(
         "lost: write each line of a step by itself",
         "training/ledger.py",
         'transaction.attr(self, "_waiting", [])',

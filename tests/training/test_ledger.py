@@ -116,3 +116,19 @@ def test_a_ledger_without_its_beginning_is_not_replayed():
     ledger.append("skip", 3, reason="x")
     with pytest.raises(CheckpointError, match="attach"):
         ledger.layout()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, OSError])
+def test_a_line_that_was_not_synced_is_not_there(tmp_path, monkeypatch, stop):
+    def interrupted(*args):
+        raise stop
+
+    path = tmp_path / "run.jsonl"
+    ledger = Ledger(path)
+    ledger.append("attach", 0, layout=Layout({"q": Slot(4, 8, 8, 1.0)}).to_json())
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("rankflow.training.ledger.sync_open", interrupted)
+        with pytest.raises((stop, CheckpointError)):
+            ledger.append("skip", 1, reason="x")
+    assert path.read_bytes() == before
