@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rankflow.cli import options
-from rankflow.cli.app import app, bar, leave_stdout, print_json, print_table, say, show_verdict
+from rankflow.cli.app import app, bar, leave_stdout, print_json, print_table, say, say_outputs, show_verdict
 from rankflow.compress.output import Output
 
 
@@ -205,10 +205,7 @@ def inspect(
     print_table(types_table(found))
     if modules:
         print_table(inspection_table(found))
-    if plot is not None:
-        say(f"Drew {plot}.")
-    if html is not None:
-        say(f"Wrote {html}.")
+    say_outputs(plot, html)
 
 
 @app.command(epilog="Example: [bold]rankflow check out/adapter --engine vllm --base models/llama[/bold]")

@@ -173,6 +173,14 @@ def say(text: str, *, err: bool = False) -> None:
     typer.echo(shown(text, lines=True, most=_LONGEST), err=err or _left.get())
 
 
+def say_outputs(picture: Path | None, page: Path | None) -> None:
+    """Say what was drawn and what was written besides tables."""
+    if picture is not None:
+        say(f"Drew {picture}.")
+    if page is not None:
+        say(f"Wrote {page}.")
+
+
 @contextmanager
 def _ending() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into an exception, so that unfinished files are removed."""

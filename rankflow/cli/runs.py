@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rankflow.cli import options
-from rankflow.cli.app import app, console, leave_stdout, print_json, print_table, say
+from rankflow.cli.app import app, console, leave_stdout, print_json, print_table, say, say_outputs
 from rankflow.errors import ConfigError
 
 
@@ -85,10 +85,7 @@ def report(
     for fold in (e for e in read.events if e["event"] == "fold" and e["gates"]):
         print_table(gates_table(fold))
     print_table(ranks_table(history))
-    if out is not None:
-        say(f"Drew {out}.")
-    if html is not None:
-        say(f"Wrote {html}.")
+    say_outputs(out, html)
 
 
 @app.command(epilog="Example: [bold]rankflow watch out[/bold], while training writes to out/rankflow.jsonl")

@@ -74,12 +74,6 @@ def uses_base(path: Path) -> bool:
     return is_model(path) or (config.is_file() and needs_base(load_config(config).get("peft_type")))
 
 
-def looks_like_adapter(path: Path) -> bool:
-    """Whether a path is a file of tensors, or a folder with one in it, be it a whole adapter or not."""
-    files = path.iterdir() if path.is_dir() else [path]
-    return any(file.is_file() and file.suffix in TENSOR_FILES for file in files)
-
-
 def converted(found: SavedAdapter, to: str, base: Path | None = None) -> SavedAdapter:
     """Return the same adapter, to be written in another format.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
@@ -53,7 +54,7 @@ def squeeze_table(report: SqueezeReport, *, every: bool = False) -> Table:
                 label,
                 span(m.rank_before for m in found),
                 span(m.rank_after for m in found),
-                _marked(one, min(m.energy_kept for m in found) < _LITTLE),
+                replace(one, marked=min(m.energy_kept for m in found) < _LITTLE),
                 span((m.weight_error for m in found), "{:.2%}"),
                 *([span(in_metric, "{:.2%}") if in_metric else word("by weights")] if metric != "weights" else []),
                 number(sum(m.params_after for m in found)),
@@ -262,10 +263,6 @@ def _groups(names: Collection[str], *, every: bool = False) -> list[tuple[Cell, 
         (module(f"{rows[0].label} ({len(rows)})", kind), [row.name for row in rows])
         for kind, rows in by_type(names).items()
     ]
-
-
-def _marked(cell: Cell, marked: bool) -> Cell:
-    return Cell(**{**vars(cell), "marked": marked})
 
 
 def _figures(*values: float) -> list[Cell]:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import lora, loss_of
-from packages import drop_file
-from safetensors.torch import load_file, save_file
+from packages import assert_pair_is_read, drop_file
+from safetensors.torch import load_file
 
 from rankflow import check, squeeze
 from rankflow.errors import OptimizerError
@@ -139,14 +139,7 @@ def test_the_format_of_the_guide_is_read_and_written(tmp_path: Path, monkeypatch
 
 def test_the_form_of_the_guide_is_read_as_the_lora_that_it_equals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     add("format.md", as_lora, tmp_path, monkeypatch, 1)
-    src = tmp_path / "src"
-    src.mkdir()
-    a, b = torch.randn(4, 8), torch.randn(6, 4)
-    save_file({"base_model.model.q.pair_A": a, "base_model.model.q.pair_B": b}, src / "adapter_model.safetensors")
-    (src / "adapter_config.json").write_text('{"peft_type": "PAIR", "target_modules": ["q"]}')
-    found = open_adapter(src)
-    down, up = found.factors("q")
-    torch.testing.assert_close(up @ down * found.layout["q"].scaling, 2 * b @ a)
+    assert_pair_is_read(tmp_path)
 
 
 # -- an option --------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from packages import drop_file, install
+from packages import assert_pair_is_read, drop_file, install
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rankflow import ConfigError, check, squeeze
 from rankflow.formats import single_file as folder
@@ -96,14 +96,7 @@ def test_adapters_are_written_in_it_and_read_from_it(tmp_path: Path):
 
 def test_a_form_that_equals_a_lora_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     offer(tmp_path, monkeypatch, "acme_form", FORM, {"pair": "acme_form:FORM"})
-    src = tmp_path / "src"
-    src.mkdir()
-    a, b = torch.randn(4, 8), torch.randn(6, 4)
-    save_file({"base_model.model.q.pair_A": a, "base_model.model.q.pair_B": b}, src / "adapter_model.safetensors")
-    (src / "adapter_config.json").write_text('{"peft_type": "PAIR", "target_modules": ["q"]}')
-    found = open_adapter(src)
-    down, up = found.factors("q")
-    torch.testing.assert_close(up @ down * found.layout["q"].scaling, 2 * b @ a)
+    assert_pair_is_read(tmp_path)
 
 
 def test_a_broken_package_is_left_out_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

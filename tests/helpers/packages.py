@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from rankflow.formats.open import open_adapter
 
 
 def install(folder: Path, package: str, source: str, declares: Mapping[str, Mapping[str, str]]) -> None:
@@ -29,3 +33,15 @@ def drop_file(package: ModuleType, name: str, source: str, folder: Path, monkeyp
     (folder / f"{name}.py").write_text(source)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+
+
+def assert_pair_is_read(folder: Path) -> None:
+    """An adapter of a form that somebody added, PAIR, of which DeltaW is 2 B A, is read as the LoRA that it equals."""
+    src = folder / "src"
+    src.mkdir()
+    a, b = torch.randn(4, 8), torch.randn(6, 4)
+    save_file({"base_model.model.q.pair_A": a, "base_model.model.q.pair_B": b}, src / "adapter_model.safetensors")
+    (src / "adapter_config.json").write_text('{"peft_type": "PAIR", "target_modules": ["q"]}')
+    found = open_adapter(src)
+    down, up = found.factors("q")
+    torch.testing.assert_close(up @ down * found.layout["q"].scaling, 2 * b @ a)
