@@ -83,12 +83,14 @@ def train(folder: Path) -> None:
 
 def checkpoint(run: Tiny, folder: Path) -> None:
     """A folder beside the others, which is there wholly or not at all; of those before it one is kept."""
-    partial = folder / "part-of-a-step"
+    partial, old = folder / "part-of-a-step", folder / f"step-{run.flow.step - 2 * EVERY}"
     shutil.rmtree(partial, ignore_errors=True)
     save(run, partial)
     save_state(run.flow, partial)
     os.replace(partial, folder / f"step-{run.flow.step}")
-    shutil.rmtree(folder / f"step-{run.flow.step - 2 * EVERY}", ignore_errors=True)
+    if old.exists():  # renamed first: a kill amid the removal would leave a checkpoint that is not whole
+        os.replace(old, partial)
+        shutil.rmtree(partial)
 
 
 @contextlib.contextmanager
