@@ -190,7 +190,10 @@ def losses_beside(ledger: Path) -> list[tuple[int, float]]:
             try:
                 state = json.loads(read_text(path), parse_constant=lambda _: None)  # NaN is no loss to draw
                 logged = [(int(line["step"]), line["loss"]) for line in state["log_history"] if "loss" in line]
-                return [(step, float(loss)) for step, loss in logged if loss is not None]
+                numbers = [(step, float(loss)) for step, loss in logged if isinstance(loss, int | float)]
+                if strange := len([loss for _, loss in logged if loss is not None]) - len(numbers):
+                    warnings.warn(f"{path}: {strange} losses are no numbers and are left out", stacklevel=2)
+                return numbers
             except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
                 warnings.warn(f"{path}: no losses are read from it ({first_line(e)})", stacklevel=2)
                 return []

@@ -155,7 +155,7 @@ def squeeze_each(
             copied=() if out is None else tuple(file.name for file in adapter.companions),
             notes=(*adapter.notes, *cut_in.notes, *fitting.notes(ranks)),
             seconds=time.perf_counter() - began,
-            language_model=adapter.kind in ("peft", FULL) and not of_image_model(layout),
+            language_model=fitting.format_for(adapter.kind) in ("peft", FULL) and not of_image_model(layout),
         )
 
     with naming(adapter.path):

@@ -85,6 +85,10 @@ class Fitting:
         adapter.notes.extend(f"{p.where}: {self.engine.name} {p.does}" for p in found if self.engine is not None)
         return adapter
 
+    def format_for(self, kind: str) -> str:
+        """Return the format that is asked for of a source of this format."""
+        return self.to_format or (self.engine.writes if self.engine is not None else "") or kind
+
     def refusal(self, found: Sequence[Problem]) -> Problem | None:
         """What of the lasting problems is a reason to write nothing: one of which is known what comes of it."""
         return next((problem for problem in found if problem.fate is not Fate.UNKNOWN), None)
@@ -99,7 +103,7 @@ class Fitting:
             return self._written(source)
 
     def _written(self, source: SavedAdapter) -> SavedAdapter:
-        to = self.to_format or (self.engine.writes if self.engine is not None else "") or source.kind
+        to = self.format_for(source.kind)
         if self.engine is not None and to not in self.engine.reads and not self.engine.writes:
             to = "diffusers"
         if to == source.kind == "diffusers" and self.engine is not None:

@@ -43,8 +43,16 @@ def test_losses_are_those_beside_the_ledger_or_of_its_newest_checkpoint(tmp_path
     assert losses_beside(ledger) == [(0, 0.5)]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"log_history": 3}', '{"log_history": [{"loss": {}, "step": 1}]}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"log_history": 3}', '{"log_history": [{"loss": 1, "step": {}}]}'])
 def test_a_damaged_state_is_warned_of(tmp_path: Path, text: str):
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.warns(UserWarning, match="no losses"):
         assert losses_beside(tmp_path / "rankflow.jsonl") == []
+
+
+def test_losses_that_are_no_numbers_are_left_out_and_said(tmp_path: Path):
+    (tmp_path / "trainer_state.json").write_text(
+        '{"log_history": [{"loss": {}, "step": 1}, {"loss": 2.0, "step": 2}, {"loss": NaN, "step": 3}]}'
+    )
+    with pytest.warns(UserWarning, match="1 losses"):
+        assert losses_beside(tmp_path / "rankflow.jsonl") == [(2, 2.0)]
