@@ -38,7 +38,7 @@ def validate(
     """
     from rankflow.analysis.forecast import foretell
     from rankflow.config.load import load_policy
-    from rankflow.policies.idleness import idle_phases
+    from rankflow.policies.idleness import idle_phases, late_phases
     from rankflow.render.policy_tables import costs_table, limits_table, phases_table
 
     lifecycle = load_policy(policy)
@@ -49,6 +49,8 @@ def validate(
     print_table(phases_table(phases, layout, f"{lifecycle.source} over {total_steps} steps"))
     print_table(limits_table(layout))
     print_table(costs_table(foretell(layout, phases)))
+    if late := late_phases(phases, total_steps):
+        say("\n".join(late))
     if idle := idle_phases(layout, phases):
         say("\n".join(idle))
         raise typer.Exit(1)

@@ -115,8 +115,17 @@ class WhenSpec(Strict):
     start: Annotated[
         Step | None, Field(description="first decision; if left out, the phase's begin or one `every`")
     ] = None
-    every: Annotated[Step | None, Field(description="steps between two decisions")] = None
-    stop: Annotated[Step | None, Field(description="no decision from here on; if left out, the phase's end")] = None
+    every: Annotated[
+        Step | None,
+        Field(description="steps between two decisions; if left out, 10% of the run (halving: equal stages)"),
+    ] = None
+    stop: Annotated[
+        Step | None,
+        Field(
+            description="no decision from here on; if left out, the phase's end, or before its last quarter where the "
+            "run ends with it"
+        ),
+    ] = None
 
 
 class LimitSpec(Strict):

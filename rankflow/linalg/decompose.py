@@ -138,6 +138,21 @@ def orthogonality_term(weight: float) -> Callable[[Tensor, Tensor], Tensor] | No
     return (lambda A, B: weight / 2 * orthogonality(A, B)) if weight > 0 else None
 
 
+def overlap(A: Tensor, B: Tensor) -> Tensor:
+    """Return |off A A^T|_F + |off B^T B|_F, mean over experts, where off sets the diagonal to 0: 0 where A's rows and
+    B's columns are orthogonal, whatever their lengths. It is `orthogonality` where these are 1.
+
+    Differentiable. A ``[*e, r, in]``, B ``[*e, out, r]``."""
+    grams = A.float() @ A.float().mT, B.float().mT @ B.float()
+    off = [gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)) for gram in grams]
+    return (torch.linalg.matrix_norm(off[0]) + torch.linalg.matrix_norm(off[1])).mean()
+
+
+def overlap_term(weight: float) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """weight / 2 * `overlap` as a penalty on (A, B); None for weight 0."""
+    return (lambda A, B: weight / 2 * overlap(A, B)) if weight > 0 else None
+
+
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from typing import Literal
 from rankflow.errors import ConfigError
 
 StepLike = int | str  # 400, or "10%" of the whole run
+_EVERY = "10%"  # where `every` is left out
+SETTLING = 0.25  # of a phase that ends with the run: what was decided last is trained for so long
 
 
 def resolve_step(value: StepLike, total_steps: int, *, what: str = "step") -> int:
@@ -37,26 +39,42 @@ class When:
     """The steps on which a policy decides: `start`, `start + every`, ... below `stop`, counted in optimizer steps of
     the whole run. A decision at step s comes after the s-th optimizer step.
 
-    Left out, `start` is where the phase begins (the first phase: one `every` into the run), `stop` where it ends.
-    `run` is the number of steps of the whole run and `phase` where the phase begins and ends, known once resolved.
+    Left out, `start` is where the phase begins (the first phase: one `every` into the run), and `stop` where it ends,
+    or earlier: what was decided last is trained for a share of the phase (see `resolve`). `every` is then 10 % of the
+    run. `run` is the number of steps of the whole run and `phase` where the phase begins and ends, known once resolved.
     """
 
     start: StepLike | None = None
-    every: StepLike = "10%"
+    every: StepLike | None = None
     stop: StepLike | None = None
     run: int | None = None
     phase: tuple[int, int] | None = None  # its updates are those of the steps after the first up to the second
 
-    def resolve(self, total_steps: int, begin: int = 0, end: int | None = None) -> When:
+    def resolve(
+        self, total_steps: int, begin: int = 0, end: int | None = None, *, settling: float = 0.0, changes: int = 0
+    ) -> When:
         """The same cadence in steps, clipped to the phase [begin, end).
+
+        Args:
+            settling: where `stop` is left out, no decision falls into the last steps of the run, as many as this share
+                of those from `start` on, or of the phase if `start` is left out. The first decision stays in any case.
+            changes: how many changes of rank the phase comes to if every rank is to be trained for equally long; 0:
+                as many as there are decisions. They make equal stages of the phase, which `every` is where it is left
+                out, and `settling` is the last of them.
 
         Raises:
             ConfigError: a bad step, or a cadence under one step.
         """
         end = total_steps + 1 if end is None else end
-        every = resolve_step(self.every, total_steps, what="when.every")
-        if every < 1 and not isinstance(self.every, str):
-            raise ConfigError("when.every: must be at least 1 step")
+        first = begin if self.start is None else max(begin, resolve_step(self.start, total_steps, what="when.start"))
+        stages = changes + (begin == 0)  # a later phase begins with a change
+        length = min(end, total_steps) - begin
+        if self.every is not None:
+            every = resolve_step(self.every, total_steps, what="when.every")
+            if every < 1 and not isinstance(self.every, str):
+                raise ConfigError("when.every: must be at least 1 step")
+        else:
+            every = length // stages if changes else resolve_step(_EVERY, total_steps)
         every = max(every, 1)  # a small percentage of a short run still means "as often as can be"
         if self.start is None:
             start = begin if begin > 0 else every
@@ -65,7 +83,13 @@ class When:
         start = max(start, 1)
         if start < begin:
             start += -(-(begin - start) // every) * every
-        stop = end if self.stop is None else min(end, resolve_step(self.stop, total_steps, what="when.stop"))
+        if self.stop is not None:
+            stop = min(end, resolve_step(self.stop, total_steps, what="when.stop"))
+        else:
+            left = math.ceil((1 / stages if changes else settling) * (min(end, total_steps) - first))
+            stop = min(end, total_steps + 1 - min(left, total_steps - start))
+            if changes and self.every is None:
+                stop = min(stop, start + changes * every)
         return When(start, every, stop, total_steps, (begin, min(end, total_steps)))
 
     @property
@@ -137,12 +161,15 @@ def _cosine(first: float, last: float, t: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * t)) / 2
 
 
+def halvings(first: float, last: float) -> int:
+    """How many halvings bring `first` down to `last` or below; 0 where it is not above."""
+    return math.ceil(math.log2(first / last)) if 0 < last < first else 0
+
+
 def _halving(first: float, last: float, t: float) -> float:
     """LoRA-Squeeze's ladder (arXiv 2602.10993): first, first/2, ..., last, each rung an equal share of the way."""
-    if not 0 < last < first:
-        return _linear(first, last, t)
-    rungs = math.ceil(math.log2(first / last))
-    return max(last, first / 2 ** math.floor(t * rungs))
+    rungs = halvings(first, last)
+    return max(last, first / 2 ** math.floor(t * rungs)) if rungs else _linear(first, last, t)
 
 
 CURVES: dict[Curve, Callable[[float, float, float], float]] = {

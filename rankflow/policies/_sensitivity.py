@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
-from rankflow.linalg.decompose import orthogonality_term
+from rankflow.linalg.decompose import overlap_term
 from rankflow.plans.layout import Layout
 from rankflow.plans.ops import Drop, Grow, Keep
 from rankflow.plans.plan import RankPlan
@@ -36,7 +36,7 @@ _PARTS = {
 TRIPLET_SIGNALS = frozenset(signal for *signals, _ in _PARTS.values() for signal in signals)
 
 Orth = Annotated[
-    float, Field(ge=0, description="weight of the penalty that keeps A's rows and B's columns orthonormal; 0: off")
+    float, Field(ge=0, description="weight of the penalty that keeps A's rows and B's columns orthogonal; 0: off")
 ]
 
 
@@ -47,7 +47,7 @@ class Triplets(Policy):
 
     beta1: Annotated[float, Field(ge=0, lt=1, description="memory of the smoothed sensitivity I")] = 0.85
     beta2: Annotated[float, Field(ge=0, lt=1, description="memory of the uncertainty U")] = 0.85
-    orth: Orth = 0.5
+    orth: Orth = 0.1
     window: Annotated[NonNegativeInt, Field(description="steps before each event that are scored; 0: every step")] = 20
 
     needs: ClassVar[frozenset[Signal]] = TRIPLET_SIGNALS
@@ -58,7 +58,9 @@ class Triplets(Policy):
 
     @property
     def penalty(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        return orthogonality_term(self.orth)
+        """orth / 2 (|off A A^T|_F + |off B^T B|_F), the paper's regulariser without its diagonal: that pulls lengths
+        to 1, and here they hold the size of DeltaW, which the paper's Lambda does."""
+        return overlap_term(self.orth)
 
     def listen(self, step: int) -> frozenset[Signal]:
         return self.needs if self.when.within(step, self.window) else frozenset()

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rankflow.plans.budget import Budget, check_lowers
 from rankflow.plans.layout import Layout
-from rankflow.plans.schedule import Curve, curve
+from rankflow.plans.schedule import Curve, curve, halvings
 from rankflow.policies.base import Policy, State
 
 Shape = Annotated[
@@ -34,6 +34,11 @@ class Lowering(Policy):
         if self.budget is not None:
             check_lowers(self.name, layout, self.budget)
         super().check(layout)
+
+    def changes(self, layout: Layout) -> int:
+        if self.budget is None or self.shape != "halving":
+            return 0
+        return halvings(self.budget.spent(layout), self.budget.amount)
 
     def init(self, layout: Layout) -> State:
         """`total`: what the adapter cost when the phase began."""

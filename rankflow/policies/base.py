@@ -16,7 +16,7 @@ from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget, check_reachable
 from rankflow.plans.layout import Layout
 from rankflow.plans.plan import RankPlan
-from rankflow.plans.schedule import When
+from rankflow.plans.schedule import SETTLING, When
 from rankflow.plugins import name_of, snake_case
 from rankflow.policies.gate import Gate
 from rankflow.policies.observation import Observation, Signal, Study
@@ -73,6 +73,16 @@ class Policy:
     def penalty(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """(A ``[*e, r, in]``, B ``[*e, out, r]``) -> scalar; its mean over the modules is added to the loss."""
         return None
+
+    @property
+    def settling(self) -> float:
+        """The share of a phase at the end of the run in which nothing is decided unless `when.stop` says so."""
+        return SETTLING if self.resizes else 0.0
+
+    def changes(self, layout: Layout) -> int:
+        """Return how many changes of rank the phase comes to from `layout`, if every rank is to be trained for equally
+        long; 0: as many as there are due steps."""
+        return 0
 
     @property
     def notes(self) -> tuple[str, ...]:

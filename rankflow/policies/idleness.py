@@ -1,4 +1,4 @@
-"""Find phases that can change nothing, from budget, limits and schedule, before the first step."""
+"""Find phases that can change nothing, or change it too late, from limits, budget and schedule."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def idle_phases(layout: Layout, phases: Sequence[Phase]) -> list[str]:
         elif policy.lowers and not policy.meets_budget:
             sure = False
     return found
+
+
+def late_phases(phases: Sequence[Phase], total_steps: int) -> list[str]:
+    """Return a line for each (resolved) phase that decides after the last step of the run, so that no step trains what
+    it changes: such a `when` is kept, as it was written."""
+    return [
+        f"{phase.name}: decides after step {total_steps}, the last of the run, so no step trains what it changes then; "
+        "leave out when.stop and when.start, or set them lower"
+        for phase in phases
+        if total_steps > 1 and phase.policy.settling > 0 and total_steps in phase.policy.when.events
+    ]
 
 
 def _why_idle(phase: Phase, layout: Layout, *, sure: bool, first: bool) -> str | None:

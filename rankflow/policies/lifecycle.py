@@ -84,11 +84,11 @@ class Lifecycle:
                 raise ConfigError(f"phases[{i}] ({name}): decides before the first step; put it first, or leave it out")
             if end <= begin:
                 raise ConfigError(f"phases[{i}] ({name}): ends at step {end} but begins at step {begin}")
-            policy = replace(
-                policy,
-                when=policy.when.resolve(total_steps, begin, end),
-                budget=policy.budget.resolve(layout) if policy.budget is not None else None,
-            )
+            if policy.budget is not None:
+                policy = replace(policy, budget=policy.budget.resolve(layout))
+            changes = policy.changes(expected)
+            when = policy.when.resolve(total_steps, begin, end, settling=policy.settling, changes=changes)
+            policy = replace(policy, when=when)
             try:
                 policy.check(expected)
                 if policy.budget is not None:  # which module will have what is not known yet; how much there is, is

@@ -25,7 +25,7 @@ from rankflow.observe.hearing import Hearing
 from rankflow.observe.probes import Probes
 from rankflow.optim.introspection import innermost
 from rankflow.plans.layout import Layout
-from rankflow.policies.idleness import idle_phases
+from rankflow.policies.idleness import idle_phases, late_phases
 from rankflow.policies.lifecycle import Lifecycle, Phase
 from rankflow.policies.observation import Observation
 from rankflow.surgery.listeners import Listeners, OnResize
@@ -123,8 +123,9 @@ class Controller:
             check_capacity(phases, layout, self._surgeon.optimizer_state)
             layout = lasting(self._adapter, layout)
         if state is None:
-            if self._processes.leads and (idle := idle_phases(layout, phases)):
-                warnings.warn("\n".join(idle), stacklevel=3)
+            said = [*idle_phases(layout, phases), *late_phases(phases, total_steps)] if self._processes.leads else []
+            if said:
+                warnings.warn("\n".join(said), stacklevel=3)
             self._surgeon.layout = layout
 
         self._phases = Phases(

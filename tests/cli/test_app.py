@@ -251,8 +251,7 @@ def test_validate_against_an_adapter(adapter: Path, tmp_path: Path):
     policy = tmp_path / "mine.yaml"
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 3}\nlimits: {'*.q_proj': {max: 2}}\nwhen: {every: 25%}\n")
     result = " ".join(run("validate", policy, "--model", adapter, "--total-steps", 200).stdout.split())
-    assert "50, 100, 150, 200" in result
-    assert "total rank 12" in result
+    assert "50, 100 total rank 12" in result, "half of the run at each of two ranks"
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 3}\nlimits: {'*.z_proj': {max: 2}}\n")
     assert "z_proj" in refused("validate", policy, "--model", adapter)
     policy.write_text("policy: eva")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +22,7 @@ from rankflow.plans.limits import Limit, Limits
 from rankflow.plans.plan import RankPlan
 from rankflow.plans.schedule import When
 from rankflow.policies.base import Policy
+from rankflow.policies.idleness import late_phases
 from rankflow.policies.lifecycle import Lifecycle
 from rankflow.policies.observation import Observation
 from tests.config.test_load import START
@@ -205,6 +208,80 @@ def test_buckets_hold_from_the_first_change_on(policy):
         pytest.skip("not from these ranks")
     run(world, policy, STEPS)
     assert set(world.layout.ranks.values()) <= {0, 1, 2, 4, 8}
+
+
+# -- the end of a run -----------------------------------------------------------------------------------------------
+
+RUNS = (10, 100, 1000)
+
+
+def alone(policy: Policy) -> list[list[tuple[str, Policy, Any]]]:
+    """Lifecycles of a policy: by itself, before a plain LoRA that is too short to train much, and after one, unless it
+    has a start of its own."""
+    hold = policy_class("hold")()
+    after = [[("hold", hold, "30%"), ("last", policy, None)]] if policy.when == When() else []
+    return [[("all", policy, None)], [("first", policy, "95%"), ("hold", hold, None)], *after]
+
+
+def lives() -> list[Any]:
+    """Every shipped file, and every policy with no `when` of its own, with every budget that it takes."""
+    found = [pytest.param(load_policy(name), id=name) for name in sorted(shipped())]
+    for name in policy_names():
+        able = [cls(budget=b) for cls in [policy_class(name)] for b in BUDGETS]
+        able = [p for p in able if feasible(replace(p, when=p.when.resolve(100)))]
+        assert able, f"{name} can do nothing here"
+        found += [pytest.param(Lifecycle(tuple(f)), id=f"{name}-{f[0][0]}-{p.budget}") for p in able for f in alone(p)]
+    return found
+
+
+@pytest.mark.parametrize("total_steps", RUNS)
+@pytest.mark.parametrize("life", lives())
+def test_what_was_decided_last_is_trained_for_some_time(life, total_steps):
+    ranks = RANKS if life.source == "" else (START.get(Path(life.source).stem, 2),) * 6
+    _, phases = life.resolve(total_steps, World(ranks, max_rank=64).layout)
+    for phase in phases:
+        policy, events = phase.policy, phase.policy.when.events
+        if not policy.resizes or (policy.name == "sora" and policy.budget is None):
+            continue  # nothing that trains changes: LISA's layers, and gates that SoRA has closed
+        assert not events or total_steps - events[-1] >= total_steps / 10
+        assert events or policy.studies or policy.name == "hold"
+    assert not late_phases(phases, total_steps)
+
+
+@pytest.mark.parametrize("total_steps", RUNS)
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (16, 4), (32, 4), (16, 1), (12, 5)])
+@pytest.mark.parametrize("first", [0, 0.4])
+def test_squeeze_trains_equally_long_at_every_rank_of_its_ladder(total_steps, before, after, first):
+    squeeze = policy_class("squeeze")(budget=Budget("total_rank", 6 * after))
+    begin = round(first * total_steps)
+    hold = [("hold", policy_class("hold")(), begin)] if begin else []
+    _, phases = Lifecycle((*hold, ("squeeze", squeeze, None))).resolve(total_steps, World((before,) * 6).layout)
+    policy = phases[-1].policy
+    state, stages, since = policy.init(World((before,) * 6).layout), [], begin
+    ladder = [before]
+    for step in [*policy.when.events, total_steps]:
+        if step > since:
+            stages.append(step - since)
+        since = step
+        if step < total_steps:
+            ladder.append(int(policy.target(state, step).amount) // 6)
+    assert ladder[0] == before
+    assert ladder[-1] == after
+    assert all(a == max(after, b // 2) for b, a in pairwise(ladder)), "one halving at each event"
+    assert len(set(stages[:-1])) <= 1
+    assert abs(stages[-1] - stages[0]) <= len(stages)  # it takes up what rounding leaves
+
+
+def test_a_stop_that_is_written_is_kept_and_said_where_it_is_the_last_step():
+    layout = World(RANKS).layout
+    for written in ({"stop": 101}, {"start": 100}, {"start": "50%", "stop": 101}):
+        life = load_policy({"policy": "rigl", "when": {"every": "10%", **written}})
+        _, phases = life.resolve(100, layout)
+        assert phases[0].policy.when.events[-1] == 100
+        assert len(late_phases(phases, 100)) == 1
+    _, phases = load_policy({"policy": "rigl", "when": {"start": "80%", "every": "5%"}}).resolve(100, layout)
+    assert list(phases[0].policy.when.events) == [80, 85, 90, 95]
+    assert not late_phases(phases, 100)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ FAULTS = [
     Fault(
         "start a run in which nothing can change without a word",
         "training/controller.py",
-        "(idle := idle_phases(layout, phases))",
-        "(idle := [])",
+        "[*idle_phases(layout, phases), *late_phases(phases, total_steps)] if self._processes.leads",
+        "[] if self._processes.leads",
     ),
     Fault(
         "take a bound that ranks may fall below for a budget that is met",

@@ -170,7 +170,7 @@ def test_a_summary_says_what_came_of_a_run(caplog: pytest.LogCaptureFixture, tmp
         optimizer.zero_grad()
     with caplog.at_level("INFO", logger="rankflow"):
         summary = flow.finish()
-    assert (summary.decisions, summary.resizes, summary.steps) == (2, 1, 4)
+    assert (summary.decisions, summary.resizes, summary.steps) == (1, 1, 4)
     assert (summary.before, summary.after) == (20, 10)
     assert summary.ledger == str(tmp_path / "run.jsonl")
     assert summary.ranks.keys() == {name.removeprefix("rankflow/rank/") for name in flow.metrics() if "/rank/" in name}

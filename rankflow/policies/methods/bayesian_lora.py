@@ -87,6 +87,11 @@ class BayesianLora(Policy):
         )
 
     @property
+    def settling(self) -> float:
+        """Half of what follows `fix_at`: in the other half what is closed for good can leave."""
+        return (1 - self.fix_at) / 2
+
+    @property
     def notes(self) -> tuple[str, ...]:
         steps, way = self._trained, self.gate_init - THRESHOLD
         if self.gate_lr * steps >= way:

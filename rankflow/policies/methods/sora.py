@@ -159,6 +159,12 @@ class Sora(Lowering):
         return tuple(found)
 
     @property
+    def settling(self) -> float:
+        """None without a budget: directions leave whose gates are closed, to the last step, and that changes nothing
+        that the adapter computes."""
+        return 0.0 if self.budget is None else super().settling
+
+    @property
     def notes(self) -> tuple[str, ...]:
         begin, end, mass = self.when.at(0), self.when.at(1), self._mass
         if self.gate_init != "ones" or self.budget is not None or mass == 0:

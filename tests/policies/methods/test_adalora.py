@@ -121,13 +121,46 @@ def test_elalora_moves_the_weakest_directions_to_the_strongest_module():
     records = {"weak": record(3, 1, 0.1), "middle": record(3, 2, 1.0), "strong": record(3, 3, 3.0)}
     state = policy.observe(policy.init(before), obs := Observation(1, records), 1)
     plan = policy.decide(state, obs, before, 1)
-    after = plan.apply_to(before)
-    assert after.total_rank == before.total_rank
-    assert after["weak"].rank == 1
-    assert after["strong"].rank == 4
+    assert plan.apply_to(before).ranks == {"weak": 1, "middle": 3, "strong": 5}
     best = int(by_hand([records["weak"]], 0.85, 0.85).argmax())
     assert plan.ops["weak"] == (Keep((best,)),)
     assert [type(op) for op in plan.ops["strong"]] == [Grow]  # nothing of it is dropped and grown again
+
+
+def released_rule(scores: dict[str, list[float]], move: int, k: int, p: float) -> dict[str, int]:
+    """What each module loses (-) and gains (+) by ElaLoRA's released code: `mask_to_target_rank` and `_b_scheduler`."""
+    found = [(s, name) for name, of in scores.items() for s in sorted(of)[: min(k, len(of) - 1)]]
+    b = round(move * (1 - p**3))
+    change = dict.fromkeys(scores, 0)
+    for _, name in sorted(found)[:b]:
+        change[name] -= 1
+    for _, name in sorted(found, reverse=True)[:b]:
+        change[name] += 1
+    return change
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_elalora_moves_what_the_released_rule_moves_at_every_event(seed):
+    now = Layout({f"m{i}": Slot(2 + (i + seed) % 4, 6, 5, 1.0, min_rank=1, max_rank=40) for i in range(7)})
+    policy = ElaLora(when=When(20, 10, 75))
+    state, moves = policy.init(now), []
+    sizes = torch.rand(7, generator=torch.Generator().manual_seed(seed)) + 0.2
+    for step in policy.when.events:
+        records = {n: record(s.rank, 100 * step + i + seed, float(sizes[i])) for i, (n, s) in enumerate(now.items())}
+        state = policy.observe(state, obs := Observation(step, records), step)
+        scores = {name: of.tolist() for name, of in triplet_scores(state).items()}
+        change = released_rule(scores, move=4, k=2, p=(step - 10) / (75 - 10))
+        plan = policy.decide(state, obs, now, step)
+        after = plan.apply_to(now)
+        assert {n: after[n].rank - now[n].rank for n in now} == change
+        for name, ops in plan.ops.items():
+            if change[name] < 0:
+                lost = sorted(scores[name])[: -change[name]]
+                assert ops == (Keep(tuple(i for i, s in enumerate(scores[name]) if s not in lost)),)
+        moves.append(sum(c for c in change.values() if c > 0))
+        now, state = after, policy.decided(state, plan, after, step)
+    assert moves[0] > moves[-1]
+    assert len(moves) == 6
 
 
 @pytest.mark.parametrize("policy", [AdaLora, ElaLora])
@@ -187,3 +220,45 @@ def test_a_module_that_trains_without_a_gradient_goes_first(policy):
     after = made.decide(made.observe(made.init(before), obs, 1), obs, before, 1).apply_to(before)
     assert after["unheard"].rank < min(after["seen"].rank, after["other"].rank)
     assert after.total_rank == budget.amount
+
+
+@pytest.mark.parametrize("policy", [AdaLora(), ElaLora()])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_penalty_is_the_papers_where_lengths_are_1_but_for_its_diagonal(policy, seed):
+    random = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(4, 9, generator=random), torch.randn(7, 4, generator=random)
+    papers = 0.0
+    for rows in (A.double(), B.double().T):
+        gram = rows @ rows.T
+        papers += float(sum(gram[i, j] ** 2 for i in range(4) for j in range(4) if i != j)) ** 0.5
+    assert float(policy.penalty(A, B)) == pytest.approx(0.1 / 2 * papers, rel=1e-6)
+    unit = [torch.nn.functional.normalize(t, dim=d) for t, d in ((A, 1), (B, 0))]
+    one = torch.eye(4, dtype=torch.float64)
+    a, b = (t.double() for t in unit)
+    papers = float((a @ a.T - one).norm() + (b.T @ b - one).norm())
+    assert float(policy.penalty(*unit)) == pytest.approx(0.1 / 2 * papers, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.02])
+@pytest.mark.parametrize("policy", ["adalora", "elalora"])
+def test_the_penalty_alone_makes_no_direction_longer(policy, start):
+    """Under Adam, which steps by the learning rate however small the gradient is: what is 0 stays 0."""
+    model = tiny_llama(r=4, dropout=0.0)
+    for n, p in model.named_parameters():
+        if "lora_B.default" in n:
+            p.data = start * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))
+    life = {"policy": policy, "when": {"start": 39, "every": 1, "stop": 40}, "params": {"orth": 0.5}}
+    run = Run(life | ({"budget": {"mean_rank": 3}} if policy == "adalora" else {}), 40, model=model)
+    sites = [site for site in run.flow._adapter.sites.values() if site.present]
+
+    def spectral() -> torch.Tensor:
+        return torch.stack([torch.linalg.matrix_norm(s.scaling * s.b() @ s.a(), 2) for s in sites]).detach()
+
+    before, optimizer = spectral(), torch.optim.Adam([p for s in sites for p in (s.A, s.B)], lr=5e-3)
+    term = run.flow._phases.policy.penalty
+    for _ in range(38):
+        optimizer.zero_grad()
+        torch.stack([term(s.a(), s.b()) for s in sites]).mean().backward()
+        optimizer.step()
+    assert (spectral() <= before).all()
+    run.flow.detach()
