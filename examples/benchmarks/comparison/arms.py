@@ -25,7 +25,12 @@ PROTOCOL: dict[str, Any] = {
     "optimizer": "AdamW, no weight decay",
 }
 
+HEAD_FIRST = 0.15  # of the steps, with the adapters held still
+
+SMALL = (2.5e-4, 5e-4, 1e-3, 2e-3)  # rates of arms whose steps are longer
+
 Kind = Literal["lora", "adalora", "policy", "post"]
+SPECIAL = ("config", "b_rate", "rates_of", "head_first")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Arm:
     A policy is its shipped file with `when` and `params` changed where given, None leaving one out; its budget, where
     the file has one or `budget` says so, is the parameters of LoRA at the final rank, and `limits` are multiples of
     that rank. `version` goes up when the code behind an arm changes what it computes.
+
+    Of plain LoRA: `config` goes to PEFT's LoraConfig, `b_rate` is the rate of B over that of A (LoRA+), and `rates_of`
+    names a policy after whose ranks each module's rate goes, as (rank / mean rank)^1/2, while all ranks stay equal.
+    `head_first`: the share of the steps in which only the head is trained, before anything else is looked at.
     """
 
     title: str
@@ -48,10 +57,23 @@ class Arm:
     limits: tuple[float, float] | None = None
     budget: bool = False
     version: int = 1
+    config: dict[str, Any] = field(default_factory=dict)
+    b_rate: float = 1.0
+    rates_of: str = ""
+    head_first: float = 0.0
 
     @property
     def available(self) -> bool:
-        return self.kind != "policy" or self.policy in _files()
+        return all(name in _files() for name in (self.policy, self.rates_of) if name)
+
+    @property
+    def special(self) -> list[dict[str, Any]]:
+        """What only some arms have: [] for the others, so that their lines stay theirs."""
+        plain = Arm("", 0)
+        found = {name: getattr(self, name) for name in SPECIAL if getattr(self, name) != getattr(plain, name)}
+        if self.rates_of:
+            found["rates_of"] = _files().get(self.rates_of)
+        return [found] if found else []
 
     def start_rank(self, rank: int) -> int:
         return max(1, round(self.start * rank))
@@ -95,5 +117,18 @@ ARMS: dict[str, Arm] = {
     "eva": Arm("EVA", 2, policy="eva"),
     "lisa": Arm("LISA", 2, policy="lisa"),
     "bayesian_lora": Arm("Bayesian-LoRA, from 2 x", 2, policy="bayesian_lora", start=2),
+    # What section `own` of the plan compares, and what the first one's gain is made of
+    "gradient_start": Arm("gradient_start", 3, policy="gradient_start"),
+    "gradient_start_at_once": Arm("gradient_start, no look after the head's steps", 3, policy="gradient_start"),
+    "uniform_directions": Arm("uniform ranks, A along the gradient", 3, policy="gradient_start", limits=(1, 1)),
+    "allocated_random": Arm("the gradient's ranks, random A", 3, policy="gradient_start"),
+    "lora_rates": Arm("LoRA, the allocation's rates", 3, "lora", rates_of="gradient_start"),
+    "lora_head_first": Arm("LoRA, head first", 3, "lora", head_first=HEAD_FIRST),
+    # Peers, as PEFT has them
+    "peft_eva": Arm("PEFT EVA", 4, "lora", config={"init_lora_weights": "eva"}),
+    "peft_lora_ga": Arm("PEFT LoRA-GA", 4, "lora", config={"init_lora_weights": "lora_ga"}),
+    "peft_pissa": Arm("PEFT PiSSA", 4, "lora", config={"init_lora_weights": "pissa"}, rates=SMALL),
+    "lora_plus": Arm("LoRA+, B at 16 x", 4, "lora", b_rate=16.0, rates=SMALL),
+    "rslora": Arm("rsLoRA", 4, "lora", config={"use_rslora": True}),
     "post": Arm("one run, squeezed after its end", 0, "post", rates=()),
 }

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from comparison.arms import ARMS, PROTOCOL
+from comparison.settings import SETTINGS, Setting
 
-PARAMS_PER_RANK = 41_472  # of MiniLM's 36 linears; training checks it
 TASK_VERSION = 1  # goes up when texts, splits or masks change
 
 Line = dict[str, Any]
@@ -31,8 +31,16 @@ class Job:
     steps: int
 
     @property
+    def setting(self) -> Setting:
+        return SETTINGS[self.task]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {**PROTOCOL, **self.setting.protocol}
+
+    @property
     def params(self) -> int:
-        return self.rank * PARAMS_PER_RANK
+        return self.rank * self.setting.per_rank
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -44,9 +52,10 @@ class Job:
         arm = ARMS[self.arm]
         whole = [
             asdict(self),
-            PROTOCOL,
+            self.protocol,
             [arm.kind, arm.start_rank(self.rank), arm.version, TASK_VERSION],
             self.settings,
+            *arm.special,
         ]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 

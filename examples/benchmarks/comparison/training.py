@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 import warnings
 from typing import Any
@@ -13,17 +14,28 @@ import peft
 import torch
 import transformers
 from harness import forget_peak, processor, resident
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import rankflow
-from comparison.arms import ARMS, PROTOCOL
-from comparison.jobs import PARAMS_PER_RANK, Job
+from comparison.arms import ARMS
+from comparison.jobs import Job
 from comparison.tasks import Batch, Split, Task, load
-from data import LINEARS
 
 POST_RANKS = (1, 2, 4, 8, 16)
 METRICS = ("weights", "outputs", "loss")
+STUDY = 16  # batches of the gradients that LoRA-GA starts from
 POINTS = 20  # of the loss curve
 
 
@@ -53,33 +65,64 @@ def run(job: Job) -> dict[str, Any]:
     return fields
 
 
-def groups(model: PeftModel, job: Job) -> list[dict[str, Any]]:
-    factors = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
-    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    return [{"params": factors, "lr": job.rate}, {"params": head, "lr": PROTOCOL["head_lr"]}]
+def groups(model: PeftModel, job: Job, task: Task) -> list[dict[str, Any]]:
+    """One group of all factors and one of the head; factors whose rate is another one have a group of their own."""
+    arm = ARMS[job.arm]
+    times = allocated_rates(model, job, task) if arm.rates_of else {}
+    factors: dict[float, list[Parameter]] = {job.rate: []}
+    head = []
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            head += [p] if p.requires_grad else []
+            continue
+        rate = job.rate * times.get(name.partition(".lora_")[0], 1.0) * (arm.b_rate if "lora_B" in name else 1.0)
+        factors.setdefault(rate, []).append(p)
+    each = [{"params": params, "lr": rate} for rate, params in factors.items() if params]
+    return [*each, {"params": head, "lr": job.protocol["head_lr"]}] if head else each
+
+
+def allocated_rates(model: PeftModel, job: Job, task: Task) -> dict[str, float]:
+    """By module: (rank that the policy gives it / mean rank)^1/2, which is how a step grows with the rank."""
+    copied = copy.deepcopy(model)
+    still = torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=0.0)
+    with rankflow.attach(
+        copied,
+        still,
+        ARMS["gradient_start"].settings(job.rank, job.params),
+        total_steps=job.steps,
+        batches=_some(task, "train", job),
+        seed=job.seed,
+    ) as flow:
+        ranks = dict(flow.layout.ranks)
+    return {name: math.sqrt(rank / job.rank) for name, rank in ranks.items()}
 
 
 def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
     """The trained model, the mean loss of every twentieth of the run, and how often ranks changed."""
     arm = ARMS[job.arm]
     model = adapted(job, task).train()
-    optimizer = torch.optim.AdamW(groups(model, job), weight_decay=0.0)
-    warm = max(1, round(PROTOCOL["warmup"] * job.steps))
+    optimizer = torch.optim.AdamW(groups(model, job, task), weight_decay=0.0)
+    warm = max(1, round(job.protocol["warmup"] * job.steps))
+    alone = round(arm.head_first * job.steps)
+    factors = [p for n, p in model.named_parameters() if "lora_" in n]
 
     def factor(step: int) -> float:
         return (step + 1) / warm if step < warm else (job.steps - step) / (job.steps - warm)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    batches = task.batches(job.seed, PROTOCOL["batch"])
+    batches = task.batches(job.seed, job.protocol["batch"])
     flow = attach(model, optimizer, job, task) if arm.kind == "policy" else None
     torch.manual_seed(job.seed)
     losses = []
     for step, batch in enumerate(itertools.islice(batches, job.steps)):
+        if alone and step in (0, alone):
+            for p in factors:
+                p.requires_grad_(step == alone)
         loss = model(**batch).loss
         loss.backward()
         if flow is not None:
             flow.before_step()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), PROTOCOL["clip"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job.protocol["clip"])
         optimizer.step()
         if flow is not None:
             flow.after_step()
@@ -97,12 +140,18 @@ def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
 def adapted(job: Job, task: Task) -> PeftModel:
     arm = ARMS[job.arm]
     rank = arm.start_rank(job.rank)
-    common: dict[str, Any] = {"task_type": task.task_type, "target_modules": LINEARS}
+    scale = job.protocol["scale"]
+    base = task.model(job.seed)
+    common: dict[str, Any] = {
+        "task_type": task.task_type,
+        "target_modules": task.modules,
+        "modules_to_save": task.head,
+    }
     if arm.kind == "adalora":  # the paper's thirds: a tenth of warm-up, three tenths at the final ranks
         config = AdaLoraConfig(
             init_r=rank,
             target_r=job.rank,
-            lora_alpha=PROTOCOL["scale"] * rank,
+            lora_alpha=scale * rank,
             tinit=job.steps // 10,
             tfinal=3 * job.steps // 10,
             deltaT=max(1, job.steps // 50),
@@ -110,10 +159,23 @@ def adapted(job: Job, task: Task) -> PeftModel:
             **common,
         )
     else:
-        config = LoraConfig(r=rank, lora_alpha=PROTOCOL["scale"] * rank, **common)
-    base = task.model(job.seed)
+        config = LoraConfig(r=rank, lora_alpha=scale * rank, **common, **arm.config)
     torch.manual_seed(job.seed)
-    return get_peft_model(base, config)
+    start = arm.config.get("init_lora_weights")
+    if start == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(base, config, lambda: _gradients(base, _some(task, "train", job, STUDY)))
+    if start == "eva":
+        config.eva_config = EvaConfig()
+    model = get_peft_model(base, config)
+    if start == "eva":
+        initialize_lora_eva_weights(model, _some(task, "train", job), show_progress_bar=False)
+    return model
+
+
+def _gradients(model: nn.Module, batches: list[Batch]) -> None:
+    for batch in batches:
+        model(**batch).loss.backward()
 
 
 def attach(model: PeftModel, optimizer: Optimizer, job: Job, task: Task) -> rankflow.Controller:
@@ -122,17 +184,17 @@ def attach(model: PeftModel, optimizer: Optimizer, job: Job, task: Task) -> rank
         optimizer,
         job.settings,
         total_steps=job.steps,
-        batches=_some(task, "train", job.seed),
-        outer_batches=_some(task, "outer", job.seed),
+        batches=_some(task, "train", job),
+        outer_batches=_some(task, "outer", job),
         seed=job.seed,
     )
 
 
-def _some(task: Task, split: Split, seed: int, n: int = 64) -> list[Batch]:
+def _some(task: Task, split: Split, job: Job, n: int = 64) -> list[Batch]:
     """Batches for studies: other training batches than the run's, or the held-out ones."""
     if split == "train":
-        return list(itertools.islice(task.batches(seed + 1_000, PROTOCOL["batch"]), n))
-    return task.held_out(split, PROTOCOL["batch"])
+        return list(itertools.islice(task.batches(job.seed + 1_000, job.protocol["batch"]), n))
+    return task.held_out(split, job.protocol["batch"])
 
 
 def sizes(model: PeftModel) -> dict[str, Any]:
@@ -148,7 +210,7 @@ def sizes(model: PeftModel) -> dict[str, Any]:
             each = a.shape[1] + b.shape[0] + 1
         else:
             rank, each = a.weight.shape[0], a.weight.shape[1] + b.weight.shape[0]
-        ranks[name.partition("encoder.")[2]] = rank
+        ranks[name.partition("encoder.")[2] or name.removeprefix("base_model.model.")] = rank
         params += rank * each
     return {"total_rank": sum(ranks.values()), "params": params, "ranks": ranks}
 
@@ -159,7 +221,7 @@ def squeezed(model: PeftModel, task: Task, job: Job) -> dict[str, dict[str, Any]
     The statistics come from training batches with the optimizer standing still.
     """
     out: dict[str, dict[str, Any]] = {}
-    batches = _some(task, "train", job.seed, 20)
+    batches = _some(task, "train", job, 20)
     for metric, rank in itertools.product(METRICS, POST_RANKS):
         if rank >= job.rank:
             continue
@@ -167,7 +229,7 @@ def squeezed(model: PeftModel, task: Task, job: Job) -> dict[str, dict[str, Any]
         still = torch.optim.SGD([p for p in small.parameters() if p.requires_grad], lr=0.0)
         policy = {
             "policy": "squeeze",
-            "budget": {"max_params": rank * PARAMS_PER_RANK},
+            "budget": {"max_params": rank * job.setting.per_rank},
             "when": {"start": len(batches), "every": 1},
             "params": {"metric": metric, "window": len(batches)},
         }
