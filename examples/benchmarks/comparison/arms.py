@@ -27,10 +27,11 @@ PROTOCOL: dict[str, Any] = {
 
 HEAD_FIRST = 0.15  # of the steps, with the adapters held still
 
+EARLIER_CUTS = {"start": "40%", "every": "10%", "stop": "80%"}  # the shipped ones, when these runs were made
 SMALL = (2.5e-4, 5e-4, 1e-3, 2e-3)  # rates of arms whose steps are longer
 
 Kind = Literal["lora", "adalora", "policy", "post"]
-SPECIAL = ("config", "b_rate", "rates_of", "head_first")
+SPECIAL = ("config", "b_rate", "modules", "rates_of", "head_first")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Arm:
     the file has one or `budget` says so, is the parameters of LoRA at the final rank, and `limits` are multiples of
     that rank. `version` goes up when the code behind an arm changes what it computes.
 
-    Of plain LoRA: `config` goes to PEFT's LoraConfig, `b_rate` is the rate of B over that of A (LoRA+), and `rates_of`
-    names a policy after whose ranks each module's rate goes, as (rank / mean rank)^1/2, while all ranks stay equal.
+    Of plain LoRA: `config` goes to PEFT's LoraConfig, `b_rate` is the rate of B over that of A (LoRA+), `modules` the
+    share of the modules, drawn by the seed, that have adapters at all, and `rates_of` names a policy after whose ranks
+    each module's rate goes, as (rank / mean rank)^1/2, while all ranks stay equal.
     `head_first`: the share of the steps in which only the head is trained, before anything else is looked at.
     """
 
@@ -59,6 +61,7 @@ class Arm:
     version: int = 1
     config: dict[str, Any] = field(default_factory=dict)
     b_rate: float = 1.0
+    modules: float = 1.0
     rates_of: str = ""
     head_first: float = 0.0
 
@@ -105,7 +108,7 @@ ARMS: dict[str, Arm] = {
     "lora": Arm("LoRA, fixed rank", 1, "lora"),
     "peft_adalora": Arm("PEFT AdaLoRA, from 1.5 x", 1, "adalora", start=1.5, rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "increlora": Arm("IncreLoRA, from 1/4", 1, policy="increlora", start=0.25),
-    "squeeze": Arm("LoRA-Squeeze, from 4 x", 1, policy="squeeze", start=4, version=2),
+    "squeeze": Arm("LoRA-Squeeze, from 4 x", 1, policy="squeeze", start=4, when=EARLIER_CUTS, version=2),
     # Its budget closes directions, so that gates may follow the learning rate that is swept
     "sora": Arm("SoRA, from 2 x", 1, policy="sora", start=2, budget=True, params={"lam": 1.0, "gate_lr": None}),
     "diffora": Arm("DiffoRA, from 2 x", 1, policy="diffora", start=2),
@@ -124,6 +127,10 @@ ARMS: dict[str, Arm] = {
     "allocated_random": Arm("the gradient's ranks, random A", 3, policy="gradient_start"),
     "lora_rates": Arm("LoRA, the allocation's rates", 3, "lora", rates_of="gradient_start"),
     "lora_head_first": Arm("LoRA, head first", 3, "lora", head_first=HEAD_FIRST),
+    # Single claims of papers, in miniature
+    "random_modules": Arm("LoRA of twice the rank on half the modules, at random", 5, "lora", start=2, modules=0.5),
+    "eva_rho_1": Arm("EVA, rho 1: its directions, uniform ranks", 5, policy="eva", params={"rho": 1.0}),
+    "eva_rho_2": Arm("EVA, rho 2", 5, policy="eva", params={"rho": 2.0}),
     # Peers, as PEFT has them
     "peft_eva": Arm("PEFT EVA", 4, "lora", config={"init_lora_weights": "eva"}),
     "peft_lora_ga": Arm("PEFT LoRA-GA", 4, "lora", config={"init_lora_weights": "lora_ga"}),

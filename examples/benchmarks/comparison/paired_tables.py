@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from comparison.arms import ARMS
 from comparison.jobs import Results
-from comparison.plan import OURS, PEERS, Protocol, paired, tier
+from comparison.plan import MINIATURES, OURS, PEERS, Protocol, miniature, paired, tier
 from comparison.settings import SETTINGS
 from comparison.tables import NOT_RUN, accuracies, differences, done, half_width, markdown, spread, test_losses
 
@@ -108,6 +108,21 @@ def arms_table(results: Results, protocol: Protocol, arms: Iterable[str], own: b
     return markdown(("arm", *protocol.tasks), rows)
 
 
+def miniature_table(results: Results, protocol: Protocol, task: str, arms: Iterable[str]) -> str:
+    """One claim of a paper: three seeds of each arm at LoRA's best rate."""
+    plain = done(results, miniature(results, protocol, task, "lora"))
+    rows = []
+    for arm in arms:
+        lines = done(results, miniature(results, protocol, task, arm))
+        cells = [NOT_RUN, "", "", ""]
+        if lines:
+            pairs = differences(lines, plain) if arm != "lora" else []
+            versus = spread(pairs, DIGITS) if pairs else ""
+            cells = [str(len(lines)), spread(accuracies(lines)), spread(test_losses(lines), DIGITS), versus]
+        rows.append((ARMS[arm].title, *cells))
+    return markdown(("arm", "seeds", "accuracy", "test loss", "minus LoRA's"), rows)
+
+
 def calibration_table(results: Results, protocol: Protocol, task: str) -> str:
     """Accuracy and calibration errors, in percent, of every arm at the rate that its other tables show."""
     rows = []
@@ -140,6 +155,8 @@ def paired_tables(results: Results, protocol: Protocol) -> dict[str, Callable[[]
         made[f"Six tasks, rank {other}, at LoRA's own best rate"] = lambda other=other: tasks_table(
             results, protocol, other, own=False
         )
+    for claim, (task, arms) in MINIATURES.items():
+        made[f"{claim}, {task}"] = lambda task=task, arms=arms: miniature_table(results, protocol, task, arms)
     for task in protocol.tasks:
         if SETTINGS[task].classes:
             made[f"Calibration, {task}, in percent"] = lambda task=task: calibration_table(results, protocol, task)

@@ -156,7 +156,20 @@ def _paired_stage(results: Results, protocol: Protocol, arms: list[str], rank: i
             yield from paired(results, protocol, task, arm, rank, own) or ()
 
 
-PAIRED_STAGES = ("lora_rate", "own_rate", "shares", "peers", "lora_rate_ranks")
+MINIATURES = {  # a paper's claim: (task, what is set side by side at LoRA's rate)
+    "DiffoRA's choice of modules against a random one": ("recovery", ("lora", "diffora", "random_modules")),
+    "EVA's rho": ("recovery", ("lora", "eva_rho_1", "eva_rho_2")),
+    "IncreLoRA at few samples": ("rotten_tomatoes_few", ("lora", "increlora")),
+}
+
+
+def miniature(results: Results, protocol: Protocol, task: str, arm: str) -> list[Job] | None:
+    """Three seeds at LoRA's best rate."""
+    jobs = paired(results, protocol, task, arm, protocol.rank)
+    return None if jobs is None else [job for job in jobs if job.seed in protocol.seeds]
+
+
+PAIRED_STAGES = ("lora_rate", "own_rate", "shares", "peers", "lora_rate_ranks", "miniature")
 STAGES = ("born", "sweep", "seeds", "lengths", "post", "side", "ranks", "exploratory", "long", *PAIRED_STAGES)
 
 
@@ -206,6 +219,11 @@ def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
         case "lora_rate_ranks":
             for r in protocol.other_ranks:
                 yield from _paired_stage(results, protocol, ["lora", OURS], r)
+        case "miniature":
+            for task, arms in MINIATURES.values():
+                yield from sweep(results, task, "lora", rank, SETTINGS[task].steps).jobs
+                for arm in arms:
+                    yield from miniature(results, protocol, task, arm) or ()
         case _:
             raise ValueError(f"no stage is called {name!r}; known: {', '.join(STAGES)}")
 

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Setting] = {
     "newsgroups": Setting("20 Newsgroups, MiniLM"),
     "rotten_tomatoes": Setting("Rotten Tomatoes, MiniLM"),
     "reuters": Setting("Reuters R52, MiniLM"),
+    "rotten_tomatoes_few": Setting("Rotten Tomatoes, 200 texts, MiniLM"),
     "restorer": Setting(
         "image restorer, haze",
         per_rank=3_678,  # of its 18 convolutions

@@ -144,6 +144,13 @@ def rotten_tomatoes() -> Task:
     return Task("rotten_tomatoes", 2, splits)
 
 
+def rotten_tomatoes_few(n: int = 200) -> Task:
+    """The same held-out texts, n to train on."""
+    splits = rotten_tomatoes().splits
+    ids, labels = splits["train"]
+    return Task("rotten_tomatoes_few", 2, {**splits, "train": (ids[:n], labels[:n])})
+
+
 def recovery() -> Task:
     from comparison.recovery import Recovery
 
@@ -187,6 +194,7 @@ def _orange(name: str, length: int) -> Task:
 
 TASKS: dict[str, Callable[[], Task]] = {
     "rotten_tomatoes": rotten_tomatoes,
+    "rotten_tomatoes_few": rotten_tomatoes_few,
     "recovery": recovery,
     "newsgroups": lambda: _orange("20newsgroups", 32),
     "reuters": lambda: _orange("reuters-r52", 32),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import random
 import time
 import warnings
 from typing import Any
@@ -160,6 +161,9 @@ def adapted(job: Job, task: Task) -> PeftModel:
         )
     else:
         config = LoraConfig(r=rank, lora_alpha=scale * rank, **common, **arm.config)
+    if arm.modules < 1:
+        every = [name for name, _ in base.named_modules() if name.endswith(tuple(f".{end}" for end in task.modules))]
+        config.target_modules = set(random.Random(job.seed).sample(every, round(arm.modules * len(every))))
     torch.manual_seed(job.seed)
     start = arm.config.get("init_lora_weights")
     if start == "lora_ga":
