@@ -174,7 +174,7 @@ def test_a_summary_says_what_came_of_a_run(caplog: pytest.LogCaptureFixture, tmp
     assert (summary.before, summary.after) == (20, 10)
     assert summary.ledger == str(tmp_path / "run.jsonl")
     assert summary.ranks.keys() == {name.removeprefix("rankflow/rank/") for name in flow.metrics() if "/rank/" in name}
-    assert [r.getMessage() for r in caplog.records if "decisions" in r.getMessage()] == [str(summary)]
+    assert [r.getMessage() for r in caplog.records if "decision" in r.getMessage()] == [str(summary)]
     assert f"rankflow report {tmp_path / 'run.jsonl'}" in str(summary)
     assert flow.summary() == summary
 
@@ -185,3 +185,15 @@ def test_metrics_call_types_as_reports_do():
 
     found = ranks_by_type(Layout({name: Slot(i, 8, 8, 1.0) for i, name in enumerate(names, 1)}))
     assert found == {"attention.output.dense": [1, 4], "output.dense": [2, 5], "dense": [3, 6]}
+
+
+def test_a_decision_after_the_last_step_is_said_when_the_run_starts():
+    def attached(when: dict[str, Any]):
+        model = tiny_llama(r=2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        policy = {"policy": "squeeze", "budget": {"mean_rank": 1}, "when": when}
+        return rankflow.attach(model, optimizer, policy, total_steps=10)
+
+    with pytest.warns(UserWarning, match="squeeze: decides after step 10, the last of the run"):
+        attached({"start": "100%"}).detach()
+    attached({"every": 2}).detach()  # a warning would be an error here

@@ -110,7 +110,9 @@ ARMS: dict[str, Arm] = {
     "increlora": Arm("IncreLoRA, from 1/4", 1, policy="increlora", start=0.25),
     "squeeze": Arm("LoRA-Squeeze, from 4 x", 1, policy="squeeze", start=4, when=EARLIER_CUTS, version=2),
     # Its budget closes directions, so that gates may follow the learning rate that is swept
-    "sora": Arm("SoRA, from 2 x", 1, policy="sora", start=2, budget=True, params={"lam": 1.0, "gate_lr": None}),
+    "sora": Arm(
+        "SoRA, from 2 x", 1, policy="sora", start=2, budget=True, params={"lam": 1.0, "gate_lr": None}, version=2
+    ),
     "diffora": Arm("DiffoRA, from 2 x", 1, policy="diffora", start=2),
     "colora": Arm("CoLoRA", 1, policy="colora", version=2),
     "adalora": Arm("AdaLoRA, from 1.5 x", 2, policy="adalora", start=1.5),
@@ -119,7 +121,7 @@ ARMS: dict[str, Arm] = {
     "gora": Arm("GoRA", 2, policy="gora", limits=(0.5, 4)),
     "eva": Arm("EVA", 2, policy="eva"),
     "lisa": Arm("LISA", 2, policy="lisa"),
-    "bayesian_lora": Arm("Bayesian-LoRA, from 2 x", 2, policy="bayesian_lora", start=2),
+    "bayesian_lora": Arm("Bayesian-LoRA, from 2 x", 2, policy="bayesian_lora", start=2, version=2),
     # What section `own` of the plan compares, and what the first one's gain is made of
     "gradient_start": Arm("gradient_start", 3, policy="gradient_start"),
     "gradient_start_at_once": Arm("gradient_start, no look after the head's steps", 3, policy="gradient_start"),

@@ -99,7 +99,12 @@ class Sora(Lowering):
       revive. A new direction's gate is as at the start;
     - the L1 term of the loss (`l1`) is off: it penalises the same gates a second time. The released code divides it
       by the number of gates, and so does this;
-    - clipping does not see the gates' gradients, which their own Adam normalises;
+    - the gates' Adam has torch's eps, 1e-8; the released one is transformers' AdamW, of 1e-6, which holds back gates of
+      smaller gradient. Neither decays them;
+    - the default lam is ours, for `threshold: lr_scaled`; the released script has an absolute 3e-4 (`threshold:
+      absolute`) and an L1 weight of 10;
+    - clipping does not see the gates' gradients, which their own Adam normalises; there the norm of all gradients is
+      clipped at 0.1, theirs among them;
     - the budget: the paper has none.
     """
 

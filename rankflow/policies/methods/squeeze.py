@@ -31,17 +31,20 @@ from rankflow.policies.observation import Observation, Signal
 class Squeeze(Lowering):
     """LoRA-Squeeze (arXiv 2602.10993): train at a high rank, then keep DeltaW's leading singular directions only.
 
-    With events over a stretch of the run it is In-Squeeze, ranks coming down in stages; with one event some way before
-    the end, Cont-Squeeze; with one at the end, Post-Squeeze. At every event the total follows `shape` from what it was
-    when the phase began to the budget; modules whose rank stays are not touched. Instead of a budget, `energy` keeps
-    that share of every module's squared singular values, spread over the events so that all cuts together keep it.
-    Modules below their minimum rank are grown to it.
+    With events over a stretch of the run it is In-Squeeze, ranks coming down in stages, which are of equal length if
+    `when` is left out: from 16 to 4 a third of the run each at 16, 8 and 4. With one event some way before the end it
+    is Cont-Squeeze; with one at the end (`when: {start: 100%}`), Post-Squeeze. At every event the total follows `shape`
+    from what it was when the phase began to the budget; modules whose rank stays are not touched. Instead of a budget,
+    `energy` keeps that share of every module's squared singular values, spread over the events so that all cuts
+    together keep it. Modules below their minimum rank are grown to it.
 
     When to use: the rank that is served is known, and training can afford more at first. Start at two to four times the
     budget, with about half the learning rate that a LoRA of the budget's rank would take. It also ends a lifecycle that
     grew.
 
     Differs:
+    - the ladder halves, as no source that we could read says which ranks the paper's stages have, and there is no least
+      length of a stage, where one of its variants has 200 steps;
     - `allocate: global` gives a rank where it keeps most energy of all modules together; the paper has one rank for
       all, which is `uniform`: ranks as equal as the budget and the present ranks allow;
     - besides the norm of DeltaW (`weights`) it can keep what the data make of it: the layer's output (`outputs`) or,
