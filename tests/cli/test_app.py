@@ -259,6 +259,9 @@ def test_validate_against_an_adapter(adapter: Path, tmp_path: Path):
     assert "eva 0 to 200 1 0 as it is" in result, "one decision, before the first step"
     policy.write_text("policy: squeeze\nbudget: {mean_rank: 30}\n")
     assert "squeeze only lowers ranks" in refused("validate", policy, "--model", adapter)
+    policy.write_text("policy: rigl\nwhen: {start: 100%}\n")
+    late = run("validate", policy, "--model", adapter, "--total-steps", 200).stdout
+    assert "rigl: decides after step 200" in late
     assert "well formed" in run("validate", "increlora").stdout
 
 
