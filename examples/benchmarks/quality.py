@@ -2,6 +2,7 @@
 
 python examples/benchmarks/quality.py run --jobs 1 --minutes 60   # goes on where it stopped, killed or not
 python examples/benchmarks/quality.py tables
+python examples/benchmarks/quality.py page   # the same tables, where docs/results/quality.md has them
 python examples/benchmarks/quality.py plot
 
 Every run is a process of its own and appends one line to examples/benchmarks/results. The tables come from those lines
@@ -15,6 +16,7 @@ alone; a line whose configuration is not today's is not used. What the tasks nee
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from dataclasses import replace
 from multiprocessing.connection import wait
@@ -29,6 +31,7 @@ from harness import console
 
 RESULTS = Path(__file__).parent / "results"
 FIGURE = Path(__file__).parents[2] / "docs" / "results" / "quality.png"
+PAGE = FIGURE.with_suffix(".md")
 PRELOAD = ["torch", "transformers.models.bert.modeling_bert", "peft", "pandas", "rankflow.training.attach"]
 
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False, pretty_exceptions_enable=False)
@@ -117,15 +120,31 @@ def show_plan(
 @app.command("tables")
 def show_tables(main: Main = Protocol.main, steps: Steps = Protocol.steps, results: Folder = RESULTS) -> None:
     """Print all tables as Markdown."""
-    from comparison.paired_tables import paired_tables
-    from comparison.tables import foreign, tables
+    from comparison.tables import foreign
 
     found, protocol = Results(results), replace(Protocol(), main=main, steps=steps)
-    paired = {title: make() for title, make in paired_tables(found, protocol).items()}
-    for title, text in (tables(found, protocol) | paired).items():
+    for title, text in every_table(found, protocol).items():
         print(f"**{title}**\n\n{text}\n")
     if n := foreign(found, protocol):
         console.print(f"[dim]{n} lines of other configurations were not used[/dim]")
+
+
+def every_table(found: Results, protocol: Protocol) -> dict[str, str]:
+    from comparison.paired_tables import paired_tables
+    from comparison.tables import tables
+
+    return tables(found, protocol) | {title: make() for title, make in paired_tables(found, protocol).items()}
+
+
+@app.command("page")
+def write_page(results: Folder = RESULTS, page: Path = PAGE) -> None:
+    """Put today's tables into a page, each after the comment `<!-- table: its title -->` and before `<!-- end -->`."""
+    made, text = every_table(Results(results), Protocol()), page.read_text(encoding="utf-8")
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->"
+
+    page.write_text(re.sub(r"<!-- table: (.+?) -->.*?<!-- end -->", table, text, flags=re.DOTALL), encoding="utf-8")
 
 
 @app.command("plot")

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 from comparison.arms import ARMS
+from comparison.arms import PROTOCOL as SHARED
 from comparison.calibration import adaptive_calibration_error, calibration
 from comparison.jobs import Job, Results
 from comparison.paired_tables import Verdict, calibration_table, paired_tables, summary_table, tasks_table
 from comparison.plan import OURS, Protocol, paired, plan, sweep
 from comparison.settings import SETTINGS
 from comparison.tables import NOT_RUN, foreign
+from comparison.tasks import Task
+from comparison.training import groups, train
 
 PROTOCOL = Protocol()
 
@@ -153,3 +162,55 @@ def test_a_text_is_its_own_label_for_a_language_model():
     assert batch["input_ids"].shape == (4, LENGTH)
     assert batch["labels"] is batch["input_ids"]
     assert len(batch["input_ids"].unique()) == 4
+
+
+class Toy(nn.Module):
+    """Learns to give its input back; notes at each step whether its adapter is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(6, 6)
+        self.classifier = nn.Linear(6, 6)
+        self.trained: list[bool] = []
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        if isinstance(self.fc1, LoraLayer):  # not in the passes before there is an adapter
+            self.trained.append(self.fc1.lora_A["default"].weight.requires_grad)
+        return SimpleNamespace(loss=(self.classifier(self.fc1(x)) - x).square().mean())
+
+
+class ToyTask(Task):
+    task_type = None
+    modules: ClassVar[list[str]] = ["fc1"]
+    head: ClassVar[list[str] | None] = ["classifier"]
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return Toy()
+
+    def batches(self, seed: int, size: int) -> Iterator[dict[str, Tensor]]:
+        return repeat({"x": torch.ones(size, 6)})
+
+
+def toy(arm: str, steps: int = 20) -> tuple[PeftModel, Job, ToyTask]:
+    job, task = Job("recovery", arm, 2, 1e-3, 0, steps), ToyTask("toy", 0, {})
+    return train(job, task)[0], job, task
+
+
+def test_only_the_head_is_trained_at_first_where_an_arm_says_so():
+    assert toy("lora_head_first")[0].base_model.model.trained == [False] * 3 + [True] * 17
+    assert all(toy("lora")[0].base_model.model.trained)
+
+
+def test_b_has_sixteen_times_the_rate_of_a_with_lora_plus_and_the_head_its_own():
+    found = groups(*toy("lora_plus"))
+    assert [group["lr"] for group in found] == [1e-3, 1.6e-2, SHARED["head_lr"]]
+    assert [len(group["params"]) for group in found] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("arm", ["peft_pissa", "peft_lora_ga", "rslora"])
+def test_peers_start_as_peft_has_it(arm):
+    model, *_ = toy(arm)
+    config = model.peft_config["default"]
+    assert {name: getattr(config, name) for name in ARMS[arm].config} == ARMS[arm].config
+    assert ARMS[arm].runs_on(SETTINGS["restorer"]) == (arm == "rslora")  # it has convolutions

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from comparison.settings import Setting
 from rankflow.config.load import shipped
 
 PROTOCOL: dict[str, Any] = {
@@ -68,6 +69,10 @@ class Arm:
     @property
     def available(self) -> bool:
         return all(name in _files() for name in (self.policy, self.rates_of) if name)
+
+    def runs_on(self, setting: Setting) -> bool:
+        """PEFT starts adapters of convolutions in one way only."""
+        return setting.linears or "init_lora_weights" not in self.config
 
     @property
     def special(self) -> list[dict[str, Any]]:

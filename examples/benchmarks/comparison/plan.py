@@ -241,4 +241,8 @@ def _middle_first(jobs: Iterable[Job]) -> list[Job]:
 def plan(results: Results, protocol: Protocol, stages: tuple[str, ...] = STAGES) -> list[Job]:
     """Missing jobs that can be run now, each once. Arms whose policy does not exist are left out."""
     jobs = (job for name in stages for job in stage(name, results, protocol))
-    return list(dict.fromkeys(job for job in jobs if ARMS[job.arm].available and results.of(job) is None))
+
+    def can_run(job: Job) -> bool:
+        return ARMS[job.arm].available and ARMS[job.arm].runs_on(job.setting)
+
+    return list(dict.fromkeys(job for job in jobs if can_run(job) and results.of(job) is None))

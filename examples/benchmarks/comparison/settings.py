@@ -22,6 +22,7 @@ class Setting:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     rates: Rates | None = None
     extend: bool = True
+    linears: bool = True  # adapters are on these alone
     classes: bool = True  # a classification, so that its probabilities can be calibrated
 
     def grid(self, own: Rates) -> Rates:
@@ -40,6 +41,7 @@ SETTINGS: dict[str, Setting] = {
         steps=100,
         protocol={"modules": "all convolutions"},
         rates=(2.5e-3, 5e-3, 1e-2, 2e-2),
+        linears=False,
         classes=False,
     ),
     "vision": Setting(

@@ -170,11 +170,25 @@ def adapted(job: Job, task: Task) -> PeftModel:
         config.lora_ga_config = LoraGAConfig()
         preprocess_loraga(base, config, lambda: _gradients(base, _some(task, "train", job, STUDY)))
     if start == "eva":
-        config.eva_config = EvaConfig()
+        config.eva_config = EvaConfig(use_label_mask=False)  # that mask is of labels by the token
     model = get_peft_model(base, config)
     if start == "eva":
-        initialize_lora_eva_weights(model, _some(task, "train", job), show_progress_bar=False)
+        _eva(model, _some(task, "train", job))
     return model
+
+
+def _eva(model: PeftModel, batches: list[Batch]) -> None:
+    """PEFT's own, which leaves padding out where there are tokens; of pictures every patch counts."""
+    if "input_ids" in batches[0]:
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        return
+    initialize_lora_eva_weights(
+        model,
+        batches,
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0].flatten(0, -2),
+        show_progress_bar=False,
+    )
 
 
 def _gradients(model: nn.Module, batches: list[Batch]) -> None:
