@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from comparison import arms, jobs
 from comparison.arms import ARMS
 from comparison.jobs import Job, Results, append_line
-from comparison.plan import Protocol, Sweep, halving, long_seeds, long_sweep, plan, seeds, sweep
+from comparison.plan import ALSO_LONG, Protocol, Sweep, halving, long_seeds, long_sweep, plan, seeds, sweep
 from comparison.tables import NOT_RUN, foreign, long_table, main_table, spread, tables
 
 PROTOCOL = Protocol(main="newsgroups", side="rotten_tomatoes")
@@ -96,7 +96,14 @@ def test_halving_tries_all_rates_at_half_the_steps_and_the_better_half_at_all(re
 
 
 def test_longer_runs_try_the_best_rate_of_the_usual_length_and_its_neighbours(results):
-    assert plan(results, PROTOCOL, ("long",)) == []  # no rate is known to start from
+    for arm in ALSO_LONG:  # which no other stage tries at every rate
+        assert {(job.arm, job.steps) for job in plan(results, PROTOCOL, ("long",))} == {(arm, STEPS)}
+        fill(results, sweep(results, "newsgroups", arm, 4, STEPS), best=2e-3)
+        fill(results, long_sweep(results, PROTOCOL, arm), best=2e-3)
+        assert {(job.arm, job.seed) for job in plan(results, PROTOCOL, ("long",))} == {(arm, 1), (arm, 2)}
+        for job in plan(results, PROTOCOL, ("long",)):
+            results.append(job, **fields(0.3, 1.0))
+    assert plan(results, PROTOCOL, ("long",)) == []  # of no other arm a rate is known to start from
     fill(results, sweep(results, "newsgroups", "lora", 4, STEPS), best=2e-3)
     found = long_sweep(results, PROTOCOL, "lora")
     assert [(job.rate, job.steps) for job in found.missing] == [(r, 4 * STEPS) for r in (1e-3, 2e-3, 4e-3)]

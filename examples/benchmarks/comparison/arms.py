@@ -136,6 +136,7 @@ ARMS: dict[str, Arm] = {
     "lora_head_first": Arm("LoRA, head first", 3, "lora", head_first=HEAD_FIRST),
     # Single claims of papers, in miniature
     "random_modules": Arm("LoRA of twice the rank on half the modules, at random", 5, "lora", start=2, modules=0.5),
+    "squeeze_equal": Arm("LoRA-Squeeze, equally long at every rank", 5, policy="squeeze", start=4),
     "eva_rho_1": Arm("EVA, rho 1: its directions, uniform ranks", 5, policy="eva", params={"rho": 1.0}),
     "eva_rho_2": Arm("EVA, rho 2", 5, policy="eva", params={"rho": 2.0}),
     # Peers, as PEFT has them

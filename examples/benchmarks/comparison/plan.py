@@ -156,8 +156,10 @@ def _paired_stage(results: Results, protocol: Protocol, arms: list[str], rank: i
             yield from paired(results, protocol, task, arm, rank, own) or ()
 
 
+ALSO_LONG = ("adalora",)  # whose own schedule has a long final stretch
 MINIATURES = {  # a paper's claim: (task, what is set side by side at LoRA's rate)
     "DiffoRA's choice of modules against a random one": ("recovery", ("lora", "diffora", "random_modules")),
+    "LoRA-Squeeze's stages of equal length": ("recovery", ("lora", "squeeze", "squeeze_equal")),
     "EVA's rho": ("recovery", ("lora", "eva_rho_1", "eva_rho_2")),
     "IncreLoRA at few samples": ("rotten_tomatoes_few", ("lora", "increlora")),
 }
@@ -205,8 +207,11 @@ def stage(name: str, results: Results, protocol: Protocol) -> Iterator[Job]:
             for arm in tier(2):
                 yield from halving(results, main, arm, rank, steps).jobs
         case "long":
-            yield from _middle_first(job for arm in tier(1) for job in long_sweep(results, protocol, arm).jobs)
-            for arm in tier(1):
+            for arm in ALSO_LONG:
+                yield from _middle_first(sweep(results, main, arm, rank, steps).jobs)
+            arms = (*tier(1), *ALSO_LONG)
+            yield from _middle_first(job for arm in arms for job in long_sweep(results, protocol, arm).jobs)
+            for arm in arms:
                 yield from long_seeds(results, protocol, arm) or ()
         case "lora_rate":
             yield from _paired_stage(results, protocol, ["lora", OURS], rank)

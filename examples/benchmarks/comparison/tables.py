@@ -14,6 +14,7 @@ from scipy.stats import t as student
 from comparison.arms import ARMS
 from comparison.jobs import Job, Line, Results
 from comparison.plan import (
+    ALSO_LONG,
     STAGES,
     Protocol,
     Sweep,
@@ -87,14 +88,20 @@ def long_table(results: Results, protocol: Protocol) -> str:
         results,
         lambda arm: long_sweep(results, protocol, arm),
         lambda arm: long_seeds(results, protocol, arm),
+        ALSO_LONG,
     )
 
 
-def _arms_table(results: Results, tuned: Callable[[str], Sweep], chosen: Callable[[str], Iterable[Job] | None]) -> str:
-    """A row for every arm of tier 1. `tuned` is where its rate is from, `chosen` the jobs at it."""
+def _arms_table(
+    results: Results,
+    tuned: Callable[[str], Sweep],
+    chosen: Callable[[str], Iterable[Job] | None],
+    more: Iterable[str] = (),
+) -> str:
+    """A row for every arm of tier 1, and for `more`. `tuned` is where its rate is from, `chosen` the jobs at it."""
     rows = []
     plain = done(results, chosen("lora"))
-    for arm in tier(1):
+    for arm in (*tier(1), *more):
         found = tuned(arm)
         lines = done(results, chosen(arm))
         state = ""
