@@ -208,6 +208,7 @@ def test_b_has_sixteen_times_the_rate_of_a_with_lora_plus_and_the_head_its_own()
     assert [len(group["params"]) for group in found] == [1, 1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # of LoRA-GA, on the first module of a network
 @pytest.mark.parametrize("arm", ["peft_pissa", "peft_lora_ga", "rslora"])
 def test_peers_start_as_peft_has_it(arm):
     model, *_ = toy(arm)
