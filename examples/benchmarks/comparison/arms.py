@@ -26,7 +26,7 @@ PROTOCOL: dict[str, Any] = {
     "optimizer": "AdamW, no weight decay",
 }
 
-HEAD_FIRST = 0.15  # of the steps, with the adapters held still
+HEAD_FIRST = 0.1  # of the steps, with the adapters held still: as long as gradient_start waits
 
 EARLIER_CUTS = {"start": "40%", "every": "10%", "stop": "80%"}  # the shipped ones, when these runs were made
 SMALL = (2.5e-4, 5e-4, 1e-3, 2e-3)  # rates of arms whose steps are longer
@@ -44,7 +44,7 @@ class Arm:
     that rank. `version` goes up when the code behind an arm changes what it computes.
 
     Of plain LoRA: `config` goes to PEFT's LoraConfig, `b_rate` is the rate of B over that of A (LoRA+), `modules` the
-    share of the modules, drawn by the seed, that have adapters at all, and `rates_of` names a policy after whose ranks
+    share of the modules, drawn by the seed, that have adapters at all, and `rates_of` names an arm after whose ranks
     each module's rate goes, as (rank / mean rank)^1/2, while all ranks stay equal.
     `head_first`: the share of the steps in which only the head is trained, before anything else is looked at.
     """
@@ -68,7 +68,8 @@ class Arm:
 
     @property
     def available(self) -> bool:
-        return all(name in _files() for name in (self.policy, self.rates_of) if name)
+        policies = (self.policy, ARMS[self.rates_of].policy if self.rates_of else "")
+        return all(name in _files() for name in policies if name)
 
     def runs_on(self, setting: Setting) -> bool:
         """PEFT starts adapters of convolutions in one way only."""
@@ -80,7 +81,7 @@ class Arm:
         plain = Arm("", 0)
         found = {name: getattr(self, name) for name in SPECIAL if getattr(self, name) != getattr(plain, name)}
         if self.rates_of:
-            found["rates_of"] = _files().get(self.rates_of)
+            found["rates_of"] = ARMS[self.rates_of].settings(1, 1)
         return [found] if found else []
 
     def start_rank(self, rank: int) -> int:
@@ -127,12 +128,16 @@ ARMS: dict[str, Arm] = {
     "eva": Arm("EVA", 2, policy="eva"),
     "lisa": Arm("LISA", 2, policy="lisa"),
     "bayesian_lora": Arm("Bayesian-LoRA, from 2 x", 2, policy="bayesian_lora", start=2, version=2),
-    # What section `own` of the plan compares, and what the first one's gain is made of
+    # Our own, and what its gain is made of. Where there is a new head it looks after a tenth of the run
     "gradient_start": Arm("gradient_start", 3, policy="gradient_start"),
-    "gradient_start_at_once": Arm("gradient_start, no look after the head's steps", 3, policy="gradient_start"),
-    "uniform_directions": Arm("uniform ranks, A along the gradient", 3, policy="gradient_start", limits=(1, 1)),
-    "allocated_random": Arm("the gradient's ranks, random A", 3, policy="gradient_start"),
-    "lora_rates": Arm("LoRA, the allocation's rates", 3, "lora", rates_of="gradient_start"),
+    "gradient_start_at_once": Arm(
+        "gradient_start, head not first", 3, policy="gradient_start", params={"head_first": 0}
+    ),
+    "uniform_directions": Arm(
+        "uniform ranks, A along the gradient", 3, policy="gradient_start", params={"at_least": 1, "at_most": 1}
+    ),
+    "allocated_random": Arm("the same ranks, A at random", 3, policy="gora", limits=(0.5, 4), head_first=HEAD_FIRST),
+    "lora_rates": Arm("LoRA, the allocation's rates", 3, "lora", rates_of="gradient_start_at_once"),
     "lora_head_first": Arm("LoRA, head first", 3, "lora", head_first=HEAD_FIRST),
     # Single claims of papers, in miniature
     "random_modules": Arm("LoRA of twice the rank on half the modules, at random", 5, "lora", start=2, modules=0.5),

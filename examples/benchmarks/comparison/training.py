@@ -76,7 +76,8 @@ def groups(model: PeftModel, job: Job, task: Task) -> list[dict[str, Any]]:
         if "lora_" not in name:
             head += [p] if p.requires_grad else []
             continue
-        rate = job.rate * times.get(name.partition(".lora_")[0], 1.0) * (arm.b_rate if "lora_B" in name else 1.0)
+        module = name.partition(".lora_")[0].removeprefix("base_model.model.")
+        rate = job.rate * times.get(module, 1.0) * (arm.b_rate if "lora_B" in name else 1.0)
         factors.setdefault(rate, []).append(p)
     each = [{"params": params, "lr": rate} for rate, params in factors.items() if params]
     return [*each, {"params": head, "lr": job.protocol["head_lr"]}] if head else each
@@ -89,7 +90,7 @@ def allocated_rates(model: PeftModel, job: Job, task: Task) -> dict[str, float]:
     with rankflow.attach(
         copied,
         still,
-        ARMS["gradient_start"].settings(job.rank, job.params),
+        ARMS[ARMS[job.arm].rates_of].settings(job.rank, job.params),
         total_steps=job.steps,
         batches=_some(task, "train", job),
         seed=job.seed,
@@ -104,21 +105,24 @@ def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
     model = adapted(job, task).train()
     optimizer = torch.optim.AdamW(groups(model, job, task), weight_decay=0.0)
     warm = max(1, round(job.protocol["warmup"] * job.steps))
-    alone = round(arm.head_first * job.steps)
     factors = [p for n, p in model.named_parameters() if "lora_" in n]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    alone = round(arm.head_first * job.steps) if head else 0
 
     def factor(step: int) -> float:
         return (step + 1) / warm if step < warm else (job.steps - step) / (job.steps - warm)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     batches = task.batches(job.seed, job.protocol["batch"])
-    flow = attach(model, optimizer, job, task) if arm.kind == "policy" else None
+    flow = attach(model, optimizer, job, task) if arm.kind == "policy" and not alone else None
     torch.manual_seed(job.seed)
     losses = []
     for step, batch in enumerate(itertools.islice(batches, job.steps)):
         if alone and step in (0, alone):
             for p in factors:
                 p.requires_grad_(step == alone)
+            if step and arm.kind == "policy":
+                flow = attach(model, optimizer, job, task, step)
         loss = model(**batch).loss
         loss.backward()
         if flow is not None:
@@ -196,12 +200,13 @@ def _gradients(model: nn.Module, batches: list[Batch]) -> None:
         model(**batch).loss.backward()
 
 
-def attach(model: PeftModel, optimizer: Optimizer, job: Job, task: Task) -> rankflow.Controller:
+def attach(model: PeftModel, optimizer: Optimizer, job: Job, task: Task, done: int = 0) -> rankflow.Controller:
+    """`done`: steps of the run before this."""
     return rankflow.attach(
         model,
         optimizer,
         job.settings,
-        total_steps=job.steps,
+        total_steps=job.steps - done,
         batches=_some(task, "train", job),
         outer_batches=_some(task, "outer", job),
         seed=job.seed,
@@ -227,7 +232,8 @@ def sizes(model: PeftModel) -> dict[str, Any]:
             rank = int((layer.lora_E["default"] != 0).sum())
             each = a.shape[1] + b.shape[0] + 1
         else:
-            rank, each = a.weight.shape[0], a.weight.shape[1] + b.weight.shape[0]
+            rank = a.weight.shape[0]
+            each = a.weight[0].numel() + b.weight.shape[0]
         ranks[name.partition("encoder.")[2] or name.removeprefix("base_model.model.")] = rank
         params += rank * each
     return {"total_rank": sum(ranks.values()), "params": params, "ranks": ranks}
