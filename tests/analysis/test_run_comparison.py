@@ -18,7 +18,7 @@ from rankflow.training.ledger import Ledger
 from tests.render.test_tables import text
 
 LAYOUT = Layout({name: Slot(2, 16, 16, 2.0) for name in ("a", "b", "c")})
-OFTEN = {"start": 2, "every": 2}
+OFTEN = {"start": 2, "every": 2, "stop": 9}
 POLICIES: dict[str, dict[str, Any]] = {
     "increlora": {"policy": "increlora", "when": OFTEN, "budget": {"mean_rank": 5}, "params": {"grow_by": 1}},
     "squeeze": {"policy": "squeeze", "when": OFTEN, "budget": {"mean_rank": 1}, "params": {"shape": "linear"}},

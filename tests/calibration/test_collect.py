@@ -163,7 +163,8 @@ def test_a_policy_in_training_measures_the_same_and_cuts_the_same(tmp_path: Path
         "when": {"start": 3, "every": 3},
         "params": {"metric": "loss", "memory": 10**12, "gauge": "balanced", "allocate": "uniform"},
     }
-    flow = rankflow.attach(model, optimizer, policy, total_steps=3)
+    with pytest.warns(UserWarning, match="after step 3, the last of the run"):
+        flow = rankflow.attach(model, optimizer, policy, total_steps=3)
 
     def step(batch: dict[str, Tensor]) -> None:
         model(**batch).loss.backward()
