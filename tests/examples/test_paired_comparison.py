@@ -121,6 +121,14 @@ def test_calibration_stands_beside_accuracy_where_a_line_has_it(results):
     assert row == "| LoRA, fixed rank | 50.0 ± 0.0 | 10.0 ± 0.0 | 20.0 ± 0.0 | 30.0 ± 0.0 | 4 |"
 
 
+def test_a_default_that_is_spelt_out_later_leaves_the_lines_as_they_are(monkeypatch):
+    job = Job("recovery", "sora", 4, 1e-3, 0, 200)
+    before = job.digest
+    assert ARMS["sora"].run_as(job.settings)["when"] == {**job.settings["when"], "stop": "100%"}
+    monkeypatch.setitem(ARMS, "sora", replace(ARMS["sora"], spelt_out={}))
+    assert job.digest == before
+
+
 def test_all_tables_are_drawn_from_nothing(results):
     for make in paired_tables(results, PROTOCOL).values():
         assert all(NOT_RUN in row for row in make().splitlines()[2:])

@@ -41,7 +41,8 @@ class Arm:
 
     A policy is its shipped file with `when` and `params` changed where given, None leaving one out; its budget, where
     the file has one or `budget` says so, is the parameters of LoRA at the final rank, and `limits` are multiples of
-    that rank. `version` goes up when the code behind an arm changes what it computes.
+    that rank. `version` goes up when the code behind an arm changes what it computes. `spelt_out` is what was a default
+    when an arm's runs were recorded and is none any more: it is run so, and their lines stay theirs.
 
     Of plain LoRA: `config` goes to PEFT's LoraConfig, `b_rate` is the rate of B over that of A (LoRA+), `modules` the
     share of the modules, drawn by the seed, that have adapters at all, and `rates_of` names an arm after whose ranks
@@ -60,6 +61,7 @@ class Arm:
     limits: tuple[float, float] | None = None
     budget: bool = False
     version: int = 1
+    spelt_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     b_rate: float = 1.0
     modules: float = 1.0
@@ -103,6 +105,10 @@ class Arm:
             mapping["budget"] = {"max_params": params}
         return mapping
 
+    def run_as(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings with what is spelt out."""
+        return {**settings, **{key: {**settings.get(key, {}), **more} for key, more in self.spelt_out.items()}}
+
 
 @cache
 def _files() -> dict[str, dict[str, Any]]:
@@ -117,7 +123,13 @@ ARMS: dict[str, Arm] = {
     "squeeze": Arm("LoRA-Squeeze, from 4 x", 1, policy="squeeze", start=4, when=EARLIER_CUTS, version=2),
     # Its budget closes directions, so that gates may follow the learning rate that is swept
     "sora": Arm(
-        "SoRA, from 2 x", 1, policy="sora", start=2, budget=True, params={"lam": 1.0, "gate_lr": None}, version=2
+        "SoRA, from 2 x",
+        1,
+        policy="sora",
+        start=2,
+        budget=True,
+        params={"lam": 1.0, "gate_lr": None},
+        spelt_out={"when": {"stop": "100%"}},
     ),
     "diffora": Arm("DiffoRA, from 2 x", 1, policy="diffora", start=2),
     "colora": Arm("CoLoRA", 1, policy="colora", version=2),

@@ -205,7 +205,7 @@ def attach(model: PeftModel, optimizer: Optimizer, job: Job, task: Task, done: i
     return rankflow.attach(
         model,
         optimizer,
-        job.settings,
+        ARMS[job.arm].run_as(job.settings),
         total_steps=job.steps - done,
         batches=_some(task, "train", job),
         outer_batches=_some(task, "outer", job),
