@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 
 from comparison.arms import ARMS
 from comparison.jobs import Job, Results
@@ -149,11 +149,11 @@ def paired(results: Results, protocol: Protocol, task: str, arm: str, rank: int,
 
 
 def _paired_stage(results: Results, protocol: Protocol, arms: list[str], rank: int, own: bool = False) -> Iterator[Job]:
-    """Of each task in turn: the sweeps that are needed, then all seeds."""
-    for task in protocol.tasks:
-        for arm in arms:
+    """Of each task in turn the sweeps that are needed and the first seeds; then the other seeds."""
+    for some in (protocol.seeds, protocol.paired_seeds):
+        for task, arm in product(protocol.tasks, arms):
             yield from _middle_first(sweep(results, task, arm if own else "lora", rank, SETTINGS[task].steps).jobs)
-            yield from paired(results, protocol, task, arm, rank, own) or ()
+            yield from (job for job in paired(results, protocol, task, arm, rank, own) or () if job.seed in some)
 
 
 ALSO_LONG = ("adalora",)  # whose own schedule has a long final stretch

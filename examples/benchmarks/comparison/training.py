@@ -105,9 +105,8 @@ def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
     model = adapted(job, task).train()
     optimizer = torch.optim.AdamW(groups(model, job, task), weight_decay=0.0)
     warm = max(1, round(job.protocol["warmup"] * job.steps))
-    factors = [p for n, p in model.named_parameters() if "lora_" in n]
-    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    alone = round(arm.head_first * job.steps) if head else 0
+    has_head = any(p.requires_grad and "lora_" not in name for name, p in model.named_parameters())
+    alone = round(arm.head_first * job.steps) if has_head else 0
 
     def factor(step: int) -> float:
         return (step + 1) / warm if step < warm else (job.steps - step) / (job.steps - warm)
@@ -119,8 +118,9 @@ def train(job: Job, task: Task) -> tuple[PeftModel, list[float], int]:
     losses = []
     for step, batch in enumerate(itertools.islice(batches, job.steps)):
         if alone and step in (0, alone):
-            for p in factors:
-                p.requires_grad_(step == alone)
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.requires_grad_(step == alone)
             if step and arm.kind == "policy":
                 flow = attach(model, optimizer, job, task, step)
         loss = model(**batch).loss
