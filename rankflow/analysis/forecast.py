@@ -36,6 +36,7 @@ _NUMBERS: Mapping[Signal, Callable[[Slot, int], int]] = {
     Signal.S_A: lambda slot, q: slot.experts * slot.rank**2,
     Signal.S_B: lambda slot, q: slot.experts * slot.rank**2,
     Signal.SKETCH: lambda slot, q: q * slot.in_features,
+    Signal.INPUT_SAMPLE: lambda slot, q: 16 * slot.in_features,  # of each batch
     Signal.INPUTS: lambda slot, q: min(q, slot.in_features) * slot.in_features,
     Signal.GATE_GRAD: lambda slot, q: slot.rank,
     Signal.MEAN_ZZ: lambda slot, q: slot.experts * slot.rank**2,
@@ -43,7 +44,7 @@ _NUMBERS: Mapping[Signal, Callable[[Slot, int], int]] = {
     Signal.MEASURED: lambda slot, q: slot.rank,
 }
 _ROWS = frozenset({Signal.SKETCH, Signal.INPUTS})  # which plans hand on, for new directions to come from
-_OWN = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})  # which no process tells another
+_OWN = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY, Signal.INPUT_SAMPLE})  # which no process tells another
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ class RandomProjection:
             self._made["rows"] = rows.to(device, non_blocking=True)
         return self._made["rows"]
 
+    def some(self, rows: Tensor, n: int, turn: int) -> Tensor:
+        """`n` distinct rows of ``[tokens, in]``, or all if there are fewer; others at every `turn`."""
+        picked = torch.randperm(len(rows), generator=keyed_generator(*self._key, "some", turn))[:n]
+        return rows[picked.to(rows.device)]
+
     def omega(self, like: Tensor) -> Tensor:
         """Gaussian ``[sketch_rows, out]`` with E[Omega^T Omega] = I, for g `like` ``[out, ...]``."""
         if "omega" not in self._made:

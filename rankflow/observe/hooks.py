@@ -33,7 +33,9 @@ GRAMS = frozenset({Signal.S_A, Signal.S_B, Signal.TOKENS})
 DELTA = frozenset(
     {Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED, Signal.SKETCH, Signal.WEIGHT_SCORE, Signal.PATH_SCORE}
 )
-INPUT = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})
+PRINCIPAL = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})
+INPUT = PRINCIPAL | {Signal.INPUT_SAMPLE}
+_SAMPLE = 16  # inputs that `input_sample` takes from each pass of a module
 _GRADIENT = {"A": Signal.GRAD_A, "B": Signal.GRAD_B}
 
 
@@ -56,6 +58,7 @@ class Recorder:
         self._x: Tensor | None = None  # lora_A's input, on its way to lora_B
         self._given: Tensor | None = None  # the module's input before dropout, likewise
         self._inputs: Principal | None = None
+        self._sample: list[Tensor] = []
         self._channels = 1 if site.kind == "conv" else -1
         self._passes: list[tuple[Tensor, Tensor, float]] = []  # (g, x, scaling in force) of this batch
 
@@ -110,6 +113,8 @@ class Recorder:
             found[Signal.WEIGHT_SCORE] = (_working(weight[rows]).to(gradient.device) * gradient).abs().mean()
         if self._inputs is not None:
             found |= {Signal.INPUTS: self._inputs.rows, Signal.INPUT_ENERGY: self._inputs.energy}
+        if self._sample:
+            found[Signal.INPUT_SAMPLE] = torch.cat(self._sample)
         return {signal: value for signal, value in found.items() if signal in self._signals}
 
     # -- in forward: put records on the tape ------------------------------------------------------------------------
@@ -123,7 +128,7 @@ class Recorder:
         raw, self._raw = self._raw, None
         if self._signals & DELTA:
             self._x = args[0]
-        if self._signals & INPUT:
+        if self._signals & INPUT and self.site.kind == "linear":
             self._given = args[0] if raw is None else raw
         if not self._signals & GRAMS:
             return None
@@ -213,9 +218,15 @@ class Recorder:
     def _take_inputs(self, mask: Tensor | None, g: Tensor, x: Tensor) -> None:
         with _aside(g):
             seen = None if mask is None or mask.shape != x.shape[:-1] else mask.to(x.device).flatten()
+            rows = x.reshape(-1, x.shape[-1])
+            if Signal.INPUT_SAMPLE in self._signals:
+                shown = rows if seen is None else rows[seen.bool()]
+                self._sample.append(self._draws.some(shown, _SAMPLE, len(self._sample)).float())
+            if not self._signals & PRINCIPAL:
+                return
             if self._inputs is None:
                 self._inputs = Principal.empty(self._draws.sketch_rows, x.shape[-1], x.device)
-            self._inputs = self._inputs.add(x.reshape(-1, x.shape[-1]), seen)
+            self._inputs = self._inputs.add(rows, seen)
 
     def _take_grams(self, mask: Tensor | None, d: Tensor, z: Tensor) -> None:
         with _aside(d):

@@ -21,7 +21,7 @@ from rankflow.lora.base_weight import check_base_weight
 from rankflow.lora.site import Site
 from rankflow.observe.compile import stay_eager
 from rankflow.observe.contractions import RandomProjection
-from rankflow.observe.hooks import DELTA, GRAMS, INPUT, Mask, Recorder
+from rankflow.observe.hooks import DELTA, GRAMS, INPUT, PRINCIPAL, Mask, Recorder
 from rankflow.policies.observation import GATE_SIGNALS, Lazy, Observation, Signal
 
 _LAZY: dict[Signal, Callable[[Site], Tensor]] = {
@@ -146,7 +146,8 @@ class Probes:
         hooked = self._signals - _LAZY.keys() - GATE_SIGNALS
         heard = {name: recorder.heard() for name, recorder in self._recorders.items()}
         for name, recorder in self._recorders.items():
-            silent = sorted(s.value for s in (hooked & _TAPPED) - heard[name].keys())
+            absent = {Signal.INPUT_SAMPLE} if recorder.site.kind != "linear" else set()
+            silent = sorted(s.value for s in (hooked & _TAPPED) - heard[name].keys() - absent)
             if recorder.trained and silent:
                 raise RankFlowError(
                     f"{name}: signal {silent[0]!r} heard no backward pass before step {self._step}, though the module "
@@ -191,7 +192,7 @@ def _refuse(site: Site, signals: frozenset[Signal]) -> None:
             "forward has no activation between A and B; use metric 'weights' or a policy that reads factors and their "
             "gradients only, or keep the module out of the adapter"
         )
-    if signals & INPUT and site.kind != "linear":
+    if signals & PRINCIPAL and site.kind != "linear":
         raise AdapterError(
             f"{site.name}: signal 'inputs' does not exist for {site.kind} layers, only for linear ones; use a policy "
             "that does not ask for it, such as gora, or keep the module out of the adapter"

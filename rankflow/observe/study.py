@@ -53,7 +53,7 @@ def run_study(
     """
     _check(study)
     probes = Probes(adapter, seed=seed, sample_rows=study.rows, sketch_rows=study.components)
-    factors = [p for s in adapter.sites.values() if s.present for p in (s.A, s.B) if p.requires_grad]
+    factors = [p for s in adapter.sites.values() if s.present for p in (s.A, s.B) if study.frozen or p.requires_grad]
     if not factors:
         raise RankFlowError(f"study {study.name!r}: none of the adapter's factors trains, so there is no gradient")
     loss_of = loss_fn if loss_fn is not None else model_loss
@@ -62,6 +62,7 @@ def run_study(
         stack.enter_context(own_random_numbers(seed, step, study.name))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_training(factors))
         stack.callback(probes.disarm)
         probes.arm(study.signals, step)
         for batch in itertools.islice(batches, study.batches):
@@ -161,7 +162,7 @@ def check_loss(loss: Any, what: str) -> None:
 
 
 def _averaged(total: Observation, passes: int, study: Study) -> Observation:
-    as_is = {Signal.A, Signal.B, Signal.SINGULAR_VALUES, Signal.INPUTS, Signal.INPUT_ENERGY}
+    as_is = {Signal.A, Signal.B, Signal.SINGULAR_VALUES, Signal.INPUTS, Signal.INPUT_ENERGY, Signal.INPUT_SAMPLE}
     values = {}
     for name, record in total.items():
         values[name] = {s: (lambda r=record, s=s: r[s]) if s in as_is else record[s] / passes for s in record}
@@ -201,6 +202,19 @@ def _scaled(adapter: Adapter, point: float) -> Iterator[None]:
     finally:
         for name, scaling in before.items():
             adapter.sites[name].layer.scaling.update(scaling)
+
+
+@contextmanager
+def _training(factors: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let factors that are frozen have gradients in the block."""
+    frozen = [p for p in factors if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from rankflow.errors import ConfigError, PlanError
@@ -36,7 +35,6 @@ class Opening(Policy):
     first_only: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
     meets_budget: ClassVar[bool] = True
-    unit_rows: ClassVar[bool] = False  # rows of A that `directions` gives have norm 1, not a fresh LoRA's 1/sqrt(3)
 
     def gains(self, obs: Observation, layout: Layout, budget: Budget) -> Mapping[str, Sequence[float]]:
         """Return what the first, second, ... direction of every module is worth, as `budget.allocate` takes it."""
@@ -47,12 +45,32 @@ class Opening(Policy):
         is."""
         return None
 
+    def norms(self, record: Mapping[Signal, Tensor], rank: int) -> Tensor | None:
+        """Return the norms ``[rank]`` of the rows that `directions` gives, or None for a fresh LoRA's 1/sqrt(3)."""
+        return None
+
     def check(self, layout: Layout) -> None:
         if self.when.events:
             raise ConfigError("it gives out ranks once, before the first step, so leave `when` out")
         self.held_total(layout)
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
+        self.check_fresh(obs)
+        budget = self.held_total(layout)
+        gains = self.gains(obs, layout, budget)
+        idle = [name for name in layout if not any(gains[name])]
+        if len(idle) == len(layout):
+            return RankPlan(reason="no module is worth anything: every score is zero; ranks stay as they are")
+        ranks = allocate(gains, layout, budget)
+        ops = {name: self._ops(slot, ranks[name], obs.get(name, {})) for name, slot in layout.items()}
+        spent = budget.unit(budget.spent(layout.with_ranks(ranks)))
+        reason = f"ranks {min(ranks.values())} to {max(ranks.values())}, most at {max(ranks, key=lambda n: ranks[n])}"
+        reason += f"; {spent} of {budget}" + (f"; {len(idle)} modules are worth nothing" if idle else "")
+        margin = allocation_margin(gains, ranks, layout, budget)
+        return RankPlan(ops, reason, state="reset", margin=margin)  # there is none yet, and so nothing to ramp up
+
+    def check_fresh(self, obs: Observation) -> None:
+        """Raise PlanError if a module adds something to the model already."""
         for name, record in obs.items():
             if bool(record[Signal.A].any()) and bool(record[Signal.B].any()):
                 raise PlanError(
@@ -61,24 +79,14 @@ class Opening(Policy):
                     "init_lora_weights), hand attach(state=...) the run's state to go on with one of this policy's, or "
                     "use increlora to grow this one and squeeze to shrink it"
                 )
-        budget = self.held_total(layout)
-        gains = self.gains(obs, layout, budget)
-        idle = [name for name in layout if not any(gains[name])]
-        if len(idle) == len(layout):
-            return RankPlan(reason="no module is worth anything: every score is zero; ranks stay as they are")
-        ranks = allocate(gains, layout, budget)
-        sketches = {name: self.directions(record) for name, record in obs.items()}
-        ops = {name: self._ops(slot, ranks[name], sketches.get(name)) for name, slot in layout.items()}
-        spent = budget.unit(budget.spent(layout.with_ranks(ranks)))
-        reason = f"ranks {min(ranks.values())} to {max(ranks.values())}, most at {max(ranks, key=lambda n: ranks[n])}"
-        reason += f"; {spent} of {budget}" + (f"; {len(idle)} modules are worth nothing" if idle else "")
-        margin = allocation_margin(gains, ranks, layout, budget)
-        return RankPlan(ops, reason, state="reset", margin=margin)  # there is none yet, and so nothing to ramp up
 
-    def _ops(self, slot: Slot, rank: int, sketch: Tensor | None) -> Sequence[Op]:
+    def _ops(self, slot: Slot, rank: int, record: Mapping[Signal, Tensor]) -> Sequence[Op]:
+        sketch = self.directions(record)
         if rank == 0 or sketch is None:
             return ops_to(rank, slot.rank, first(range(slot.rank)))
         # From no rows at all: none of the old ones stands in a direction's way
         grown = [*ops_to(0, slot.rank, first(())), Grow(rank, "grad", sketch)]
-        one = torch.eye(rank, dtype=torch.float64)
-        return [*grown, Refactor(math.sqrt(3) * one, one / math.sqrt(3))] if self.unit_rows else grown
+        if (norms := self.norms(record, rank)) is None:
+            return grown
+        size = math.sqrt(3) * norms.double().cpu()
+        return [*grown, Refactor(size.diag(), size.reciprocal().diag())]

@@ -79,6 +79,10 @@ class Policy:
         """The share of a phase at the end of the run in which nothing is decided unless `when.stop` says so."""
         return SETTLING if self.resizes else 0.0
 
+    def in_run(self, total_steps: int, trains_more: bool) -> Policy:
+        """Return the policy for a run of so many steps, of a model in which more than the adapter trains or not."""
+        return self
+
     def changes(self, layout: Layout) -> int:
         """Return how many changes of rank the phase comes to from `layout`, if every rank is to be trained for equally
         long; 0: as many as there are due steps."""

@@ -64,8 +64,13 @@ class Lifecycle:
         names = " -> ".join(name for name, _, _ in self.policies)
         return f"{names} ({self.source})" if self.source else names
 
-    def resolve(self, total_steps: int, layout: Layout) -> tuple[Layout, tuple[Phase, ...]]:
+    def resolve(
+        self, total_steps: int, layout: Layout, *, trains_more: bool = False
+    ) -> tuple[Layout, tuple[Phase, ...]]:
         """Layout with limits in its slots, and phases in steps with budgets in whole units.
+
+        Args:
+            trains_more: whether parameters outside of the adapter train as well, those of a new head for example.
 
         Raises:
             ConfigError: phases out of order, limits that match nothing, or a budget that cannot be met.
@@ -86,6 +91,7 @@ class Lifecycle:
                 raise ConfigError(f"phases[{i}] ({name}): ends at step {end} but begins at step {begin}")
             if policy.budget is not None:
                 policy = replace(policy, budget=policy.budget.resolve(layout))
+            policy = policy.in_run(total_steps, trains_more)
             changes = policy.changes(expected)
             when = policy.when.resolve(total_steps, begin, end, settling=policy.settling, changes=changes)
             policy = replace(policy, when=when)

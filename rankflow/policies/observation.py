@@ -39,6 +39,7 @@ class Signal(str, Enum):
     GATE_GRAD = "gate_grad"  # the same shape, gradient of the gate's parameter `value`
     WEIGHT_SCORE = "weight_score"  # [], mean |W0 * dL/dDeltaW| over a seeded subset of output rows
     INPUTS = "inputs"  # [<= q, in], S V^T of the module's inputs about their mean, float64; no average
+    INPUT_SAMPLE = "input_sample"  # [n, in], some of the module's inputs, drawn at random from each pass; no average
     INPUT_ENERGY = "input_energy"  # [], sum of all squared singular values of those inputs, float64; no average
     PATH_SCORE = "path_score"  # [], sum |DeltaW * dL/dDeltaW|, with the gradient averaged over a batch's `points` first
     # Exponential averages over the steps that listen to one of them (see `Policy.decay`), carried through every resize:
@@ -173,5 +174,6 @@ class Study:
     split: Literal["train", "outer"] = "train"
     points: tuple[float, ...] = (1.0,)
     when: Literal["start", "every"] = "start"  # before the first step, or before every decision
+    frozen: bool = False  # whether modules whose factors do not train are looked at too
     rows: int = 64  # output rows that sampled scores and `weight_score` look at
     components: int = 16  # q of `sketch` and of `inputs`

@@ -115,7 +115,7 @@ class Controller:
         self._hearing = Hearing(self._adapter)
         state = check_seal(state) if state is not None else None
         first_layout = Layout.from_json(state["first_layout"]) if state else self._surgeon.layout
-        layout, phases = lifecycle.resolve(total_steps, first_layout)
+        layout, phases = lifecycle.resolve(total_steps, first_layout, trains_more=data.trains_more)
         data.require(phases, seed)
         check_signals(self._probes, phases)
         check_shards(self._adapter, lifecycle, phases, in_loss=options.penalty == "in_loss", resumes=state is not None)

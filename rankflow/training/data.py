@@ -32,6 +32,12 @@ class RunData:
         self._loss_fn = options.loss_fn
         self._splits = {"train": options.batches, "outer": options.outer_batches}
 
+    @property
+    def trains_more(self) -> bool:
+        """Whether parameters outside of the adapter train."""
+        own = {id(p) for p in self._adapter.parameters()}
+        return any(p.requires_grad and id(p) not in own for p in self.model.parameters())
+
     def require(self, phases: Iterable[Phase], seed: int) -> None:
         """Check that the data that phases need was given, and hold the held-out batches ready.
 

@@ -242,6 +242,10 @@ class Phases:
             site = self.adapter.sites[name]
             return direction_sizes(site.a().detach(), site.b().detach(), site.scaling)[: site.rank]
 
+        if self.data.trains_more and all(
+            isinstance(op, Train) and not op.on for ops in plan.ops.values() for op in ops
+        ):
+            return plan  # the rest of the model trains on
         plan, spared = spare_last(plan, self.layout, self.hearing.reached, sizes)
         if spared is not None and not self._spared:
             self._spared = True

@@ -80,7 +80,9 @@ def go_on(phases: Phases, state: dict[str, Any]) -> None:
         )
     transaction.keep(phases, "first_layout", "all", "rewound", "counted")
     phases.first_layout = Layout.from_json(state["first_layout"])
-    _, phases.all = phases.lifecycle.resolve(phases.total_steps, phases.first_layout)
+    _, phases.all = phases.lifecycle.resolve(
+        phases.total_steps, phases.first_layout, trains_more=phases.data.trains_more
+    )
     phases.rewound = int(state["step"]) < phases.step
     phases.step = phases.counted = int(state["step"])
     for seeded in (phases, phases.surgeon, phases.gates, phases.probes, phases.data.held_out):

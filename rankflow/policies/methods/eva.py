@@ -55,7 +55,6 @@ class Eva(Opening):
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.A, Signal.B, Signal.INPUTS, Signal.INPUT_ENERGY})
     source: ClassVar[str] = "EVA, arXiv 2410.07170"
-    unit_rows: ClassVar[bool] = True
 
     @property
     def studies(self) -> tuple[Study, ...]:
@@ -71,6 +70,9 @@ class Eva(Opening):
 
     def directions(self, record: Mapping[Signal, Tensor]) -> Tensor | None:
         return record[Signal.INPUTS] if self.init_a == "inputs" and Signal.INPUTS in record else None
+
+    def norms(self, record: Mapping[Signal, Tensor], rank: int) -> Tensor:
+        return torch.ones(rank)
 
     def _most(self, layout: Layout, budget: Budget) -> dict[str, int]:
         if self.budget is None:
