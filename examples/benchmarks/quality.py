@@ -38,6 +38,7 @@ app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False, pretty_exce
 Main = Annotated[str, typer.Option(help="task of the main table: recovery, newsgroups, reuters or rotten_tomatoes")]
 Steps = Annotated[int, typer.Option(min=20, help="of every run")]
 Stages = Annotated[list[str] | None, typer.Option("--stage", help=f"only these stages, of {', '.join(STAGES)}")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="of the six tasks set against LoRA, only these")]
 Folder = Annotated[Path, typer.Option(help="where the lines are")]
 
 
@@ -55,10 +56,11 @@ def run_jobs(
     stages: Stages = None,
     main: Main = Protocol.main,
     steps: Steps = Protocol.steps,
+    tasks: Tasks = None,
     results: Folder = RESULTS,
 ) -> None:
     """Run what is missing, most needed first."""
-    protocol = replace(Protocol(), main=main, steps=steps)
+    protocol = replace(Protocol(), main=main, steps=steps, tasks=tuple(tasks or Protocol.tasks))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     found, chosen = Results(results), tuple(stages or STAGES)
