@@ -136,7 +136,7 @@ def _parse(data: Any, source: str) -> Lifecycle:
     spec = validated(model, data, source, errors)
     phases = spec.phases if several else [spec]
     policies = tuple((phase.policy, _build(phase), getattr(phase, "until", None)) for phase in phases)
-    return Lifecycle(policies, limits_of(spec, data), spec.mode, source)
+    return Lifecycle(policies, limits_of(spec, data), spec.mode, source, spec.step, spec.rate_for)
 
 
 def _beside_unknown_policies(model: TypeAdapter[Any], meant: Any, data: dict[str, Any]) -> dict[str, list[str]]:

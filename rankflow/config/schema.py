@@ -31,7 +31,7 @@ from rankflow.errors import ConfigError
 from rankflow.plans.budget import Budget
 from rankflow.plans.schedule import resolve_step
 from rankflow.policies.base import Policy
-from rankflow.policies.lifecycle import Mode
+from rankflow.policies.lifecycle import DEFAULT_STEP, Mode, StepLength
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -176,6 +176,23 @@ class Run(Shared):
             "largest rank that limits allow, which suits torch.compile"
         ),
     ] = "resize"
+    step: Annotated[
+        StepLength,
+        Field(
+            description="held: updates of the adapter are scaled by (rate_for / mean rank) to the power of 1/2, so "
+            "that other ranks do not make the steps of the model longer or shorter; free: as the optimizer makes them"
+        ),
+    ] = DEFAULT_STEP
+    rate_for: Annotated[
+        float | None,
+        Field(gt=0, le=2**20, description="the rank that the learning rate was chosen for; that of the last budget"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _rate_for_what_is_held(self) -> Run:
+        if self.rate_for is not None and self.step == "free":
+            raise ValueError("rate_for means something only where the step is held; leave it out, or set step: held")
+        return self
 
 
 class BudgetFile(Shared):

@@ -88,6 +88,11 @@ class Handler:
         """What the step is multiplied by because of the parameter's shape."""
         return 1.0
 
+    def rank_exponent(self, group: State) -> float:
+        """The power of the rank with which the step of DeltaW grows where the scaling stays (a new row of A and column
+        of B a direction, all steps alike: the root of their number)."""
+        return 0.5
+
     def decay(self, group: State) -> float:
         """What the parameter is multiplied by in a step, apart from the update that `shape_factor` scales."""
         return 1.0

@@ -1,4 +1,8 @@
-"""New directions start slowly: their updates, not their gradients, are scaled from 1 / warmup up to 1.
+"""New directions start slowly, and other ranks leave the step's length: updates, not gradients, are scaled.
+
+The updates of a new direction go from 1 / warmup up to 1. Those of the whole adapter are times (r0 / r)^p where the
+step is held: r is the mean rank, r0 the one that the learning rate is for, and r^p how the optimizer's step of DeltaW
+grows with the rank.
 
 Scaling gradients would do nothing under an optimizer that divides by their size. So the young rows of A and columns of
 B are noted before an optimizer step, and what the step did to them is scaled afterwards, in float32 or better. So is
@@ -44,8 +48,8 @@ class _Note:
 
     parameter: nn.Parameter
     dim: int  # which counts directions
-    index: Tensor  # along it, of the directions whose update is scaled
-    scale: Tensor  # broadcastable
+    index: Tensor | None  # along it, of the directions whose update is scaled; all of them
+    scale: Tensor | float  # broadcastable
     old: Tensor  # those directions before the step, times the weight decay that is not scaled; of shards this process's
     points: dict[str, Tensor]  # and of the points that the optimizer keeps beside the parameter, by state key
 
@@ -65,15 +69,32 @@ class Ramps:
         self._optimizer_state = optimizer_state
         self._young: dict[str, tuple[Youth, ...]] = {}  # modules with a young direction, one Youth per direction
         self._held: dict[str, int] = {}  # resized module -> rank whose shape factor is held
+        self.rate_rank: float | None = None  # mean rank that the learning rate is for; None: the step is free
+        self._mean_rank = self._mean()
         self._notes: list[_Note] = []
 
     def __bool__(self) -> bool:
         """Whether there is anything to do around the next step."""
-        return bool(self._young or self._held)
+        return bool(self._young or self._held or self.too_long != 1)
+
+    @property
+    def too_long(self) -> float:
+        """By how much the mean rank is above the one that the learning rate is for; 1 where the step is free."""
+        return self._mean_rank / self.rate_rank if self.rate_rank is not None and self._mean_rank else 1.0
+
+    def hold(self, rate_rank: float | None) -> None:
+        """Hold the length of the step at what it is at this mean rank; None: let it go."""
+        self.rate_rank = rate_rank
+
+    def _mean(self) -> float:
+        sites = self._adapter.sites
+        return sum(site.rank for site in sites.values()) / len(sites) if sites else 0.0
 
     def before_step(self) -> None:
         self._notes = []
-        for name in {**self._young, **self._held} if self else ():
+        if not self:
+            return
+        for name in self._adapter.sites if self.too_long != 1 else {**self._young, **self._held}:
             site = self._adapter.sites[name]
             for role, dim in (("A", 0), ("B", 1)):
                 if (p := site.tensors().get(role)) is not None and p.grad is not None:
@@ -88,6 +109,9 @@ class Ramps:
                     state = self._optimizer_state.optimizer.state[note.parameter]
                     moved += [(state[key], old) for key, old in note.points.items()]
                 for t, old in ((part(t), old) for t, old in moved):
+                    if note.index is None:
+                        t.copy_(old + (t.to(old.dtype) - old) * note.scale)
+                        continue
                     step = t.index_select(note.dim, note.index).to(old.dtype) - old
                     t.index_copy_(note.dim, note.index, (old + step * note.scale).to(t.dtype))
         stepped = {id(note.parameter) for note in self._notes}
@@ -108,6 +132,11 @@ class Ramps:
         young = [i for i, scale in enumerate(scales) if scale != 1.0]
         if not young:
             return
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        if len(set(scales)) == 1:  # as on most steps where there is anything to scale
+            points = {key: part(t.detach()).to(dtype, copy=True) for key, t in self._points(p).items()}
+            self._notes.append(_Note(p, dim, None, scales[0], part(p.detach()).to(dtype) * decay, points))
+            return
         r, experts = site.capacity, range(site.experts)  # stored expert-major in A, expert-minor in B
         index = [e * r + i if dim == 0 else i * len(experts) + e for i in young for e in experts]
         scales = [scales[i] for i in young for _ in experts]
@@ -116,7 +145,6 @@ class Ramps:
             scales = [scale for i, scale in zip(index, scales, strict=True) if i in here]
             index = [i - here.start for i in index if i in here]
         at = torch.tensor(index, dtype=torch.long, device=p.device)
-        dtype = torch.promote_types(p.dtype, torch.float32)
         scale = torch.tensor(scales, dtype=dtype, device=p.device)
         scale = scale.reshape([-1 if d == dim else 1 for d in range(p.ndim)])
         points = {
@@ -141,7 +169,7 @@ class Ramps:
         shape = list(p.shape)
         shape[dim] = shape[dim] // site.rank * self._held.get(name, site.rank)
         held = handler.shape_factor(group, torch.Size(shape)) / handler.shape_factor(group, p.shape)
-        return held, handler.decay(group)
+        return held / self.too_long ** handler.rank_exponent(group), handler.decay(group)
 
     # -- resizes ----------------------------------------------------------------------------------------------------
 
@@ -178,6 +206,7 @@ class Ramps:
         transaction.contents(self._young, young if handler is not None else {})
         if handler is not None and handler.shape_dependent:
             transaction.contents(self._held, {**{n: before[n] for n in youths if before[n]}, **self._held})
+        transaction.attr(self, "_mean_rank", self._mean())
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -185,10 +214,12 @@ class Ramps:
         return {
             "young": {name: [[y.age, y.span] for y in youths] for name, youths in self._young.items()},
             "held": dict(self._held),
+            "rate_rank": self.rate_rank,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], transaction: Transaction) -> None:
-        transaction.keep(self, "_young", "_held", "_notes")
+        transaction.keep(self, "_young", "_held", "_notes", "rate_rank", "_mean_rank")
         self._notes = []
         self._young = {name: tuple(Youth(int(a), int(s)) for a, s in ys) for name, ys in state["young"].items()}
         self._held = {name: int(rank) for name, rank in state["held"].items()}
+        self.rate_rank, self._mean_rank = state.get("rate_rank"), self._mean()

@@ -17,6 +17,9 @@ Mode = Literal[
     "resize", "mask"
 ]  # new tensors with every decision, or a capacity for all of them (see `rankflow.lora.capacity`)
 
+StepLength = Literal["held", "free"]  # whether other ranks leave the length of the model's steps as it is
+DEFAULT_STEP: StepLength = "free"
+
 
 def _flat(place: str, value: Any) -> dict[str, str]:
     if not is_dataclass(value):
@@ -39,6 +42,8 @@ class Lifecycle:
     """Phases in order, and the limits that hold throughout. A single policy is a lifecycle of one phase.
 
     `mode` says how ranks change: `resize` makes new tensors, `mask` writes into tensors with room for the largest.
+    `step` says whether the length of the model's steps is held when ranks change, and `rate_for` for which rank the
+    learning rate was chosen (see `rate_rank`).
 
     Before `resolve`, ends are `until` values as written (steps or percentages).
     """
@@ -47,6 +52,8 @@ class Lifecycle:
     limits: Limits = field(default_factory=Limits)
     mode: Mode = "resize"
     source: str = ""  # where it was read from, for messages
+    step: StepLength = DEFAULT_STEP
+    rate_for: float | None = None
 
     @property
     def resizes(self) -> bool:
@@ -56,9 +63,26 @@ class Lifecycle:
     def settings(self) -> dict[str, str]:
         """Everything that is set, by place: two lifecycles that do the same have the same settings."""
         found: dict[str, str] = {} if self.mode == "resize" else {"mode": self.mode}
+        if self.step != DEFAULT_STEP or self.rate_for is not None:
+            found |= {"step": self.step, "rate_for": str(self.rate_for)}
         for i, (name, policy, until) in enumerate(self.policies):
             found |= {f"phases[{i}].policy": name, f"phases[{i}].until": str(until), **_flat(f"phases[{i}]", policy)}
         return found | _flat("limits", self.limits)
+
+    def rate_rank(self, layout: Layout, phases: tuple[Phase, ...]) -> float | None:
+        """Return the mean rank that the learning rate is for, of a run with these (resolved) phases from `layout`: that
+        of its last budget, or what it starts from. None where the step is free, or where ranks are given but once,
+        before they train: such a start is what the rate is for."""
+        if self.step == "free":
+            return None
+        if self.rate_for is not None:
+            return self.rate_for
+        if not any(phase.policy.resizes and not phase.policy.first_only for phase in phases):
+            return None
+        for phase in phases:
+            if phase.policy.budget is not None:
+                layout = layout.with_ranks(even(layout, phase.policy.budget))
+        return layout.total_rank / len(layout)
 
     def __str__(self) -> str:
         names = " -> ".join(name for name, _, _ in self.policies)

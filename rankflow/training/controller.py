@@ -127,6 +127,7 @@ class Controller:
             if said:
                 warnings.warn("\n".join(said), stacklevel=3)
             self._surgeon.layout = layout
+        self._surgeon.ramps.hold(lifecycle.rate_rank(layout, phases))
 
         self._phases = Phases(
             lifecycle,

@@ -105,6 +105,7 @@ class Phases:
             phases=[{"policy": p.name, "begin": p.begin, "end": p.end} for p in self.all],
             total_steps=self.total_steps,
             seed=self.seed,
+            **({"rate_for": rate} if (rate := self.surgeon.ramps.rate_rank) is not None else {}),
         )
         self.enter(0)
         self.outer_when_due()

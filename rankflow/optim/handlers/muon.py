@@ -15,6 +15,10 @@ class MuonHandler(Handler):
 
         return float(_adjust_lr(1.0, group["adjust_lr_fn"], shape))
 
+    def rank_exponent(self, group: State) -> float:
+        """The step is orthogonal, so it does not grow with the rank, but where it is fitted to AdamW's."""
+        return 0.5 if group["adjust_lr_fn"] == "match_rms_adamw" else 0.0
+
     def decay(self, group: State) -> float:
         return 1.0 - float(group["lr"]) * float(group["weight_decay"])
 
