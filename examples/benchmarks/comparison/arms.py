@@ -67,6 +67,7 @@ class Arm:
     modules: float = 1.0
     rates_of: str = ""
     head_first: float = 0.0
+    step: str = ""  # held or free; the default if left out
 
     @property
     def available(self) -> bool:
@@ -101,6 +102,8 @@ class Arm:
         if self.limits is not None:
             low, high = (max(1, round(times * rank)) for times in self.limits)
             mapping["limits"] = {"*": {"min": low, "max": high}}
+        if self.step:
+            mapping["step"] = self.step
         if self.budget or "budget" in mapping:
             mapping["budget"] = {"max_params": params}
         return mapping
@@ -151,6 +154,16 @@ ARMS: dict[str, Arm] = {
     "allocated_random": Arm("the same ranks, A at random", 3, policy="gora", limits=(0.5, 4), head_first=HEAD_FIRST),
     "lora_rates": Arm("LoRA, the allocation's rates", 3, "lora", rates_of="gradient_start_at_once"),
     "lora_head_first": Arm("LoRA, head first", 3, "lora", head_first=HEAD_FIRST),
+    # Whether other ranks leave the length of the model's steps as it is: held_step.py
+    **{
+        f"{name}_{step}": Arm(f"{title}, step {step}", 6, policy=name, start=start, step=step)
+        for name, title, start in (
+            ("squeeze", "LoRA-Squeeze, from 4 x", 4),
+            ("increlora", "IncreLoRA, from 1/4", 0.25),
+            ("adalora", "AdaLoRA, from 1.5 x", 1.5),
+        )
+        for step in ("held", "free")
+    },
     # Single claims of papers, in miniature
     "random_modules": Arm("LoRA of twice the rank on half the modules, at random", 5, "lora", start=2, modules=0.5),
     "squeeze_equal": Arm("LoRA-Squeeze, equally long at every rank", 5, policy="squeeze", start=4),
