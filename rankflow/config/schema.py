@@ -180,7 +180,8 @@ class Run(Shared):
         StepLength,
         Field(
             description="held: updates of the adapter are scaled by (rate_for / mean rank) to the power of 1/2, so "
-            "that other ranks do not make the steps of the model longer or shorter; free: as the optimizer makes them"
+            "that other ranks do not make the steps of the model longer or shorter; capped: only where they would be "
+            "longer; free: as the optimizer makes them"
         ),
     ] = DEFAULT_STEP
     rate_for: Annotated[

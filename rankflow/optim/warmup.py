@@ -70,6 +70,7 @@ class Ramps:
         self._young: dict[str, tuple[Youth, ...]] = {}  # modules with a young direction, one Youth per direction
         self._held: dict[str, int] = {}  # resized module -> rank whose shape factor is held
         self.rate_rank: float | None = None  # mean rank that the learning rate is for; None: the step is free
+        self._capped = False  # only longer steps are scaled
         self._mean_rank = self._mean()
         self._notes: list[_Note] = []
 
@@ -79,12 +80,16 @@ class Ramps:
 
     @property
     def too_long(self) -> float:
-        """By how much the mean rank is above the one that the learning rate is for; 1 where the step is free."""
-        return self._mean_rank / self.rate_rank if self.rate_rank is not None and self._mean_rank else 1.0
+        """How many times the mean rank is the one that the learning rate is for; 1 where that is to change nothing."""
+        if self.rate_rank is None or not self._mean_rank:
+            return 1.0
+        times = self._mean_rank / self.rate_rank
+        return max(1.0, times) if self._capped else times
 
-    def hold(self, rate_rank: float | None) -> None:
-        """Hold the length of the step at what it is at this mean rank; None: let it go."""
-        self.rate_rank = rate_rank
+    def hold(self, rate_rank: float | None, *, capped: bool) -> None:
+        """Hold the length of the step at what it is at this mean rank, or only keep it from being longer if `capped`;
+        None: let it go."""
+        self.rate_rank, self._capped = rate_rank, capped
 
     def _mean(self) -> float:
         sites = self._adapter.sites
@@ -215,11 +220,13 @@ class Ramps:
             "young": {name: [[y.age, y.span] for y in youths] for name, youths in self._young.items()},
             "held": dict(self._held),
             "rate_rank": self.rate_rank,
+            "capped": self._capped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], transaction: Transaction) -> None:
-        transaction.keep(self, "_young", "_held", "_notes", "rate_rank", "_mean_rank")
+        transaction.keep(self, "_young", "_held", "_notes", "rate_rank", "_capped", "_mean_rank")
         self._notes = []
         self._young = {name: tuple(Youth(int(a), int(s)) for a, s in ys) for name, ys in state["young"].items()}
         self._held = {name: int(rank) for name, rank in state["held"].items()}
-        self.rate_rank, self._mean_rank = state.get("rate_rank"), self._mean()
+        self.rate_rank, self._capped = state.get("rate_rank"), bool(state.get("capped"))
+        self._mean_rank = self._mean()

@@ -17,8 +17,8 @@ Mode = Literal[
     "resize", "mask"
 ]  # new tensors with every decision, or a capacity for all of them (see `rankflow.lora.capacity`)
 
-StepLength = Literal["held", "free"]  # whether other ranks leave the length of the model's steps as it is
-DEFAULT_STEP: StepLength = "free"
+StepLength = Literal["capped", "held", "free"]  # what other ranks may do to the length of the model's steps
+DEFAULT_STEP: StepLength = "capped"
 
 
 def _flat(place: str, value: Any) -> dict[str, str]:
@@ -42,8 +42,8 @@ class Lifecycle:
     """Phases in order, and the limits that hold throughout. A single policy is a lifecycle of one phase.
 
     `mode` says how ranks change: `resize` makes new tensors, `mask` writes into tensors with room for the largest.
-    `step` says whether the length of the model's steps is held when ranks change, and `rate_for` for which rank the
-    learning rate was chosen (see `rate_rank`).
+    `step` says whether the length of the model's steps is held while ranks are other than the one that the learning
+    rate is for, kept from being longer only, or let go, and `rate_for` for which rank it was chosen (see `rate_rank`).
 
     Before `resolve`, ends are `until` values as written (steps or percentages).
     """

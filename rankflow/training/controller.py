@@ -127,7 +127,7 @@ class Controller:
             if said:
                 warnings.warn("\n".join(said), stacklevel=3)
             self._surgeon.layout = layout
-        self._surgeon.ramps.hold(lifecycle.rate_rank(layout, phases))
+        self._surgeon.ramps.hold(lifecycle.rate_rank(layout, phases), capped=lifecycle.step == "capped")
 
         self._phases = Phases(
             lifecycle,

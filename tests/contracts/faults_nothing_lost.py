@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "leave ramps those of a state that could not be loaded",
         "optim/warmup.py",
-        'transaction.keep(self, "_young", "_held", "_notes", "rate_rank", "_mean_rank")',
+        'transaction.keep(self, "_young", "_held", "_notes", "rate_rank", "_capped", "_mean_rank")',
         "pass",
         "-k go_back",
     ),

@@ -55,10 +55,21 @@ def tiny_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     ids=["adamw", "sgd", "adafactor", "muon", "muon as adamw"],
 )
 def test_updates_follow_the_root_of_the_mean_rank(optimizer: Any, power: float):
-    free = moves({"policy": "hold"}, optimizer)
+    free = moves({"policy": "hold", "step": "free"}, optimizer)
     held = moves({"policy": "hold", "step": "held", "rate_for": 12}, optimizer)  # of modules of rank 3
     for name, move in free.items():
         torch.testing.assert_close(held[name], 4**power * move, rtol=1e-3, atol=2e-7)
+
+
+@pytest.mark.parametrize(("rate_for", "times"), [(12, 1.0), (0.75, 0.5)])
+def test_a_cap_never_makes_steps_longer(rate_for: float, times: float):
+    def adamw(p: Any) -> Any:
+        return torch.optim.AdamW(p, lr=1e-2, weight_decay=0)
+
+    free = moves({"policy": "hold", "step": "free"}, adamw)
+    capped = moves({"policy": "hold", "rate_for": rate_for}, adamw)
+    for name, move in free.items():
+        torch.testing.assert_close(capped[name], times * move, rtol=1e-3, atol=2e-7)
 
 
 def test_weight_decay_of_muon_is_not_scaled():
