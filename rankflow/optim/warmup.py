@@ -101,6 +101,8 @@ class Ramps:
             return
         for name in self._adapter.sites if self.too_long != 1 else {**self._young, **self._held}:
             site = self._adapter.sites[name]
+            if site.rank == 0:  # within a capacity
+                continue
             for role, dim in (("A", 0), ("B", 1)):
                 if (p := site.tensors().get(role)) is not None and p.grad is not None:
                     self._note(name, site, p, dim)
