@@ -53,7 +53,9 @@ def test_a_phase_that_starts_where_it_is_to_end_is_named(name: str, r: int, whic
     assert [line[: len(start)] for line, start in zip(found, which, strict=True)] == which
 
 
-@pytest.mark.parametrize("name", sorted({*policy_names()} - {"eva", "gradient_start", "hold", "lisa", "rigl"}))  # which do more than that
+@pytest.mark.parametrize(
+    "name", sorted({*policy_names()} - {"eva", "gradient_start", "hold", "lisa", "rigl"})
+)  # which do more than that
 def test_limits_that_leave_one_rank_leave_nothing_to_decide(name: str):
     file: dict[str, Any] = {"policy": name, "limits": {"*": {"min": 6, "max": 6}}}
     if name in ("adalora", "squeeze", "increlora", "colora"):
