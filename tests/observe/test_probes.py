@@ -32,7 +32,8 @@ from rankflow.observe.probes import Probes
 from rankflow.policies.observation import GATE_SIGNALS, Observation, Signal
 
 INPUT = frozenset({Signal.INPUTS, Signal.INPUT_ENERGY})  # of linear layers only
-HOOKED = frozenset(Signal) - {Signal.A, Signal.B, Signal.SINGULAR_VALUES} - GATE_SIGNALS - INPUT - AVERAGED
+_APART = {Signal.A, Signal.B, Signal.SINGULAR_VALUES, Signal.INPUT_SAMPLE}
+HOOKED = frozenset(Signal) - _APART - GATE_SIGNALS - INPUT - AVERAGED
 LINEAR_IN_BATCH = HOOKED - {Signal.DELTA_SCORE, Signal.DELTA_SCORE_SAMPLED}
 KINDS = ["linear", "conv1d_transformers", "embedding", "conv"]
 
@@ -277,6 +278,33 @@ def test_inputs_are_those_of_the_module_before_dropout_about_their_mean(kind: st
         torch.testing.assert_close(heard[name][Signal.INPUT_ENERGY], x.square().sum())
         torch.testing.assert_close(rows.norm(dim=1)[:9], torch.linalg.svdvals(x)[:9], rtol=1e-6, atol=1e-9)
     assert hooks_on(model) == len(seen)
+
+
+def test_a_sample_has_some_of_the_inputs_and_no_hidden_token():
+    model, batch = encoder().double(), reviews()
+    seen: dict[str, list[Tensor]] = {}
+    for name, site in linear_part(model).sites.items():
+        keep = seen.setdefault(name, [])
+        site.layer.register_forward_pre_hook(lambda m, args, keep=keep: keep.append(args[0].detach()))
+    run = [lambda: sentence_loss(model, batch).backward()] * 2
+    probes = Probes(linear_part(model))
+    probes.arm(frozenset({Signal.INPUT_SAMPLE}), 1)
+    for once in run:
+        once()
+    for name, rows in probes.collect().gather(Signal.INPUT_SAMPLE).items():
+        shown = seen[name][0][batch["attention_mask"].bool()].float()
+        where = [torch.nonzero((shown == row).all(1)).flatten().tolist() for row in rows]
+        assert all(where), "each is an input of a token that is shown"
+        first, second = where[:16], where[16:]
+        assert len({index[0] for index in first}) == 16
+        assert first != second, "another pass draws others"
+
+
+def test_convolutions_have_no_sample():
+    model = lora("conv")
+    signals = frozenset({Signal.INPUT_SAMPLE, Signal.SKETCH})
+    heard = hear(model, lambda: loss_of(model, "conv").backward(), signals)
+    assert all(set(record) == {Signal.SKETCH} for record in heard.values())
 
 
 def test_inputs_leave_hidden_tokens_out():

@@ -67,7 +67,9 @@ def language() -> Task:
     random.Random(0).shuffle(texts)
     wanted = TRAIN + sum(HELD.values())
     openings = [text[: 12 * LENGTH] for text in texts[: 2 * wanted]]
-    tokens = AutoTokenizer.from_pretrained(**source())(openings, truncation=True, max_length=LENGTH)["input_ids"]
+    tokens = AutoTokenizer.from_pretrained(**source(), trust_remote_code=False)(
+        openings, truncation=True, max_length=LENGTH
+    )["input_ids"]
     whole = [row for row in tokens if len(row) == LENGTH][:wanted]
     splits: dict[str, tuple[list[list[int]], list[int]]] = {}
     for split, n in HELD.items():
