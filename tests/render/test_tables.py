@@ -150,7 +150,8 @@ def test_gates_table_fits_a_terminal_and_sums_up():
 
 
 @pytest.mark.parametrize("layers", [1, 3, 24])
-def test_pictures_are_drawn_without_touching_pyplot(tmp_path: Path, layers: int):
+def test_pictures_are_drawn_without_touching_pyplot(tmp_path: Path, layers: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # other packages import it
     for path in (
         plot_ledger(run(layers), tmp_path / "ranks.png"),
         plot_spectra(inspected(layers), tmp_path / "deep" / "spectra.png"),
