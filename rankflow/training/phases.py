@@ -98,6 +98,8 @@ class Phases:
         return Now(self.step, self.phase.name, self.transaction)
 
     def start(self) -> None:
+        rate_for = self.surgeon.ramps.rate_rank
+        held: dict[str, Any] = {} if rate_for is None else {"rate_for": rate_for}
         self.ledger.append(
             "attach",
             self.step,
@@ -105,7 +107,7 @@ class Phases:
             phases=[{"policy": p.name, "begin": p.begin, "end": p.end} for p in self.all],
             total_steps=self.total_steps,
             seed=self.seed,
-            **({"rate_for": rate} if (rate := self.surgeon.ramps.rate_rank) is not None else {}),
+            **held,
         )
         self.enter(0)
         self.outer_when_due()

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,8 @@ class RankFlowCallback(TrainerCallback):
         policy: path of a policy file, name of a shipped one, a dict of the same shape, or an object.
         seed: of new directions; the Trainer's seed when left out.
         ledger: path of the JSONL record, or a Ledger; `<output_dir>/rankflow.jsonl` when left out.
+        batches: what policies study; left out, some of the Trainer's own training data, drawn by the seed. What the
+            Trainer trains on stays as it is.
         holdout: share of the Trainer's training data that is set aside for a policy that learns from held-out batches,
             where no `outer_batches` are given. The Trainer then trains on the rest.
         best: which checkpoints may be the best one. `at_budget`: only those within the lifecycle's final budget, and
@@ -141,20 +143,33 @@ class RankFlowCallback(TrainerCallback):
                 "this policy learns from held-out batches, and the training data cannot be split by index; give a part "
                 "of them with outer_batches=..."
             )
-        seed = args.seed if self.seed is None else self.seed
-        order = torch.randperm(len(data), generator=keyed_generator(seed, "held out")).tolist()
+        order = torch.randperm(len(data), generator=keyed_generator(self._seed(args), "held out")).tolist()
         size = max(1, round(self.holdout * len(order)))
         outer, rest = order[:size], sorted(order[size:])
         if not rest:
             raise ConfigError(f"{len(order)} training examples cannot be split; give outer_batches=...")
-        pick: Any = data.select if hasattr(data, "select") else functools.partial(Subset, data)
-        # The Trainer would keep a loader with persistent workers, and then evaluate on it.
-        persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
-        try:
-            self.options = replace(self.options, outer_batches=trainer.get_eval_dataloader(pick(outer)))
-        finally:
-            args.dataloader_persistent_workers = persistent
-        trainer.train_dataset = pick(rest)
+        self.options = replace(self.options, outer_batches=_loader(trainer, outer))
+        trainer.train_dataset = _part(data, rest)
+
+    def _own_batches(self, args: TrainingArguments, total_steps: int) -> Iterable[Any] | None:
+        """Return batches of the Trainer's training data for studies, drawn by the seed, or None if there are none. The
+        batches that the Trainer trains on are what they would be."""
+        policies = [policy.in_run(total_steps, True) for _, policy, _ in self.lifecycle.policies]
+        most = max((s.batches for policy in policies for s in policy.studies if s.split == "train"), default=0)
+        if most == 0:
+            return None
+        trainer = caller(Trainer)
+        data: Any = trainer.train_dataset if trainer is not None else None
+        if trainer is None or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise ConfigError(
+                f"this policy looks at {most} batches, and the training data cannot be taken by index; give some of "
+                "them with batches=..."
+            )
+        order = torch.randperm(len(data), generator=keyed_generator(self._seed(args), "batches"))
+        return _Whole(_loader(trainer, order[: most * args.eval_batch_size * args.world_size].tolist()))
+
+    def _seed(self, args: TrainingArguments) -> int:
+        return args.seed if self.seed is None else self.seed
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
@@ -176,11 +191,14 @@ class RankFlowCallback(TrainerCallback):
                 flow.detach()
         self._state = state
         ledger = self.ledger if self.ledger is not None else Path(str(args.output_dir)) / "rankflow.jsonl"
+        batches = self.options.batches
+        if batches is None:
+            batches = self._own_batches(args, state.max_steps)
         self.flow = Controller(
             model,
             optimizer,
             self.lifecycle,
-            replace(self.options, seed=args.seed if self.seed is None else self.seed),
+            replace(self.options, seed=self._seed(args), batches=batches),
             total_steps=state.max_steps,
             ledger=own_ledger(ledger),
             state=state_to_resume(model, state) if state.global_step > 0 else None,
@@ -263,6 +281,32 @@ class RankFlowCallback(TrainerCallback):
                 f"at {budgets[-1].kind} {budgets[-1].amount:g}",
                 stacklevel=3,
             )
+
+
+class _Whole:
+    """Batches of a loader, all of them taken at once: accelerate's takes one that is left half-way for the one that the
+    Trainer trains on."""
+
+    def __init__(self, loader: Iterable[Any]):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(self._loader))
+
+
+def _part(data: Any, indices: list[int]) -> Any:
+    return data.select(indices) if hasattr(data, "select") else Subset(data, indices)
+
+
+def _loader(trainer: Trainer, indices: list[int]) -> Iterable[Any]:
+    """Return a loader of these training examples, in this order, made as the Trainer makes those of evaluations."""
+    # The Trainer would keep a loader with persistent workers, and then evaluate on it.
+    args = trainer.args
+    persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+    try:
+        return trainer.get_eval_dataloader(_part(trainer.train_dataset, indices))
+    finally:
+        args.dataloader_persistent_workers = persistent
 
 
 def _quiet() -> bool:

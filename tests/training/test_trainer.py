@@ -567,3 +567,35 @@ def test_reserves_and_shared_factors_resume_bit_for_bit(tmp_path, policy, option
     assert same_weights(default_weights(whole.model), default_weights(resumed.model))
     loaded = PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / f"checkpoint-{STEPS}").eval()
     torch.testing.assert_close(loaded(**PROBE).logits, whole.model.eval()(**PROBE).logits)
+
+
+@pytest.mark.parametrize("policy", ["gora", "gradient_start", "colora"])
+def test_studies_look_at_the_trainers_own_data_and_leave_what_it_trains_on(tmp_path: Path, policy: str):
+    def trained(out: Path, *callbacks: TrainerCallback) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        run = trainer(out, *callbacks)
+        step = run.training_step
+        run.training_step = lambda model, inputs, *more: (seen.append(inputs["input_ids"]), step(model, inputs, *more))[
+            1
+        ]  # type: ignore[method-assign]
+        run.train()
+        return seen
+
+    callback = RankFlowCallback({"policy": policy, **({"budget": {"mean_rank": 2}} if policy == "colora" else {})})
+    looked = trained(tmp_path / "studied", callback)
+    plain = trained(tmp_path / "plain")
+    assert len(looked) == len(plain) == 2 * STEPS
+    assert all(torch.equal(a, b) for a, b in zip(looked, plain, strict=True))
+    assert callback.flow is not None
+    assert any(e["event"] == "resize" for e in callback.flow.ledger.events)
+
+
+def test_training_data_that_cannot_be_taken_by_index_is_asked_for(tmp_path: Path):
+    class Stream(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+        def __iter__(self) -> Any:
+            return iter([Tokens()[i] for i in range(64)])
+
+    run = trainer(tmp_path, RankFlowCallback("gora"))
+    run.train_dataset = Stream()
+    with pytest.raises(ConfigError, match="batches="):
+        run.train()
