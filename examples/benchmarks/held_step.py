@@ -73,10 +73,9 @@ def show_table(results: Folder = RESULTS) -> None:
             continue
         held, free = map(mean, zip(*losses, strict=True))
         change = [h - f for h, f in losses]
-        wide = t.ppf(0.975, len(change) - 1) * stdev(change) / len(change) ** 0.5 if len(change) > 1 else float("nan")
-        rows.append(
-            [f"{task}, {policy}", str(len(losses)), f"{held:.4f}", f"{free:.4f}", f"{mean(change):+.4f} ± {wide:.4f}"]
-        )
+        n = len(change)
+        wide = f" ± {t.ppf(0.975, n - 1) * stdev(change) / n**0.5:.4f}" if n > 1 else ""
+        rows.append([f"{task}, {policy}", str(len(losses)), f"{held:.4f}", f"{free:.4f}", f"{mean(change):+.4f}{wide}"])
     table("Test loss at LoRA's own rate", ["", "seeds", "held", "free", "held - free"], rows)
 
 

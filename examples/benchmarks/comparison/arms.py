@@ -67,7 +67,7 @@ class Arm:
     modules: float = 1.0
     rates_of: str = ""
     head_first: float = 0.0
-    step: str = ""  # held or free; the default if left out
+    step: str = ""  # held, capped or free, which it is if left out
 
     @property
     def available(self) -> bool:
@@ -109,8 +109,12 @@ class Arm:
         return mapping
 
     def run_as(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings with what is spelt out."""
-        return {**settings, **{key: {**settings.get(key, {}), **more} for key, more in self.spelt_out.items()}}
+        """The settings with what is spelt out, and the step free where the arm does not say: so they were recorded."""
+        return {
+            "step": "free",
+            **settings,
+            **{key: {**settings.get(key, {}), **more} for key, more in self.spelt_out.items()},
+        }
 
 
 @cache
