@@ -55,7 +55,7 @@ class Opening(Policy):
         self.held_total(layout)
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
-        self.check_fresh(obs)
+        self.check_start(obs)
         budget = self.held_total(layout)
         gains = self.gains(obs, layout, budget)
         idle = [name for name in layout if not any(gains[name])]
@@ -69,9 +69,8 @@ class Opening(Policy):
         margin = allocation_margin(gains, ranks, layout, budget)
         return RankPlan(ops, reason, state="reset", margin=margin)  # there is none yet, and so nothing to ramp up
 
-    def check_fresh(self, obs: Observation) -> None:
-        """Raise PlanError if a module adds something to the model already."""
-        for name, record in obs.items():
+    def check_start(self, factors: Observation) -> None:
+        for name, record in factors.items():
             if bool(record[Signal.A].any()) and bool(record[Signal.B].any()):
                 raise PlanError(
                     f"{name}: neither A nor B is zero, so the adapter adds something to the model already, and only a "

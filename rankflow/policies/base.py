@@ -144,6 +144,13 @@ class Policy:
         if not self.when.events:
             raise ConfigError(f"{self.name} has no due step in its phase; check when.start, when.every and when.stop")
 
+    def check_start(self, factors: Observation) -> None:
+        """Refuse an adapter from whose factors (`A` and `B`, computed when read) the phase cannot begin.
+
+        Raises:
+            PlanError: it adds something to the model already, and only a fresh one will do.
+        """
+
     def listen(self, step: int) -> frozenset[Signal]:
         """Return the signals to take on the step whose optimizer update is the `step`-th. Nothing listens on other
         steps."""

@@ -170,6 +170,7 @@ class Controller:
         if self._accumulating is not None and not self._accumulating.sync_gradients:
             return  # accelerate's accumulate(): more micro-batches are to come
         self._surgeon.holders.look()
+        self._phases.operations.keep_frozen()
         self._processes.come_to(f"gradients of step {self.step + 1}")
         scaler = scaler if scaler is not None else self._scaler
         self._processes.reduce(self.model, unscaled=unscaled(scaler, self._optimizer))

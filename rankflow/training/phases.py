@@ -27,7 +27,7 @@ from rankflow.plans.plan import RankPlan
 from rankflow.plans.shrink import direction_sizes
 from rankflow.policies.base import Policy, State
 from rankflow.policies.lifecycle import Lifecycle, Phase
-from rankflow.policies.observation import Observation
+from rankflow.policies.observation import Observation, Signal
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.data import RunData
 from rankflow.training.ledger import Ledger
@@ -123,6 +123,7 @@ class Phases:
         if (gate := self.policy.gate) is not None:
             self._part()
             self.gates.install(gate, self.step, self.transaction)
+        self.policy.check_start(self._factors())
         self.state = self.policy.init(self.layout)
         for note in self.policy.notes:
             logger.info(note)
@@ -139,6 +140,17 @@ class Phases:
         self._change(lambda: self.policy.enter(self.state, self.layout))
         if (observed := self._study("start")) is not None:
             self._decide(observed)
+
+    def _factors(self) -> Observation:
+        """What there is of A and B, read when somebody looks."""
+        sites = {name: site for name, site in self.adapter.sites.items() if site.present}
+        return Observation(
+            self.step,
+            {
+                name: {Signal.A: lambda s=s: s.a().detach(), Signal.B: lambda s=s: s.b().detach()}
+                for name, s in sites.items()
+            },
+        )
 
     def _part(self) -> None:
         """Part factors that modules share, since each module gets a gate of its own."""
@@ -347,6 +359,14 @@ class Operations:
             transaction.undo(self._processes.undone)
             if self._processes.attempt(lambda: self._surgeon.set_capacity(capacities, transaction)):
                 self._processes.resized(self._surgeon.layout, now.step, replaced=True)
+
+    def keep_frozen(self) -> None:
+        """Freeze again what somebody has let train, as PEFT's `disable_adapter` does when it ends."""
+        for name in self.frozen:
+            for p in self._surgeon.adapter.sites[name].tensors().values():
+                if p.requires_grad:
+                    p.requires_grad_(False)
+                    p.grad = None
 
     def freeze(self, names: set[str], now: Now) -> None:
         """Freeze exactly these modules, as plans of this phase did before a checkpoint, whose files do not say so."""

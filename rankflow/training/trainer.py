@@ -166,7 +166,8 @@ class RankFlowCallback(TrainerCallback):
                 "them with batches=..."
             )
         order = torch.randperm(len(data), generator=keyed_generator(self._seed(args), "batches"))
-        return _Whole(_loader(trainer, order[: most * args.eval_batch_size * args.world_size].tolist()))
+        size = args.per_device_train_batch_size
+        return _Whole(_loader(trainer, order[: most * args.world_size * size * max(1, args.n_gpu)].tolist(), size))
 
     def _seed(self, args: TrainingArguments) -> int:
         return args.seed if self.seed is None else self.seed
@@ -298,15 +299,18 @@ def _part(data: Any, indices: list[int]) -> Any:
     return data.select(indices) if hasattr(data, "select") else Subset(data, indices)
 
 
-def _loader(trainer: Trainer, indices: list[int]) -> Iterable[Any]:
-    """Return a loader of these training examples, in this order, made as the Trainer makes those of evaluations."""
+def _loader(trainer: Trainer, indices: list[int], size: int | None = None) -> Iterable[Any]:
+    """Return a loader of these training examples, in this order, made as the Trainer makes those of evaluations; in
+    batches of their size, or of `size`."""
     # The Trainer would keep a loader with persistent workers, and then evaluate on it.
     args = trainer.args
-    persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+    given = args.dataloader_persistent_workers, args.per_device_eval_batch_size
     try:
+        args.dataloader_persistent_workers = False
+        args.per_device_eval_batch_size = given[1] if size is None else size
         return trainer.get_eval_dataloader(_part(trainer.train_dataset, indices))
     finally:
-        args.dataloader_persistent_workers = persistent
+        args.dataloader_persistent_workers, args.per_device_eval_batch_size = given
 
 
 def _quiet() -> bool:

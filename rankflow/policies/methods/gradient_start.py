@@ -41,6 +41,8 @@ class GradientStart(Opening):
     the run while the rest learns: the gradient under a random head says little. Where nothing else trains it looks
     before the first step.
 
+    Convolutions and embeddings keep the random rows that they have; DoRA is refused, as its forward has no z.
+
     Without a budget the adapter keeps its number of parameters.
 
     When to use: the adapter is fresh and training batches are at hand. Under the Trainer they are those of its own.
@@ -65,7 +67,7 @@ class GradientStart(Opening):
         PositiveInt, Field(description="output rows of each module whose gradient is kept for its score")
     ] = 256
     components: Annotated[
-        PositiveInt, Field(description="rows of the gradient's sketch; more than the largest rank")
+        PositiveInt, Field(description="rows of the gradient's sketch; directions beyond so many are random ones")
     ] = 64
 
     needs: ClassVar[frozenset[Signal]] = frozenset(
@@ -88,10 +90,17 @@ class GradientStart(Opening):
 
     @property
     def studies(self) -> tuple[Study, ...]:
-        signals = {"signals": self.needs, "rows": self.rows, "components": self.components, "frozen": True}
-        look = Study("gradients", batches=self.batches, when="every" if self.waits else "start", **signals)
-        fresh = Study("fresh", frozenset({Signal.A, Signal.B}), 1, frozen=True)  # not only after `head_first`
-        return (fresh, look) if self.waits else (look,)
+        return (
+            Study(
+                "gradients",
+                self.needs,
+                self.batches,
+                when="every" if self.waits else "start",
+                rows=self.rows,
+                components=self.components,
+                frozen=True,
+            ),
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -106,14 +115,17 @@ class GradientStart(Opening):
         return frozenset()
 
     def check(self, layout: Layout) -> None:
+        if self.when.stop != 0 and not self.when.events:
+            raise ConfigError(
+                f"its phase ends at step {self.when.phase and self.when.phase[1]}, before it looks at step "
+                f"{self.when.start}; let the phase end later, or set head_first lower (0: before the first step)"
+            )
         self.held_total(layout)
 
     def held_total(self, layout: Layout) -> Budget:
-        return (
-            replace(self, budget=Budget("max_params", layout.params)).held_total(layout)
-            if (self.budget is None)
-            else super().held_total(layout)
-        )
+        if self.budget is not None:
+            return super().held_total(layout)
+        return replace(self, budget=Budget("max_params", layout.params)).held_total(layout)
 
     def init(self, layout: Layout) -> State:
         """`free`: which modules train, bool ``[modules]``."""
@@ -126,9 +138,6 @@ class GradientStart(Opening):
         return RankPlan(frozen, f"the rest of the model learns alone up to step {self.when.start}")
 
     def decide(self, state: State, obs: Observation, layout: Layout, step: int) -> RankPlan:
-        if obs.study == "fresh":
-            self.check_fresh(obs)
-            return RankPlan(reason=f"looks after step {self.when.start}")
         free = self._free(state, layout) if self.waits else []
         if not len(obs):
             return RankPlan({name: (Train(True),) for name in free}, "nothing was seen; ranks stay as they are")
@@ -143,7 +152,7 @@ class GradientStart(Opening):
             for name, score in obs.gather(Signal.WEIGHT_SCORE).items()
         }
         mean = budget.amount / sum(budget.cost(slot) for slot in layout.values())
-        least, most = round(self.at_least * mean), max(1, round(self.at_most * mean))
+        least, most = round(self.at_least * mean), max(1, min(round(self.at_most * mean), self.components))
         gains = proportional(weights, layout, budget, dict.fromkeys(layout, most))
         return {name: [g * _SURE if i < least else g for i, g in enumerate(found)] for name, found in gains.items()}
 
@@ -155,7 +164,11 @@ class GradientStart(Opening):
         x = record[Signal.INPUT_SAMPLE].double()
         v = torch.linalg.svd(record[Signal.SKETCH].double(), full_matrices=False).Vh[:rank]
         along, random = (x @ v.T).square().mean(), x.square().mean() / 3  # E z^2 of rows of norm 1, and of random ones
-        return (random / along).sqrt().expand(rank) if along > 0 else None
+        if not along > 0:
+            return None
+        norms = torch.full((rank,), 1 / math.sqrt(3), dtype=torch.float64)  # of random rows, which come after v's
+        norms[: len(v)] = (random / along).sqrt()
+        return norms
 
     def _free(self, state: State, layout: Layout) -> list[str]:
         return [name for name, free in zip(layout, state["free"].tolist(), strict=True) if free]

@@ -22,4 +22,11 @@ FAULTS = [
         "tuple(plan.ops.get(name, ()))",
         _TEST,
     ),
+    Fault(
+        "let a frozen adapter train after a pass without it",
+        "training/phases.py",
+        "p.requires_grad_(False)\n                    p.grad = None",
+        "pass",
+        _TEST,
+    ),
 ]

@@ -209,6 +209,31 @@ def test_gradients_that_are_not_finite_leave_the_ranks_and_let_the_adapter_train
     assert any(e.get("skipped") == "non_finite" for e in run.flow.ledger.events)
 
 
+def test_a_pass_without_the_adapter_does_not_let_it_train_while_it_waits():
+    run = Run(adapted(head=True))
+    for _ in range(3):
+        x = batches()[0][0]
+        with run.model.disable_adapter(), torch.no_grad():
+            run.model(x)  # PEFT lets the factors train again afterwards
+        run.until(run.flow.step + 1)
+    assert not any(e["event"] == "skip" for e in run.flow.ledger.events)
+    run.until(STEPS)
+
+
+def test_an_iterator_is_not_used_up_before_it_is_looked_at():
+    run = Run(adapted(head=True), batches=iter(batches(1))).until(3)
+    assert max(e["step"] for e in run.flow.ledger.events if e["event"] == "resize") == 2
+
+
+def test_directions_beyond_the_sketch_are_as_long_as_random_ones():
+    model = adapted()
+    Run(model, policy=policy(components=2, at_least=1, at_most=1))
+    a = model.base_model.model.first.lora_A["default"].weight.detach()
+    assert len(a) == 4
+    torch.testing.assert_close(a[2:].norm(dim=1), torch.full((2,), 3**-0.5, dtype=a.dtype), rtol=0.6, atol=0)
+    torch.testing.assert_close(a[:2].norm(dim=1), a[:1].norm(dim=1).expand(2), rtol=1e-5, atol=0)
+
+
 def test_no_gradient_at_all_changes_nothing():
     run = Run(adapted(), loss_fn=lambda model, batch: 0.0 * loss(model, batch))
     assert run.flow.layout.ranks == {"first": 4, "second": 4}
@@ -230,12 +255,13 @@ def test_short_runs(steps: int):
         ({"policy": {"policy": "gradient_start", "params": {"head_first": 1.0}}}, ConfigError),
         ({"policy": {"policy": "gradient_start", "budget": {"mean_rank": 1000}}}, ConfigError),
         ({"policy": {"phases": [{"policy": "hold", "until": 3}, {"policy": "gradient_start"}]}}, ConfigError),
+        ({"policy": {"phases": [{"policy": "gradient_start", "until": 1}, {"policy": "hold"}]}}, ConfigError),
     ],
-    ids=["no batches", "none in them", "when", "all of the run", "budget out of reach", "not first"],
+    ids=["no batches", "none in them", "when", "all of the run", "budget out of reach", "not first", "short phase"],
 )
 def test_bad_input_is_refused(options: dict[str, Any], error: type[Exception]):
     with pytest.raises(error):
-        Run(adapted(), **options)
+        Run(adapted(head=True), **options)
 
 
 def test_it_costs_at_most_a_twentieth_of_the_steps():
