@@ -27,7 +27,7 @@ from rankflow.plans.plan import RankPlan
 from rankflow.plans.shrink import direction_sizes
 from rankflow.policies.base import Policy, State
 from rankflow.policies.lifecycle import Lifecycle, Phase
-from rankflow.policies.observation import Observation, Signal
+from rankflow.policies.observation import Lazy, Observation, Signal
 from rankflow.surgery.surgeon import Surgeon
 from rankflow.training.data import RunData
 from rankflow.training.ledger import Ledger
@@ -123,7 +123,6 @@ class Phases:
         if (gate := self.policy.gate) is not None:
             self._part()
             self.gates.install(gate, self.step, self.transaction)
-        self.policy.check_start(self._factors())
         self.state = self.policy.init(self.layout)
         for note in self.policy.notes:
             logger.info(note)
@@ -137,20 +136,19 @@ class Phases:
             decides={"first": events.start, "every": events.step, "before": events.stop},
             notes=list(self.policy.notes),
         )
-        self._change(lambda: self.policy.enter(self.state, self.layout))
+        self._change(self._entered)
         if (observed := self._study("start")) is not None:
             self._decide(observed)
 
-    def _factors(self) -> Observation:
-        """What there is of A and B, read when somebody looks."""
+    def _entered(self) -> RankPlan:
+        """Return what the policy changes when its phase begins, if it can begin from the factors there are."""
         sites = {name: site for name, site in self.adapter.sites.items() if site.present}
-        return Observation(
-            self.step,
-            {
-                name: {Signal.A: lambda s=s: s.a().detach(), Signal.B: lambda s=s: s.b().detach()}
-                for name, s in sites.items()
-            },
-        )
+        factors: dict[str, dict[Signal, Lazy]] = {
+            name: {Signal.A: lambda s=s: s.a().detach(), Signal.B: lambda s=s: s.b().detach()}
+            for name, s in sites.items()
+        }
+        self.policy.check_start(Observation(self.step, factors))
+        return self.policy.enter(self.state, self.layout)
 
     def _part(self) -> None:
         """Part factors that modules share, since each module gets a gate of its own."""
