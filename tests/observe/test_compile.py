@@ -154,8 +154,9 @@ def test_decoder_layers_whose_modules_are_tied_have_a_graph_for_each_bucket():
     plans = {step: partial(plan, to=to) for step, to in enumerate(ranks, 1)}
     limits = Limits(ties=((r"re:.*layers\.(\d+)\..*",),), buckets=(2, 4))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    flow = rankflow.attach(model, optimizer, lifecycle(plans, limits=limits), total_steps=len(ranks) + 1)
-    for tokens in token_batches(len(ranks) + 1):
+    steps = 2 * len(ranks)  # so that a quarter of them is left after the last decision
+    flow = rankflow.attach(model, optimizer, lifecycle(plans, limits=limits), total_steps=steps)
+    for tokens in token_batches(steps):
         model(**tokens).loss.backward()
         flow.before_step()
         optimizer.step()
